@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""chainrule: the whole run in one `fit`, and one `train_step` per batch from Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import chainrule as cr
+
+from .problem import ADAM, ROUNDING, Workload
+
+
+def configure(threads: int) -> None:
+    """Threads of the engine's own pool."""
+    cr.set_num_threads(threads)
+
+
+def versions() -> dict[str, str]:
+    """Version and the instruction set in use."""
+    from chainrule import _core
+
+    return {"chainrule": cr.__version__, "isa": _core.isa()}
+
+
+class _Chainrule:
+    note = ""
+    tolerance = ROUNDING
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        self.work = work
+        self.X, self.y = problem["X"], problem["y"]
+        activation = cr.ReLU if work.activation == "relu" else cr.Tanh
+        layers: list[Any] = []
+        for i, o in zip(work.sizes, work.sizes[1:], strict=False):
+            layers += [cr.Linear(i, o), activation()]
+        self.net = cr.Sequential(*layers[:-1], seed=0)
+        self.names = [f"{2 * k}.{kind}" for k in range(len(work.sizes) - 1) for kind in ("weight", "bias")]
+        values = (problem[f"{kind}{k}"] for k in range(len(work.sizes) - 1) for kind in "Wb")
+        self.initial = dict(zip(self.names, values, strict=True))
+        self.optimizer = self._optimizer()
+
+    def _optimizer(self) -> Any:
+        if self.work.optimizer == "sgd":
+            return cr.SGD(lr=self.work.lr)
+        return cr.Adam(lr=self.work.lr, betas=(ADAM["beta1"], ADAM["beta2"]), eps=ADAM["eps"])
+
+    def reset(self) -> None:
+        """Initial weights, fresh optimizer."""
+        self.net.load_state_dict(self.initial)
+        self.optimizer = self._optimizer()
+
+    def parameters(self) -> list[np.ndarray]:
+        """In state_dict order."""
+        state = self.net.state_dict()
+        return [np.asarray(state[name]) for name in self.names]
+
+
+class Fit(_Chainrule):
+    """All epochs in one call."""
+
+    form = "net.fit(X, y, epochs=...), shuffle=False"
+
+    def _fit(self, epochs: int) -> Any:
+        return self.net.fit(
+            self.X,
+            self.y,
+            loss=self.work.loss,
+            optimizer=self.optimizer,
+            batch_size=self.work.batch,
+            epochs=epochs,
+            shuffle=False,
+            verbose=0,
+        )
+
+    def run(self, epochs: int) -> None:
+        """One call."""
+        self._fit(epochs)
+
+    def losses(self, epochs: int) -> list[float]:
+        """One mean per epoch."""
+        return [float(v) for v in self._fit(epochs)["loss"]]
+
+
+class TrainStep(_Chainrule):
+    """One call per batch, as in a hand-written loop."""
+
+    form = "net.train_step(x, y) per batch"
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        super().__init__(work, problem)
+        starts = range(0, len(self.X), work.batch)
+        self.batches = [(self.X[s : s + work.batch], self.y[s : s + work.batch]) for s in starts]
+
+    def _step(self, x: np.ndarray, y: np.ndarray) -> float:
+        return self.net.train_step(x, y, loss=self.work.loss, optimizer=self.optimizer)
+
+    def run(self, epochs: int) -> None:
+        """One call a step."""
+        for _ in range(epochs):
+            for x, y in self.batches:
+                self._step(x, y)
+
+    def losses(self, epochs: int) -> list[float]:
+        """Per step."""
+        return [float(self._step(x, y)) for _ in range(epochs) for x, y in self.batches]
+
+
+VARIANTS: dict[str, Any] = {"chainrule fit": Fit, "chainrule train_step": TrainStep}

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: MIT
+"""JAX: one jitted step called from Python, and the whole run inside one jitted lax.scan; state donated in both."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .problem import ADAM, ROUNDING, Workload
+
+Params = list[tuple[jax.Array, jax.Array]]
+
+
+def configure(threads: int) -> None:
+    """The parent has set PJRT_NPROC and XLA_FLAGS: XLA reads them when its CPU client starts."""
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide the speed."""
+    import jaxlib
+
+    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+
+
+def _value(work: Workload, params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Mean loss of one batch; weights are kept (in, out), as JAX users do."""
+    f = x
+    for k, (w, b) in enumerate(params):
+        f = f @ w + b
+        if k < len(params) - 1:
+            f = jax.nn.relu(f) if work.activation == "relu" else jnp.tanh(f)
+    if work.loss == "cross_entropy":
+        return -jnp.take_along_axis(jax.nn.log_softmax(f), y[:, None], axis=1).mean()
+    if work.loss == "logistic":
+        return (jnp.maximum(f, 0.0) - y * f + jnp.log1p(jnp.exp(-jnp.abs(f)))).mean()
+    d = f - y
+    return (d * d).mean() if work.loss == "mse" else 0.5 * (d * d).sum(axis=1).mean()
+
+
+def _update(work: Workload, state: Any, grads: Params) -> Any:
+    """SGD or Adam exactly as PyTorch and the Adam paper write it."""
+    params, first, second, t = state
+    tree = jax.tree.map
+    if work.optimizer == "sgd":
+        return tree(lambda p, g: p - work.lr * g, params, grads), first, second, t + 1.0
+    b1, b2 = ADAM["beta1"], ADAM["beta2"]
+    t = t + 1.0
+    c1, c2 = -jnp.expm1(t * math.log(b1)), -jnp.expm1(t * math.log(b2))  # 1 - b**t without cancellation
+    first = tree(lambda m, g: b1 * m + (1.0 - b1) * g, first, grads)
+    second = tree(lambda v, g: b2 * v + (1.0 - b2) * (g * g), second, grads)
+    params = tree(
+        lambda p, m, v: p - work.lr * (m / c1) / (jnp.sqrt(v / c2) + ADAM["eps"]), params, first, second
+    )
+    return params, first, second, t
+
+
+def _step(work: Workload, state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, jax.Array]:
+    loss, grads = jax.value_and_grad(partial(_value, work))(state[0], x, y)
+    return _update(work, state, grads), loss
+
+
+class _Jax:
+    note = ""
+    tolerance = ROUNDING
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        self.work = work
+        depth = len(work.sizes) - 1
+        self.initial = [(problem[f"W{k}"].T.copy(), problem[f"b{k}"]) for k in range(depth)]
+        y = problem["y"].astype(np.int32) if work.loss == "cross_entropy" else problem["y"]
+        self.X = jnp.asarray(problem["X"].reshape(work.batches, work.batch, -1))
+        self.y = jnp.asarray(y.reshape(work.batches, work.batch, *y.shape[1:]))
+
+    def reset(self) -> None:
+        """New device arrays: the old ones were donated."""
+
+        def zeros() -> Any:
+            return [] if self.work.optimizer == "sgd" else jax.tree.map(jnp.zeros_like, self.initial)
+
+        params = [(jnp.array(w), jnp.array(b)) for w, b in self.initial]
+        self.state = jax.block_until_ready((params, zeros(), zeros(), jnp.float32(0.0)))
+
+    def parameters(self) -> list[np.ndarray]:
+        """Back to (out, in)."""
+        return [a for w, b in self.state[0] for a in (np.asarray(w).T, np.asarray(b))]
+
+
+class Jit(_Jax):
+    """One call into the compiled step per batch."""
+
+    form = "jax.jit(step, donate_argnums=0) per step, batches resident, one block_until_ready at the end"
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        super().__init__(work, problem)
+        self.batches = [(self.X[k], self.y[k]) for k in range(work.batches)]
+        self.step = jax.jit(partial(_step, work), donate_argnums=0)
+
+    def run(self, epochs: int) -> None:
+        """Dispatch is asynchronous; wait for the last state."""
+        state, step = self.state, self.step
+        for _ in range(epochs):
+            for x, y in self.batches:
+                state, _loss = step(state, x, y)
+        self.state = jax.block_until_ready(state)
+
+    def losses(self, epochs: int) -> list[float]:
+        """Per step."""
+        values = []
+        for _ in range(epochs):
+            for x, y in self.batches:
+                self.state, loss = self.step(self.state, x, y)
+                values.append(loss)
+        return [float(v) for v in values]
+
+
+class Scan(_Jax):
+    """The whole run in one XLA program: a scan over epochs around a scan over batches.
+
+    Tried and not faster: one flat parameter vector, unroll=4, a single scan that indexes its batch.
+    """
+
+    form = "one jitted lax.scan over the whole run, data resident, state donated"
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        super().__init__(work, problem)
+
+        def train(state: Any, X: jax.Array, y: jax.Array, epochs: int) -> tuple[Any, jax.Array]:
+            def batch(state: Any, xy: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+                return _step(work, state, *xy)
+
+            def epoch(state: Any, _: None) -> tuple[Any, jax.Array]:
+                return lax.scan(batch, state, (X, y))
+
+            return lax.scan(epoch, state, None, length=epochs)
+
+        self.train = jax.jit(train, donate_argnums=0, static_argnums=3)
+
+    def run(self, epochs: int) -> None:
+        """One call."""
+        self.state, _losses = jax.block_until_ready(self.train(self.state, self.X, self.y, epochs))
+
+    def losses(self, epochs: int) -> list[float]:
+        """Per step."""
+        self.state, values = self.train(self.state, self.X, self.y, epochs)
+        return [float(v) for v in np.asarray(values).ravel()]
+
+
+VARIANTS: dict[str, Any] = {"jax.jit": Jit, "jax lax.scan": Scan}

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: MIT
+"""The workloads, their data, and the float64 trajectory every contender is checked against.
+
+A problem is made once, by the parent, and handed to every contender in one .npz file: the same float32 data, the
+same initial weights, batches in the same order (rows 0..B-1, B..2B-1, ...), so that nobody can win by doing less.
+The reference below is plain NumPy and shares no code with any contender, chainrule included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+# What float32 rounding may do to a correct contender over the verified epochs: (losses, weights); see Contender.
+ROUNDING = (1e-4, 2e-3)
+ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of the benchmark: a network, its loss, its optimizer, and how much data it walks over."""
+
+    name: str
+    sizes: tuple[int, ...]
+    activation: str  # "relu" | "tanh"
+    loss: str  # "logistic" | "least_squares" | "mse" | "cross_entropy"
+    optimizer: str  # "sgd" | "adam"
+    lr: float
+    batch: int
+    batches: int  # steps per epoch
+    verify_epochs: int
+
+    @property
+    def flop(self) -> int:
+        """Floating-point operations of one step: 6 B sum(n n') - 2 B n0 n1 (nobody needs dX of the first layer)."""
+        products = [i * o for i, o in zip(self.sizes, self.sizes[1:], strict=False)]
+        return 6 * self.batch * sum(products) - 2 * self.batch * products[0]
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights and biases."""
+        return sum((i + 1) * o for i, o in zip(self.sizes, self.sizes[1:], strict=False))
+
+    def __str__(self) -> str:
+        layers = "-".join(str(n) for n in self.sizes)
+        return f"{layers} {self.activation}, {self.loss}, {self.optimizer}, batch {self.batch}"
+
+
+# Learning rates are small enough that rounding errors do not grow: at 1e-3, "mnist" is chaotic and two correct float32
+# libraries drift 6 % apart in 96 steps, which would hide a wrong one. The time of a step does not depend on them.
+WORKLOADS = {
+    w.name: w
+    for w in (
+        Workload("tiny", (2, 16, 16, 1), "tanh", "logistic", "sgd", 0.1, 32, 64, 3),
+        Workload("small", (8, 64, 64, 1), "relu", "least_squares", "adam", 1e-3, 32, 64, 3),
+        Workload("digits", (64, 100, 10), "relu", "cross_entropy", "adam", 1e-3, 200, 9, 20),
+        Workload("mnist", (784, 256, 128, 10), "relu", "cross_entropy", "adam", 3e-4, 128, 32, 3),
+        Workload("mid", (256, 1024, 1024, 1024, 64), "relu", "mse", "adam", 1e-4, 1024, 4, 3),
+        Workload("large", (2048, 2048, 2048, 2048), "relu", "mse", "sgd", 0.1, 2048, 1, 3),
+    )
+}
+
+
+def make(work: Workload, seed: int = 0) -> dict[str, np.ndarray]:
+    """Data, initial weights and reference trajectory of one workload, as named arrays.
+
+    `X` (N, n0) float32; `y` (N,) int64 labels for cross-entropy, else (N, k) float32; `W0`, `b0`, ... (O, I) and
+    (O,) float32; `losses` (steps,) float64, each before its update; `ref_W0`, ... the weights after the last step.
+    """
+    rng = np.random.default_rng(seed)
+    rows = work.batch * work.batches
+    X = rng.standard_normal((rows, work.sizes[0]), dtype=np.float32)
+    y = _targets(work, X, rng)
+    weights, biases = _initial(work, rng)
+    problem = {"X": X, "y": y}
+    problem |= {f"W{k}": w for k, w in enumerate(weights)} | {f"b{k}": b for k, b in enumerate(biases)}
+    losses, weights64, biases64 = _reference(work, problem)
+    problem["losses"] = losses
+    return problem | {f"ref_W{k}": w for k, w in enumerate(weights64)} | {f"ref_b{k}": b for k, b in enumerate(biases64)}
+
+
+def save(work: Workload, path: Path) -> np.ndarray:
+    """Write the problem where the contenders read it; returns the reference losses."""
+    problem = make(work)
+    np.savez(path, **problem)
+    return problem["losses"]
+
+
+def _targets(work: Workload, X: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Something a network can learn: a random linear map of the inputs, bent by a sine."""
+    teacher = rng.standard_normal((work.sizes[0], work.sizes[-1]), dtype=np.float32)
+    scores = np.sin(X @ teacher / np.float32(np.sqrt(work.sizes[0])) * 2)
+    if work.loss == "cross_entropy":
+        return scores.argmax(axis=1).astype(np.int64)
+    if work.loss == "logistic":
+        return (scores > 0).astype(np.float32)
+    return scores
+
+
+def _initial(work: Workload, rng: np.random.Generator) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """He (relu) or Glorot (tanh) normal weights; biases that are not zero, so that a forgotten bias shows."""
+    weights, biases = [], []
+    for i, o in zip(work.sizes, work.sizes[1:], strict=False):
+        spread = np.sqrt(2.0 / i if work.activation == "relu" else 2.0 / (i + o))
+        weights.append((rng.standard_normal((o, i)) * spread).astype(np.float32))
+        biases.append((rng.standard_normal(o) * 0.01).astype(np.float32))
+    return weights, biases
+
+
+def _loss(name: str, f: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+    """Mean loss over the batch and its derivative with respect to the outputs f."""
+    rows, outputs = f.shape
+    if name == "cross_entropy":
+        shifted = f - f.max(axis=1, keepdims=True)
+        log_z = np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        picked = np.arange(rows), y
+        p = np.exp(shifted - log_z)
+        p[picked] -= 1.0
+        return float((log_z[:, 0] - shifted[picked]).mean()), p / rows
+    if name == "logistic":
+        value = np.maximum(f, 0.0) - y * f + np.log1p(np.exp(-np.abs(f)))
+        return float(value.mean()), (1.0 / (1.0 + np.exp(-f)) - y) / (rows * outputs)
+    d = f - y
+    if name == "mse":
+        return float((d * d).mean()), 2.0 * d / d.size
+    return float(0.5 * (d * d).sum(axis=1).mean()), d / rows  # least_squares
+
+
+def _gradient(
+    work: Workload, X: np.ndarray, y: np.ndarray, params: list[np.ndarray]
+) -> tuple[float, list[np.ndarray]]:
+    """Loss and gradients in the order W0, b0, W1, b1, ... (the chain rule, written out)."""
+    depth = len(params) // 2
+    phi = [X]
+    for k in range(depth):
+        z = phi[-1] @ params[2 * k].T + params[2 * k + 1]
+        if k < depth - 1:
+            z = np.maximum(z, 0.0) if work.activation == "relu" else np.tanh(z)
+        phi.append(z)
+    value, cotangent = _loss(work.loss, phi[-1], y)
+    grads: list[np.ndarray] = [np.empty(0)] * len(params)
+    for k in reversed(range(depth)):
+        grads[2 * k], grads[2 * k + 1] = cotangent.T @ phi[k], cotangent.sum(axis=0)
+        if k:
+            a = phi[k]
+            slope = (a > 0.0) if work.activation == "relu" else (1.0 - a) * (1.0 + a)
+            cotangent = (cotangent @ params[2 * k]) * slope
+    return value, grads
+
+
+def _reference(
+    work: Workload, problem: dict[str, np.ndarray]
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Train in float64 for `verify_epochs` epochs: the losses before each update and the final parameters."""
+    depth = len(work.sizes) - 1
+    params = [problem[f"{kind}{k}"].astype(np.float64) for k in range(depth) for kind in "Wb"]
+    first = [np.zeros_like(p) for p in params]
+    second = [np.zeros_like(p) for p in params]
+    X = problem["X"].astype(np.float64)
+    y = problem["y"] if work.loss == "cross_entropy" else problem["y"].astype(np.float64)
+    losses = []
+    for t in range(work.verify_epochs * work.batches):
+        start = (t % work.batches) * work.batch
+        rows = slice(start, start + work.batch)
+        value, grads = _gradient(work, X[rows], y[rows], params)
+        losses.append(value)
+        for p, g, m, v in zip(params, grads, first, second, strict=True):
+            if work.optimizer == "sgd":
+                p -= work.lr * g
+                continue
+            m += (1.0 - ADAM["beta1"]) * (g - m)
+            v += (1.0 - ADAM["beta2"]) * (g * g - v)
+            m_hat = m / (1.0 - ADAM["beta1"] ** (t + 1))
+            v_hat = v / (1.0 - ADAM["beta2"] ** (t + 1))
+            p -= work.lr * m_hat / (np.sqrt(v_hat) + ADAM["eps"])
+    return np.array(losses), params[0::2], params[1::2]

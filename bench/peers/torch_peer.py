@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""PyTorch: eager with fused optimizers, and torch.compile around forward and loss plus the compiled backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .problem import ADAM, ROUNDING, Workload
+
+
+def configure(threads: int) -> None:
+    """One setting for intra-op threads; inter-op parallelism has nothing to do in a chain."""
+    torch.set_num_threads(threads)
+    torch.set_num_interop_threads(1)
+    torch.set_flush_denormal(True)
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide the speed."""
+    return {"torch": torch.__version__}
+
+
+def _least_squares(f: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return 0.5 * (f - y).square().sum(dim=1).mean()
+
+
+LOSSES = {
+    "logistic": F.binary_cross_entropy_with_logits,
+    "least_squares": _least_squares,
+    "mse": F.mse_loss,
+    "cross_entropy": F.cross_entropy,
+}
+
+
+class Eager:
+    """nn.Sequential, loss.backward(), fused optimizer: the form of PyTorch's tutorials at its fastest."""
+
+    form = "nn.Sequential, Adam/SGD(fused=True), zero_grad(set_to_none=True)"
+    note = ""
+    tolerance = ROUNDING
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        self.work = work
+        self.initial = [
+            torch.tensor(problem[f"{kind}{k}"]) for k in range(len(work.sizes) - 1) for kind in "Wb"
+        ]
+        X, y = torch.tensor(problem["X"]), torch.tensor(problem["y"])
+        self.batches = list(zip(X.split(work.batch), y.split(work.batch), strict=True))
+        self.model = self._model()
+        self.loss = LOSSES[work.loss]
+        self.forward = self._forward
+        self.optimizer = self._optimizer()
+
+    def _model(self) -> nn.Sequential:
+        activation = nn.ReLU if self.work.activation == "relu" else nn.Tanh
+        parts: list[nn.Module] = []
+        for i, o in zip(self.work.sizes, self.work.sizes[1:], strict=False):
+            parts += [nn.Linear(i, o), activation()]
+        return nn.Sequential(*parts[:-1])
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        parameters = self.model.parameters()
+        if self.work.optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=self.work.lr, fused=True)
+        betas = (ADAM["beta1"], ADAM["beta2"])
+        return torch.optim.Adam(parameters, lr=self.work.lr, betas=betas, eps=ADAM["eps"], fused=True)
+
+    def _forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.loss(self.model(x), y)
+
+    def reset(self) -> None:
+        """Copy the initial weights in; a fresh optimizer."""
+        with torch.no_grad():
+            for parameter, value in zip(self.model.parameters(), self.initial, strict=True):
+                parameter.copy_(value)
+        self.optimizer = self._optimizer()
+
+    def _step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.forward(x, y)
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+    def run(self, epochs: int) -> None:
+        """Losses are not read: .item() is not needed to train (and CPU execution is synchronous)."""
+        for _ in range(epochs):
+            for x, y in self.batches:
+                self._step(x, y)
+
+    def losses(self, epochs: int) -> list[float]:
+        """Per step."""
+        return [self._step(x, y).item() for _ in range(epochs) for x, y in self.batches]
+
+    def parameters(self) -> list[np.ndarray]:
+        """Copies."""
+        return [p.detach().numpy().copy() for p in self.model.parameters()]
+
+
+class Compiled(Eager):
+    """torch.compile of model and loss; the optimizer stays the fused one.
+
+    Tried and not faster on these networks: the optimizer compiled too, mode="max-autotune", the C++ wrapper, compiled
+    autograd.
+    """
+
+    form = "torch.compile(model + loss), Adam/SGD(fused=True)"
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        super().__init__(work, problem)
+        self.forward = torch.compile(self._forward, dynamic=False)
+
+
+VARIANTS: dict[str, Any] = {"torch eager": Eager, "torch.compile": Compiled}

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: MIT
+// The only file built once per instruction set (CHAINRULE_ISA names it): every kernel in that set's namespace, and one
+// table of them per real type. Nothing here may call an inline function of the standard library; see platform.hpp.
+#include "kernels.hpp"
+
+#include "ops/dropout.hpp"
+#include "ops/linear.hpp"
+#include "optim.hpp"
+
+#include "ops/cross_entropy.hpp"
+#include "ops/elu.hpp"
+#include "ops/gaussian_nll.hpp"
+#include "ops/gelu.hpp"
+#include "ops/huber.hpp"
+#include "ops/identity.hpp"
+#include "ops/leaky_relu.hpp"
+#include "ops/least_squares.hpp"
+#include "ops/log_softmax.hpp"
+#include "ops/logistic.hpp"
+#include "ops/mae.hpp"
+#include "ops/mse.hpp"
+#include "ops/pinball.hpp"
+#include "ops/poisson.hpp"
+#include "ops/relu.hpp"
+#include "ops/sigmoid.hpp"
+#include "ops/silu.hpp"
+#include "ops/softmax.hpp"
+#include "ops/softplus.hpp"
+#include "ops/tanh.hpp"
+
+namespace chainrule {
+namespace CHAINRULE_ISA {
+
+template <class Loss, class T>
+void run_loss(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale, T* values, T* df,
+              Index df_stride, T param) {
+    Loss::run(rows, cols, f, f_stride, y, weight, scale, values, df, df_stride, param);
+}
+
+template <class T>
+constexpr Kernels<T> table = {
+    {
+#define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_forward<type, T>,
+#define CHAINRULE_ROWWISE(name, type, saves) rowwise_forward<type, T>,
+#define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_forward<type, T>,
+#define CHAINRULE_ROWWISE(name, type, saves) rowwise_forward<type, T>,
+#include "ops/ops.def"
+    },
+    {
+#define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_vjp<type, T>,
+#define CHAINRULE_ROWWISE(name, type, saves) rowwise_vjp<type, T>,
+#define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_vjp<type, T>,
+#define CHAINRULE_ROWWISE(name, type, saves) rowwise_vjp<type, T>,
+#include "ops/ops.def"
+    },
+    {
+#define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_jvp<type, T>,
+#define CHAINRULE_ROWWISE(name, type, saves) rowwise_jvp<type, T>,
+#define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_jvp<type, T>,
+#define CHAINRULE_ROWWISE(name, type, saves) rowwise_jvp<type, T>,
+#include "ops/ops.def"
+    },
+    {
+#define CHAINRULE_LOSS(name, type) run_loss<type, T>,
+#define CHAINRULE_LOSS(name, type) run_loss<type, T>,
+#include "ops/ops.def"
+    },
+    {
+#define CHAINRULE_OPTIMIZER(name, type) optimize<type, T>,
+#define CHAINRULE_OPTIMIZER(name, type) optimize<type, T>,
+#include "ops/ops.def"
+    },
+    linear_forward<T>,
+    linear_vjp_input<T>,
+    linear_vjp_weight<T>,
+    linear_transpose<T>,
+    dropout<T>,
+    penalize<T>,
+    clip<T>,
+    sum_of_squares<T>,
+};
+
+extern const Kernels<float> float32_kernels;
+extern const Kernels<double> float64_kernels;
+const Kernels<float> float32_kernels = table<float>;
+const Kernels<double> float64_kernels = table<double>;
+
+}  // namespace CHAINRULE_ISA
+}  // namespace chainrule

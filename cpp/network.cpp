@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: MIT
+#include "network.hpp"
+
+#include <stdexcept>
+
+#include "random.hpp"
+
+namespace chainrule {
+namespace {
+
+template <class T>
+using Kind = typename Layer<T>::Kind;
+
+Saves saves_of(Op op) {
+    static constexpr Saves saves[] = {
+#define CHAINRULE_ELEMENTWISE(name, type, what) Saves::what,
+#define CHAINRULE_ROWWISE(name, type, what) Saves::what,
+#include "ops/ops.def"
+    };
+    return saves[static_cast<int>(op)];
+}
+
+template <class T>
+Saves saves_of(const Layer<T>& layer) {
+    switch (layer.kind) {
+        case Kind<T>::op: return saves_of(layer.op);
+        case Kind<T>::dropout: return Saves::none;
+        default: return Saves::input;
+    }
+}
+
+// May `layer` overwrite its input, which is `previous`' output?
+template <class T>
+bool works_in_place(const Layer<T>& previous, const Layer<T>& layer) {
+    if (saves_of(layer) == Saves::input || previous.kind == Kind<T>::external) return false;
+    return saves_of(previous) != Saves::output;
+}
+
+template <class T>
+MatrixView<T> rows_of(MatrixView<T> view, Index begin, Index end) {
+    return {view.data + begin * view.stride, end - begin, view.cols, view.stride};
+}
+
+template <class T>
+Index panel_width(Index columns, Index start) {
+    return round_up(std::min(columns - start, kPanel<T>), kLine<T>);
+}
+
+}  // namespace
+
+// ---- activations ----------------------------------------------------------------------------------------------------
+
+template <class T>
+Activations<T>::Activations(const std::vector<Layer<T>>& layers, Index rows, bool cotangents) : rows_(rows) {
+    const std::size_t depth = layers.size();
+    std::vector<Index> begin;  // of each buffer, in elements
+    Index total = 0;
+    const auto make = [&](Index cols) {
+        // One column more for the ones that a linear layer's bias is multiplied by.
+        const MatrixView<T> view = {nullptr, rows, cols, padded_stride<T>(cols + 1)};
+        begin.push_back(total);
+        total += view.stride * rows;
+        return view;
+    };
+    std::vector<std::size_t> phi_buffer(depth + 1), dphi_buffer(depth + 1);
+    phi_.push_back(make(layers[0].inputs));
+    for (std::size_t l = 0; l < depth; ++l) {
+        const bool shares = l > 0 && works_in_place(layers[l - 1], layers[l]);
+        phi_.push_back(shares ? phi_[l] : make(layers[l].outputs));
+        phi_buffer[l + 1] = shares ? phi_buffer[l] : begin.size() - 1;
+    }
+    if (cotangents) {
+        dphi_.resize(depth + 1);
+        dphi_[depth] = make(layers[depth - 1].outputs);
+        dphi_buffer[depth] = begin.size() - 1;
+        for (std::size_t l = depth; l-- > 0;) {
+            const bool shares = layers[l].kind == Kind<T>::op || layers[l].kind == Kind<T>::dropout;
+            const bool unused = l == 0 && layers[l].kind == Kind<T>::linear;
+            dphi_[l] = shares ? dphi_[l + 1] : (unused ? MatrixView<T>{} : make(layers[l].inputs));
+            dphi_buffer[l] = shares ? dphi_buffer[l + 1] : begin.size() - 1;
+        }
+    }
+    arena_ = Array<T>(total);
+    for (std::size_t l = 0; l <= depth; ++l) {
+        phi_[l].data = arena_.data() + begin[phi_buffer[l]];
+        if (cotangents && dphi_[l].stride > 0) dphi_[l].data = arena_.data() + begin[dphi_buffer[l]];
+    }
+}
+
+// ---- parameters -----------------------------------------------------------------------------------------------------
+
+template <class T>
+Network<T>::Network(std::vector<Layer<T>> layers) : layers_(std::move(layers)) {
+    if (layers_.empty()) throw std::invalid_argument("[Network] a network has layers: expected at least 1, got 0");
+    Index total = 0, backward_total = 0;
+    first_cotangent_ = depth();
+    for (Index l = 0; l < depth(); ++l) {
+        Layer<T>& layer = layers_[static_cast<std::size_t>(l)];
+        layer.offset = total;
+        const Index first_parameter = static_cast<Index>(parameters_.size());
+        if (layer.kind == Kind<T>::linear) {
+            const Index inputs = layer.inputs, outputs = layer.outputs;
+            parameters_.push_back({l, "weight", {outputs, inputs}, 0, outputs * inputs});
+            if (layer.bias) parameters_.push_back({l, "bias", {outputs}, 0, outputs});
+            total += layer.weight_rows() * round_up(outputs, kLine<T>);
+            multiplies_ += static_cast<double>(layer.weight_rows()) * static_cast<double>(outputs);
+            if (l >= first_cotangent_) {  // what comes first needs no cotangent of its input, so no transposed copy
+                layer.backward_offset = backward_total;
+                backward_total += outputs * round_up(inputs, kLine<T>);
+            }
+        } else if (layer.kind == Kind<T>::external) {
+            has_external_ = true;
+            for (const auto& own : layer.external->parameters()) {
+                parameters_.push_back({l, own.name, own.shape, total, own.size});
+                total += round_up(own.size, kLine<T>);
+            }
+        }
+        layer.size = total - layer.offset;
+        if (static_cast<Index>(parameters_.size()) > first_parameter) first_cotangent_ = std::min(first_cotangent_, l + 1);
+    }
+    theta_ = Array<T>(total);
+    backward_ = Array<T>(backward_total);
+    for (Index l = 0; l < depth(); ++l) {
+        if (layers_[static_cast<std::size_t>(l)].kind != Kind<T>::external) continue;
+        std::vector<T*> storage;
+        for (const Parameter& parameter : parameters_)
+            if (parameter.layer == l) storage.push_back(theta_.data() + parameter.offset);
+        layers_[static_cast<std::size_t>(l)].external->bind(storage.data());
+    }
+}
+
+template <class T>
+T* Network<T>::locate(const Layer<T>& layer, T* flat, Index input_row, Index output) const {
+    const Index start = output / kPanel<T> * kPanel<T>, width = panel_width<T>(layer.outputs, start);
+    return flat + layer.offset + start * layer.weight_rows() + input_row * width + (output - start);
+}
+
+template <class T>
+void Network<T>::read(const Parameter& parameter, const T* flat, T* to) const {
+    const Layer<T>& layer = layers_[static_cast<std::size_t>(parameter.layer)];
+    T* from = const_cast<T*>(flat);
+    if (layer.kind == Kind<T>::external) {
+        std::copy_n(flat + parameter.offset, parameter.size, to);
+    } else if (parameter.shape.size() == 1) {
+        for (Index o = 0; o < layer.outputs; ++o) to[o] = *locate(layer, from, layer.inputs, o);
+    } else {
+        for (Index o = 0; o < layer.outputs; ++o)
+            for (Index i = 0; i < layer.inputs; ++i) to[o * layer.inputs + i] = *locate(layer, from, i, o);
+    }
+}
+
+template <class T>
+void Network<T>::write(const Parameter& parameter, const T* from) {
+    const Layer<T>& layer = layers_[static_cast<std::size_t>(parameter.layer)];
+    if (layer.kind == Kind<T>::external) {
+        std::copy_n(from, parameter.size, theta() + parameter.offset);
+    } else if (parameter.shape.size() == 1) {
+        for (Index o = 0; o < layer.outputs; ++o) *locate(layer, theta(), layer.inputs, o) = from[o];
+    } else {
+        for (Index o = 0; o < layer.outputs; ++o)
+            for (Index i = 0; i < layer.inputs; ++i) *locate(layer, theta(), i, o) = from[o * layer.inputs + i];
+        transpose(layer);
+    }
+}
+
+template <class T>
+void Network<T>::transpose(const Layer<T>& layer) const {
+    if (&layer - layers_.data() < first_cotangent_) return;
+    for (Index start = 0; start < layer.outputs; start += kPanel<T>)
+        kernels<T>().linear_transpose(layer.inputs, layer.outputs, 0, layer.inputs, start,
+                                      theta() + layer.offset + start * layer.weight_rows(), panel_width<T>(layer.outputs, start),
+                                      backward_weights(layer));
+}
+
+template <class T>
+void Network<T>::refresh() {
+    for (const Layer<T>& layer : layers_)
+        if (layer.kind == Kind<T>::linear) transpose(layer);
+}
+
+template <class T>
+void Network<T>::publish() {
+    for (const Layer<T>& layer : layers_)
+        if (layer.kind == Kind<T>::external) layer.external->publish();
+}
+
+// ---- the two sweeps -------------------------------------------------------------------------------------------------
+
+template <class T>
+void Network<T>::append_ones(const Activations<T>& a, Index l, Index begin, Index end) const {
+    if (l >= depth() || !layers_[static_cast<std::size_t>(l)].bias) return;
+    const MatrixView<T> x = a.phi(l);
+    for (Index i = begin; i < end; ++i) x.data[i * x.stride + x.cols] = T{1};
+}
+
+template <class T>
+void Network<T>::forward_layer(Index l, MatrixView<T> x, MatrixView<T> y) const {
+    const Layer<T>& layer = layers_[static_cast<std::size_t>(l)];
+    switch (layer.kind) {
+        case Kind<T>::linear:
+            return kernels<T>().linear_forward(x.rows, layer.inputs, layer.outputs, layer.bias, x.data, x.stride, theta() + layer.offset,
+                                               y.data, y.stride);
+        case Kind<T>::op:
+            return kernels<T>().forward[static_cast<int>(layer.op)](x.rows, x.cols, x.data, x.stride, y.data, y.stride,
+                                                                    static_cast<T>(layer.param));
+        case Kind<T>::external: return layer.external->forward({x.data, x.rows, x.cols, x.stride}, y);
+        case Kind<T>::dropout:
+            if (x.data != y.data) copy_rows(x.rows, x.cols, x.data, x.stride, y.data, y.stride);
+    }
+}
+
+template <class T>
+void Network<T>::forward(const Activations<T>& a, Index from, Index to, Index begin, Index end, const Noise& noise, bool training) const {
+    for (Index l = from; l < to; ++l) {
+        const Layer<T>& layer = layers_[static_cast<std::size_t>(l)];
+        const MatrixView<T> x = rows_of(a.phi(l), begin, end), y = rows_of(a.phi(l + 1), begin, end);
+        if (layer.kind == Kind<T>::dropout && noise.active)
+            kernels<T>().dropout(x.rows, x.cols, x.data, x.stride, y.data, y.stride, layer.param, dropout_key(noise.seed, l), noise.step, begin);
+        else
+            forward_layer(l, x, y);
+        if (training) append_ones(a, l + 1, begin, end);
+    }
+}
+
+template <class T>
+void Network<T>::backward(const Activations<T>& a, Index to, Index from, Index begin, Index end, const Noise& noise) const {
+    const Kernels<T>& k = kernels<T>();
+    for (Index l = to; l-- > from;) {
+        const Layer<T>& layer = layers_[static_cast<std::size_t>(l)];
+        const MatrixView<T> dy = rows_of(a.dphi(l + 1), begin, end), dx = rows_of(a.dphi(l), begin, end);
+        if (layer.kind == Kind<T>::linear) {
+            k.linear_vjp_input(dx.rows, layer.inputs, layer.outputs, dy.data, dy.stride, backward_weights(layer), dx.data, dx.stride);
+        } else if (layer.kind == Kind<T>::op) {
+            const MatrixView<T> saved = rows_of(a.phi(saves_of(layer.op) == Saves::input ? l : l + 1), begin, end);
+            k.vjp[static_cast<int>(layer.op)](dx.rows, dx.cols, dy.data, dy.stride, saved.data, saved.stride, dx.data, dx.stride,
+                                              static_cast<T>(layer.param));
+        } else if (noise.active) {
+            k.dropout(dx.rows, dx.cols, dy.data, dy.stride, dx.data, dx.stride, layer.param, dropout_key(noise.seed, l), noise.step, begin);
+        }
+    }
+}
+
+// ---- whole batches --------------------------------------------------------------------------------------------------
+
+int parts_for(double multiplies) {
+    // A fork and join costs 0.13 µs between spinning threads and tens of µs between sleeping ones; below this much work
+    // (about 10 µs on one core) a second thread does not pay.
+    constexpr double worthwhile = 1e6;
+    return multiplies < worthwhile ? 1 : thread_count();
+}
+
+template <class T>
+void Network<T>::forward_all(const Activations<T>& a, Index rows, const Noise& noise, bool training) const {
+    for (Index l = 0; l < depth();) {
+        const Layer<T>& layer = layers_[static_cast<std::size_t>(l)];
+        if (layer.kind == Kind<T>::external) {
+            const MatrixView<T> x = a.phi(l), y = a.phi(l + 1);
+            layer.external->forward({x.data, rows, x.cols, x.stride}, {y.data, rows, y.cols, y.stride});
+            if (training) append_ones(a, l + 1, 0, rows);
+            ++l;
+            continue;
+        }
+        const Index next = next_external(l);
+        over_rows(rows, multiplies_ * static_cast<double>(rows),
+                  [&](Index begin, Index end) { forward(a, l, next, begin, end, noise, training); });
+        l = next;
+    }
+}
+
+template <class T>
+void Network<T>::backward_all(const Activations<T>& a, Index rows, const Noise& noise, T* gradient) const {
+    Index l = depth();
+    while (l > 0 && l >= first_cotangent_) {
+        const Layer<T>& layer = layers_[static_cast<std::size_t>(l - 1)];
+        if (layer.kind == Kind<T>::external) {
+            const MatrixView<T> x = a.phi(l - 1), y = a.phi(l), dy = a.dphi(l), dx = a.dphi(l - 1);
+            std::vector<T*> gradients;
+            for (const Parameter& parameter : parameters_)
+                if (parameter.layer == l - 1) gradients.push_back(gradient + parameter.offset);
+            layer.external->vjp({x.data, rows, x.cols, x.stride}, {y.data, rows, y.cols, y.stride}, {dy.data, rows, dy.cols, dy.stride},
+                                {dx.data, rows, dx.cols, dx.stride}, gradients.data());
+            --l;
+            continue;
+        }
+        Index from = l - 1;
+        while (from > first_cotangent_ && layers_[static_cast<std::size_t>(from - 1)].kind != Kind<T>::external) --from;
+        if (from < first_cotangent_) return;
+        over_rows(rows, 2 * multiplies_ * static_cast<double>(rows),
+                  [&](Index begin, Index end) { backward(a, l, from, begin, end, noise); });
+        l = from;
+    }
+}
+
+template <class T>
+Index Network<T>::next_external(Index layer) const {
+    while (layer < depth() && layers_[static_cast<std::size_t>(layer)].kind != Kind<T>::external) ++layer;
+    return layer;
+}
+
+template <class T>
+void Network<T>::predict(Index rows, const T* x, T* f) const {
+    if (rows == 0) return;
+    if (has_external_) {
+        const Activations<T> a(layers_, rows, false);
+        const MatrixView<T> in = a.phi(0), out = a.phi(depth());
+        copy_rows(rows, inputs(), x, inputs(), in.data, in.stride);
+        forward_all(a, rows, Noise{}, false);
+        return copy_rows(rows, outputs(), out.data, out.stride, f, outputs());
+    }
+    const int parts = static_cast<int>(std::min<Index>(parts_for(multiplies_ * static_cast<double>(rows)), rows));
+    std::vector<Activations<T>> scratch;  // made here: a worker has nobody to tell that memory ran out
+    for (int part = 0; part < parts; ++part) scratch.emplace_back(layers_, std::min(rows, kBlockRows), false);
+    parallel(parts, [&](int part, int count) {
+        const Activations<T>& a = scratch[static_cast<std::size_t>(part)];
+        const MatrixView<T> in = a.phi(0), out = a.phi(depth());
+        for (Index first = rows * part / count, end = rows * (part + 1) / count; first < end; first += kBlockRows) {
+            const Index block = std::min(end - first, kBlockRows);
+            copy_rows(block, inputs(), x + first * inputs(), inputs(), in.data, in.stride);
+            forward(a, 0, depth(), 0, block, Noise{}, false);
+            copy_rows(block, outputs(), out.data, out.stride, f + first * outputs(), outputs());
+        }
+    });
+}
+
+template class Network<float>;
+template class Network<double>;
+template class Activations<float>;
+template class Activations<double>;
+
+}  // namespace chainrule

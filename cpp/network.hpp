@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: MIT
+// L3: a network as the chain x = φ⁰ → φ¹ → … → φᴸ = f: its parameters in one flat buffer, its activations in one arena,
+// and the two sweeps over rows of a batch. The rows are independent, so any range of them can go through all layers.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels.hpp"
+#include "pool.hpp"
+
+namespace chainrule {
+
+// Aligned, zero-initialised, fixed-size array.
+template <class T>
+class Array {
+   public:
+    Array() = default;
+    explicit Array(Index size) : data_(static_cast<T*>(allocate_bytes(static_cast<std::size_t>(size) * sizeof(T)))), size_(size) {}
+    Array(Array&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+    Array& operator=(Array&& other) noexcept {
+        std::swap(data_, other.data_);
+        std::swap(size_, other.size_);
+        return *this;
+    }
+    ~Array() { free_bytes(data_, static_cast<std::size_t>(size_) * sizeof(T)); }
+
+    T* data() const { return data_; }
+    Index size() const { return size_; }
+    T& operator[](Index i) const { return data_[i]; }
+
+   private:
+    T* data_ = nullptr;
+    Index size_ = 0;
+};
+
+// A layer that lives outside the engine: a user's Python class. Its maps see the whole batch at once, on the calling
+// thread, and may throw; the engine has changed no parameter by then.
+template <class T>
+class ExternalLayer {
+   public:
+    struct Parameter {
+        std::string name;
+        std::vector<Index> shape;
+        Index size;
+    };
+    virtual ~ExternalLayer() = default;
+    virtual std::vector<Parameter> parameters() = 0;
+    virtual void bind(T* const* storage) = 0;  // where the parameters live from now on; fills in their initial values
+    virtual void publish() = 0;                // shows the owner their present values
+    virtual void forward(MatrixView<const T> x, MatrixView<T> y) = 0;
+    virtual void vjp(MatrixView<const T> x, MatrixView<const T> y, MatrixView<const T> dy, MatrixView<T> dx, T* const* gradients) = 0;
+};
+
+template <class T>
+struct Layer {
+    enum class Kind { linear, op, dropout, external };
+    Kind kind;
+    Index inputs, outputs;
+    bool bias = false;                           // linear
+    Op op = Op::identity;                        // op
+    double param = 0;                            // op: its parameter; dropout: p
+    std::shared_ptr<ExternalLayer<T>> external{};  // external
+
+    // Set by Network: where the parameters begin in the flat buffer, and the transposed copy of a linear layer's weights.
+    Index offset = 0, size = 0, backward_offset = 0;
+    Index weight_rows() const { return inputs + bias; }
+};
+
+// One entry of the state dict.
+struct Parameter {
+    Index layer;
+    std::string name;
+    std::vector<Index> shape;
+    Index offset, size;  // external layers: plain array; linear layers: size only, the weights are in panels
+};
+
+// What phase 1 needs to know of a training step; dropout is off where there is none.
+struct Noise {
+    bool active;
+    std::uint64_t seed, step;
+};
+
+// The matrices of one batch: φ⁰ … φᴸ, and the cotangents ∂L/∂φˡ. Ops that do not need what they overwrite work in place,
+// so several layers may share a buffer.
+template <class T>
+class Activations {
+   public:
+    Activations() = default;
+    Activations(const std::vector<Layer<T>>& layers, Index rows, bool cotangents);
+    Index rows() const { return rows_; }
+    MatrixView<T> phi(Index layer) const { return phi_[static_cast<std::size_t>(layer)]; }    // 0 is the input
+    MatrixView<T> dphi(Index layer) const { return dphi_[static_cast<std::size_t>(layer)]; }  // 0 exists for external layers only
+
+   private:
+    Index rows_ = 0;
+    Array<T> arena_;
+    std::vector<MatrixView<T>> phi_, dphi_;
+};
+
+// Rows go through all layers in blocks of this many: enough to use each weight often, few enough to stay in the cache.
+constexpr Index kBlockRows = 96;
+
+// How many threads so many multiplications are worth.
+int parts_for(double multiplies);
+
+// f(begin, end) over blocks of rows, on several threads where it pays.
+template <class F>
+void over_rows(Index rows, double multiplies, F f) {
+    const int most = static_cast<int>(std::clamp<Index>(rows / 4, 1, 1 << 20));
+    parallel(std::min(parts_for(multiplies), most), [&](int part, int parts) {
+        const Index end = rows * (part + 1) / parts;
+        for (Index begin = rows * part / parts; begin < end; begin += kBlockRows)
+            f(begin, end - begin < kBlockRows ? end : begin + kBlockRows);
+    });
+}
+
+template <class T>
+void copy_rows(Index rows, Index cols, const T* from, Index from_stride, T* to, Index to_stride) {
+    for (Index i = 0; i < rows; ++i) std::copy_n(from + i * from_stride, cols, to + i * to_stride);
+}
+
+template <class T>
+class Network {
+   public:
+    explicit Network(std::vector<Layer<T>> layers);
+
+    const std::vector<Layer<T>>& layers() const { return layers_; }
+    const std::vector<Parameter>& parameters() const { return parameters_; }
+    Index depth() const { return static_cast<Index>(layers_.size()); }
+    Index inputs() const { return layers_.front().inputs; }
+    Index outputs() const { return layers_.back().outputs; }
+    bool has_external() const { return has_external_; }
+    double multiplies_per_row() const { return multiplies_; }  // of one forward pass
+    Index first_cotangent() const { return first_cotangent_; }  // below this layer nothing needs a cotangent
+
+    // The flat buffer: for each linear layer Wᵀ over b in panels, for each external layer its arrays.
+    T* theta() const { return theta_.data(); }
+    Index size() const { return theta_.size(); }
+    T* backward_weights(const Layer<T>& layer) const { return backward_.data() + layer.backward_offset; }
+
+    // Plain row-major copies of one parameter, out of and into a buffer laid out like theta.
+    void read(const Parameter& parameter, const T* flat, T* to) const;
+    void write(const Parameter& parameter, const T* from);
+    void refresh();  // after theta changed as a whole: the transposed copies
+    void publish();  // after training: external layers' own copies
+
+    // Rows [begin, end) through layers [from, to). Linear layers get their column of ones where `training`.
+    void forward(const Activations<T>& a, Index from, Index to, Index begin, Index end, const Noise& noise, bool training) const;
+    // One layer on matrices of the caller's, whose rows are padded. Dropout is the identity.
+    void forward_layer(Index layer, MatrixView<T> x, MatrixView<T> y) const;
+    // dphi(to) to dphi(from), same rows.
+    void backward(const Activations<T>& a, Index to, Index from, Index begin, Index end, const Noise& noise) const;
+    void append_ones(const Activations<T>& a, Index layer, Index begin, Index end) const;
+
+    // The same for the first `rows` rows of a whole batch, on several threads, with external layers between. `gradient` is
+    // laid out like theta and receives the external layers' parts.
+    void forward_all(const Activations<T>& a, Index rows, const Noise& noise, bool training) const;
+    void backward_all(const Activations<T>& a, Index rows, const Noise& noise, T* gradient) const;
+
+    // f = φᴸ(x) for plain row-major x and f; any number of rows.
+    void predict(Index rows, const T* x, T* f) const;
+
+   private:
+    std::vector<Layer<T>> layers_;
+    std::vector<Parameter> parameters_;
+    Array<T> theta_, backward_;
+    bool has_external_ = false;
+    double multiplies_ = 0;
+    Index first_cotangent_ = 0;
+
+    T* locate(const Layer<T>& layer, T* flat, Index input_row, Index output) const;
+    void transpose(const Layer<T>& layer) const;
+    Index next_external(Index layer) const;
+};
+
+extern template class Network<float>;
+extern template class Network<double>;
+extern template class Activations<float>;
+extern template class Activations<double>;
+
+}  // namespace chainrule

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: MIT
+// cross_entropy: softmax and negative log-likelihood in one, on logits f.
+// Labels c:          L = log Σ e^f_j - f_c                       gradient  softmax(f) - onehot(c)
+// Probabilities p:   L = Σ_j p_j (log Σ e^f_k - f_j)             gradient  softmax(f) Σ p - p
+// The row's maximum is subtracted first: no overflow, and a large shared offset changes nothing. 0 · inf counts as 0.
+#pragma once
+
+#include "op.hpp"
+
+namespace chainrule {
+namespace CHAINRULE_ISA {
+
+struct CrossEntropy {
+    template <class T>
+    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale, T* values, T* df,
+                    Index df_stride, T) {
+        for (Index i = 0; i < rows; ++i) {
+            const T factor = (weight ? weight[i] : T{1}) * scale;
+            if (y.labels)
+                values[i] = label_row(cols, f + i * f_stride, y.labels[i], factor, df + i * df_stride);
+            else
+                values[i] = probability_row(cols, f + i * f_stride, y.values + i * y.stride, factor, df + i * df_stride);
+        }
+    }
+
+    // df = factor * mass * softmax(f); returns log Σ e^(f - m).
+    template <class T>
+    CHAINRULE_INLINE T softmax_row(Index n, const T* f, Vec<T> m, T factor, T* df) {
+        const T sum = sum_columns<T>(n, [&](Index j) {
+            const Vec<T> e = exp(below_max(load(f + j), m));
+            store(df + j, e);
+            return e;
+        });
+        const Vec<T> share = Vec<T>{} + factor / sum;
+        for (Index j = 0; j < n; j += kWidth<T>) store(df + j, select(real_columns<T>(j, n), load(df + j) * share, Vec<T>{}));
+        return log(Vec<T>{} + sum)[0];
+    }
+
+    template <class T>
+    CHAINRULE_INLINE T label_row(Index n, const T* f, std::int64_t label, T factor, T* df) {
+        const T largest = max_column(n, f);
+        const T log_sum = softmax_row(n, f, Vec<T>{} + largest, factor, df);
+        df[label] -= factor;
+        return log_sum - (f[label] == largest ? T{0} : f[label] - largest);
+    }
+
+    template <class T>
+    CHAINRULE_INLINE T probability_row(Index n, const T* f, const T* p, T factor, T* df) {
+        const Vec<T> m = Vec<T>{} + max_column(n, f), f_factor = Vec<T>{} + factor;
+        const T mass = sum_columns<T>(n, [&](Index j) { return load(p + j); });
+        const Vec<T> log_sum = Vec<T>{} + softmax_row(n, f, m, factor * mass, df);
+        return sum_columns<T>(n, [&](Index j) {
+            const Vec<T> pj = load(p + j);
+            store(df + j, select(real_columns<T>(j, n), load(df + j) - f_factor * pj, Vec<T>{}));
+            return select(pj == Vec<T>{}, Vec<T>{}, pj * (log_sum - below_max(load(f + j), m)));
+        });
+    }
+};
+
+}  // namespace CHAINRULE_ISA
+}  // namespace chainrule

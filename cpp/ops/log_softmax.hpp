@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: MIT
+// log_softmax: y_j = x_j - m - log Σ_k e^(x_k - m), m = max x, along each row.
+// Jacobian    J = I - 1ᵀp with the row p = e^y: every row of J is the unit row minus p
+// vjp         dy - p Σ dy_k;  jvp  dx - Σ p_k dx_k
+// saves       y
+// limits      as softmax
+#pragma once
+
+#include "op.hpp"
+
+namespace chainrule {
+namespace CHAINRULE_ISA {
+
+struct LogSoftmax {
+    template <class T>
+    static void forward(Index n, const T* x, T* y) {
+        const Vec<T> m = Vec<T>{} + max_column(n, x);
+        const T sum = sum_columns<T>(n, [&](Index j) { return exp(below_max(load(x + j), m)); });
+        const Vec<T> log_sum = log(Vec<T>{} + sum);
+        for (Index j = 0; j < n; j += kWidth<T>) store(y + j, below_max(load(x + j), m) - log_sum);
+    }
+    template <class T>
+    static void vjp(Index n, const T* dy, const T* y, T* dx) {
+        const Vec<T> total = Vec<T>{} + sum_columns<T>(n, [&](Index j) { return load(dy + j); });
+        for (Index j = 0; j < n; j += kWidth<T>)
+            store(dx + j, select(real_columns<T>(j, n), load(dy + j) - exp(load(y + j)) * total, Vec<T>{}));
+    }
+    template <class T>
+    static void jvp(Index n, const T* dx, const T* y, T* dy) {
+        const Vec<T> mean = Vec<T>{} + sum_columns<T>(n, [&](Index j) { return exp(load(y + j)) * load(dx + j); });
+        for (Index j = 0; j < n; j += kWidth<T>) store(dy + j, select(real_columns<T>(j, n), load(dx + j) - mean, Vec<T>{}));
+    }
+};
+
+}  // namespace CHAINRULE_ISA
+}  // namespace chainrule

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: MIT
+// mae: L = (1/n) Σ |y - f|, whose minimiser is the median.
+// gradient    sign(f - y) / n; 0 at the kink
+#pragma once
+
+#include "op.hpp"
+
+namespace chainrule {
+namespace CHAINRULE_ISA {
+
+struct Mae {
+    static constexpr bool mean_over_outputs = true;
+
+    template <class V>
+    CHAINRULE_INLINE ValueGrad<V> value_grad(V f, V y, V ) {
+        const V d = f - y;
+        return {abs(d), select(d == V{}, V{}, select(d == d, copysign(splat<V>(1), d), d))};
+    }
+    template <class T>
+    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale, T* values, T* df,
+                    Index df_stride, T param) {
+        elementwise_loss<Mae>(rows, cols, f, f_stride, y, weight, scale, values, df, df_stride, param);
+    }
+};
+
+}  // namespace CHAINRULE_ISA
+}  // namespace chainrule

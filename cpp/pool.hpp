@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: MIT
+// L0: our own thread pool. OpenMP's costs microseconds a region, spins without bound, and hangs after fork.
+#pragma once
+
+namespace chainrule {
+
+// The number of threads that `parallel` uses: CHAINRULE_NUM_THREADS, else OMP_NUM_THREADS, else the usable processors.
+int thread_count();
+void set_thread_count(int count);
+
+using Task = void (*)(void* context, int part, int parts);
+
+// Runs task(context, part, parts) for part = 0 .. parts-1, part 0 on the calling thread, and returns when all are done.
+// Tasks must not throw. `parts` fixes the partition of the work; the threads only decide who runs a part, so if the
+// pool is busy with another caller's work the caller runs all parts itself, with the same result.
+void parallel(Task task, void* context, int parts);
+
+// The same for a callable taking (part, parts).
+template <class F>
+void parallel(int parts, F&& f) {
+    parallel([](void* context, int part, int count) { (*static_cast<F*>(context))(part, count); },
+             const_cast<void*>(static_cast<const void*>(&f)), parts);
+}
+
+}  // namespace chainrule

@@ -1,0 +1,649 @@
+# SPDX-License-Identifier: MIT
+"""Layers: the links of the chain x = φ⁰ → φ¹ → … → φᴸ = f.
+
+A built-in layer is a description, its constructor's arguments and nothing else; the arithmetic is the engine's.
+A layer of your own is a subclass of `Layer` that brings its three maps along.
+
+In the docstrings B is the number of examples (rows), I and O are the numbers of inputs and outputs of a layer, and
+J_x[y] is the Jacobian in numerator layout, so that a cotangent c = ∂L/∂y is a row and c·J_x[y] = ∂L/∂x.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from numbers import Real
+from typing import TYPE_CHECKING, Any, ClassVar, final
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from . import _core
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+# ------------------------------------------------------------ arguments, and how they are refused
+
+
+def short(value: object) -> str:
+    """A value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def whole(op: str, name: str, value: object, least: int = 1, most: int = 2**63 - 1) -> int:
+    """`value` as an int in [least, most]; TypeError if it is none, ValueError if it lies outside."""
+    kind = {0: "a non-negative int", 1: "a positive int"}.get(least, "an int")
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        message = f"[{op}] {name} must be {kind}: expected an int, got {short(value)} ({type(value).__name__})"
+        raise TypeError(message) from None
+    if not least <= number <= most:
+        expected = f"≥ {least}" if number < least else f"≤ {most}"
+        raise ValueError(f"[{op}] {name} must be {kind}: expected {expected}, got {number}")
+    return number
+
+
+def real(
+    op: str,
+    name: str,
+    value: object,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+) -> float:
+    """`value` as a finite float with least ≤ value ≤ most and above < value < below."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            f"[{op}] {name} must be a number: expected a float, got {short(value)} ({type(value).__name__})"
+        )
+    number = float(value)
+    if not (math.isfinite(number) and least <= number <= most and above < number < below):
+        limits = (("≥", least), (">", above), ("≤", most), ("<", below))
+        expected = " and ".join(f"{sign} {limit:g}" for sign, limit in limits if math.isfinite(limit))
+        raise ValueError(
+            f"[{op}] {name} must be a finite number: expected {expected or 'one'}, got {short(value)}"
+        )
+    return number
+
+
+def flag(op: str, name: str, value: object) -> bool:
+    """`value` as a bool; numbers are refused."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"[{op}] {name} must be a bool: expected True or False, got {short(value)}")
+    return bool(value)
+
+
+def one_of(op: str, name: str, value: object, known: Any) -> str:
+    """`value` as one of the strings in `known`."""
+    if not isinstance(value, str):
+        raise TypeError(f"[{op}] {name} must be a string: expected one of {listed(known)}, got {short(value)}")
+    if value not in known:
+        raise ValueError(f"[{op}] {name} must be a known name: expected one of {listed(known)}, got {value!r}")
+    return value
+
+
+def listed(names: Any) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+class Description:
+    """Base of what is described by its constructor's arguments: read-only attributes and a repr that runs."""
+
+    def _set(self, **fields: object) -> None:
+        vars(self).update(fields)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        kind = type(self).__name__
+        raise AttributeError(
+            f"[{kind}] {name} is fixed at construction: expected no change; make a new {kind}"
+        )
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments by name."""
+        from inspect import signature
+
+        return {name: getattr(self, name) for name in signature(type(self)).parameters}
+
+    def __repr__(self) -> str:
+        from inspect import signature
+
+        parts = []
+        for name, parameter in signature(type(self)).parameters.items():
+            value = getattr(self, name)
+            if parameter.default is parameter.empty:
+                parts.append(repr(value))
+            elif value != parameter.default:
+                parts.append(f"{name}={value!r}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+# ------------------------------------------------------------ the base class
+
+
+class Layer:
+    """A link of the chain, y = g(x); subclass it to make a layer of your own.
+
+    forward(x) -> y           x (B, I) to y (B, O)
+    vjp(x, y, dy) -> dx       the row cotangents dy (B, O) times J_x[y], row by row: (B, I);
+                              (dx, {name: gradient}) if the layer has parameters
+    jvp(x, y, dx) -> dy       J_x[y] times the tangents dx (B, I): (B, O)
+    out_features(I) -> O      how many outputs for I inputs; as many as inputs unless you say otherwise
+    params                    optional dict of named arrays to learn. The network keeps the values and puts views of
+                              them into the dict, so read self.params[name] afresh in every call
+    config()                  optional: the constructor's arguments as a dict, for net.save
+
+    Rows are examples: row i of y may depend on row i of x only. A first layer that does not take whatever width
+    it is given says so with an attribute `in_features`.
+
+    Example:
+        >>> import numpy as np, chainrule as cr
+        >>> class Square(cr.Layer):
+        ...     def forward(self, x): return x * x
+        ...     def vjp(self, x, y, dy): return 2 * x * dy
+        ...     def jvp(self, x, y, dx): return 2 * x * dx
+        >>> net = cr.Sequential(cr.Linear(3, 2), Square())
+        >>> bool((net(np.ones((5, 3))) >= 0).all())
+        True
+    """
+
+    def forward(self, x: Array) -> Array:
+        raise NotImplementedError(f"[{type(self).__name__}] forward: expected a definition, got none")
+
+    def vjp(self, x: Array, y: Array, dy: Array) -> Array | tuple[Array, dict[str, Array]]:
+        raise NotImplementedError(f"[{type(self).__name__}] vjp: expected a definition, got none")
+
+    def jvp(self, x: Array, y: Array, dx: Array) -> Array:
+        raise NotImplementedError(f"[{type(self).__name__}] jvp: expected a definition, got none")
+
+    def out_features(self, in_features: int) -> int:
+        return in_features
+
+
+class BuiltIn(Description, Layer):
+    """Base of the layers that are rows of the engine's list of ops; `op` is the row's name."""
+
+    op: ClassVar[str]
+
+    @property
+    def _param(self) -> float:
+        return 0.0
+
+    def forward(self, x: Array) -> Array:
+        return _core.op_forward(self.op, _rows(x), self._param)
+
+    def vjp(self, x: Array, y: Array, dy: Array) -> Array:
+        return _core.op_vjp(self.op, _rows(dy), _rows(self._saved(x, y)), self._param)
+
+    def jvp(self, x: Array, y: Array, dx: Array) -> Array:
+        return _core.op_jvp(self.op, _rows(dx), _rows(self._saved(x, y)), self._param)
+
+    def _saved(self, x: Array, y: Array) -> Array:
+        """What the derivative is read off, as the engine's list says."""
+        return x if _SAVES[self.op] == "input" else y
+
+
+_SAVES = {name: saves for _, name, saves in _core.ops()}
+
+
+def _rows(x: Array) -> Array:
+    x = np.asarray(x)
+    return np.ascontiguousarray(x, dtype=np.float32 if x.dtype == np.float32 else np.float64)
+
+
+# ------------------------------------------------------------ Linear, and its first weights
+
+
+@final
+class Linear(BuiltIn):
+    """An affine map of every row.
+
+    Z = X Wᵀ + b
+
+    Shapes: X (B, I), Z (B, O); parameters "weight" W (O, I) and "bias" b (O,), as in PyTorch.
+    Gradient: for C = ∂L/∂Z, row by row: ∂L/∂X = C W, ∂L/∂W = Cᵀ X, ∂L/∂b = column sums of C.
+    Initialisation: `init` names how, from the network's seed and the layer's place in it; biases are 0 unless said.
+        "auto"             He normal before ReLU, LeakyReLU, ELU, GELU, SiLU and Softplus, else Glorot uniform
+        "glorot_uniform"   U(±√(6/(I+O)))        "glorot_normal"   N(0, 2/(I+O))
+        "he_uniform"       U(±√(6/I))            "he_normal"       N(0, 2/I)
+        "lecun_uniform"    U(±√(3/I))            "lecun_normal"    N(0, 1/I)
+        "torch"            U(±1/√I), biases too: the distribution of torch.nn.Linear
+        "sklearn"          U(±√(6/(I+O))), 2 for 6 before Sigmoid, biases too: the distribution of scikit-learn's MLP
+        "zeros"            0
+
+    Raises: TypeError or ValueError for a width that is no positive int, or an unknown `init`.
+
+    Example:
+        >>> import chainrule as cr
+        >>> cr.Linear(3, 2)
+        Linear(3, 2)
+        >>> sorted((k, v.shape) for k, v in cr.Sequential(cr.Linear(3, 2)).state_dict().items())
+        [('0.bias', (2,)), ('0.weight', (2, 3))]
+    """
+
+    op = "linear"
+    in_features: int
+    out_features: int  # type: ignore[assignment]  # PyTorch's word for a fixed width; Layer's is a function
+    bias: bool
+    init: str
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, init: str = "auto") -> None:
+        self._set(
+            in_features=whole("Linear", "in_features", in_features),
+            out_features=whole("Linear", "out_features", out_features),
+            bias=flag("Linear", "bias", bias),
+            init=one_of("Linear", "init", init, INITS),
+        )
+
+    def forward(self, x: Array) -> Array:
+        raise TypeError(_NO_WEIGHTS)
+
+    def vjp(self, x: Array, y: Array, dy: Array) -> Array:
+        raise TypeError(_NO_WEIGHTS)
+
+    def jvp(self, x: Array, y: Array, dx: Array) -> Array:
+        raise TypeError(_NO_WEIGHTS)
+
+
+_NO_WEIGHTS = "[Linear] a layer has no weights of its own: expected a network, got a layer; use Sequential"
+
+
+# name: (distribution, (I, O) -> its half width or standard deviation, whether biases are drawn too)
+INITS: dict[str, tuple[str, Callable[[int, int], float], bool]] = {
+    "auto": ("", lambda i, o: 0.0, False),  # one of the others, see below
+    "glorot_uniform": ("uniform", lambda i, o: math.sqrt(6 / (i + o)), False),
+    "glorot_normal": ("normal", lambda i, o: math.sqrt(2 / (i + o)), False),
+    "he_uniform": ("uniform", lambda i, o: math.sqrt(6 / i), False),
+    "he_normal": ("normal", lambda i, o: math.sqrt(2 / i), False),
+    "lecun_uniform": ("uniform", lambda i, o: math.sqrt(3 / i), False),
+    "lecun_normal": ("normal", lambda i, o: math.sqrt(1 / i), False),
+    "torch": ("uniform", lambda i, o: math.sqrt(1 / i), True),
+    "sklearn": ("uniform", lambda i, o: math.sqrt(6 / (i + o)), True),
+    "zeros": ("zeros", lambda i, o: 0.0, False),
+}
+
+
+def initial(layer: Linear, after: Layer | None, seed: int, index: int) -> tuple[Array, Array]:
+    """First weight (O, I) and bias (O,), float64, of the Linear layer number `index` that `after` follows."""
+    inputs, outputs = layer.in_features, layer.out_features
+    name = layer.init
+    if name == "auto":
+        name = "he_normal" if isinstance(after, _RELU_FAMILY) else "glorot_uniform"
+    distribution, size, biases = INITS[name]
+    scale = size(inputs, outputs)
+    if name == "sklearn" and isinstance(after, Sigmoid):
+        scale = math.sqrt(2 / (inputs + outputs))
+    weight = _draw(distribution, scale, inputs * outputs, seed, 2 * index).reshape(outputs, inputs)
+    return weight, _draw(distribution if biases else "zeros", scale, outputs, seed, 2 * index + 1)
+
+
+def _draw(distribution: str, scale: float, n: int, seed: int, stream: int) -> Array:
+    if distribution == "uniform":
+        return scale * (2 * _core.random_uniform(n, seed, stream) - 1)
+    if distribution == "normal":
+        return scale * _core.random_normal(n, seed, stream)
+    return np.zeros(n)
+
+
+# ------------------------------------------------------------ elementwise layers
+
+
+@final
+class Identity(BuiltIn):
+    """The input, unchanged.
+
+    y = x
+
+    Shapes: x (B, I), y (B, I).
+    Gradient: J_x[y] = 1, so c·J = c.
+
+    Example:
+        >>> Identity().forward([[-1.0, 2.0]])
+        array([[-1.,  2.]])
+    """
+
+    op = "identity"
+
+
+@final
+class Sigmoid(BuiltIn):
+    """The logistic function, from 0 to 1.
+
+    y = σ(x) = 1/(1 + e⁻ˣ)
+
+    Shapes: x (B, I), y (B, I).
+    Gradient: J_x[y] = diag(y (1 − y)).
+
+    Example:
+        >>> Sigmoid().forward([[0.0]])
+        array([[0.5]])
+    """
+
+    op = "sigmoid"
+
+
+@final
+class Tanh(BuiltIn):
+    """The hyperbolic tangent, from −1 to 1.
+
+    y = tanh(x)
+
+    Shapes: x (B, I), y (B, I).
+    Gradient: J_x[y] = diag((1 − y)(1 + y)).
+
+    Example:
+        >>> Tanh().forward([[0.0]])
+        array([[0.]])
+    """
+
+    op = "tanh"
+
+
+@final
+class ReLU(BuiltIn):
+    """The positive part.
+
+    y = max(x, 0)
+
+    Shapes: x (B, I), y (B, I).
+    Gradient: J_x[y] = diag(1 where x > 0, else 0); at the kink x = 0 it is 0.
+
+    Example:
+        >>> ReLU().forward([[-1.0, 2.0]])
+        array([[0., 2.]])
+    """
+
+    op = "relu"
+
+
+@final
+class LeakyReLU(BuiltIn):
+    """ReLU with a slope s = `negative_slope` ≥ 0 on the negative side.
+
+    y = x where x > 0, else s x
+
+    Shapes: x (B, I), y (B, I).
+    Gradient: J_x[y] = diag(1 where x > 0, else s); at the kink x = 0 it is s.
+
+    Raises: TypeError or ValueError for a slope that is no finite number ≥ 0.
+
+    Example:
+        >>> LeakyReLU(0.5).forward([[-1.0, 2.0]])
+        array([[-0.5,  2. ]])
+    """
+
+    op = "leaky_relu"
+    negative_slope: float
+
+    def __init__(self, negative_slope: float = 0.01) -> None:
+        self._set(negative_slope=real("LeakyReLU", "negative_slope", negative_slope, least=0))
+
+    @property
+    def _param(self) -> float:
+        return self.negative_slope
+
+
+@final
+class ELU(BuiltIn):
+    """The exponential linear unit, down to −a for a = `alpha` > 0.
+
+    y = x where x > 0, else a (eˣ − 1)
+
+    Shapes: x (B, I), y (B, I).
+    Gradient: J_x[y] = diag(1 where x > 0, else y + a).
+
+    Raises: TypeError or ValueError for an alpha that is no finite number > 0.
+
+    Example:
+        >>> ELU().forward([[0.0, 2.0]])
+        array([[0., 2.]])
+    """
+
+    op = "elu"
+    alpha: float
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        self._set(alpha=real("ELU", "alpha", alpha, above=0))
+
+    @property
+    def _param(self) -> float:
+        return self.alpha
+
+
+@final
+class GELU(BuiltIn):
+    """The Gaussian error linear unit, the exact one.
+
+    y = x Φ(x), with Φ the standard normal distribution function
+
+    Shapes: x (B, I), y (B, I).
+    Gradient: J_x[y] = diag(Φ(x) + x Φ′(x)).
+
+    Example:
+        >>> GELU().forward([[0.0]])
+        array([[0.]])
+    """
+
+    op = "gelu"
+
+
+@final
+class SiLU(BuiltIn):
+    """The sigmoid linear unit, also called swish.
+
+    y = x σ(x)
+
+    Shapes: x (B, I), y (B, I).
+    Gradient: J_x[y] = diag(σ(x) (1 + x (1 − σ(x)))).
+
+    Example:
+        >>> SiLU().forward([[0.0]])
+        array([[0.]])
+    """
+
+    op = "silu"
+
+
+@final
+class Softplus(BuiltIn):
+    """A smooth ReLU.
+
+    y = log(1 + eˣ)
+
+    Shapes: x (B, I), y (B, I).
+    Gradient: J_x[y] = diag(σ(x)).
+
+    Example:
+        >>> Softplus().forward([[0.0]]).round(4)
+        array([[0.6931]])
+    """
+
+    op = "softplus"
+
+
+_RELU_FAMILY = (ReLU, LeakyReLU, ELU, GELU, SiLU, Softplus)
+
+# ------------------------------------------------------------ row-wise layers
+
+
+@final
+class Softmax(BuiltIn):
+    """Positive numbers that sum to 1 in each row; for training prefer logits and loss="cross_entropy".
+
+    yⱼ = exp(xⱼ) / Σₖ exp(xₖ)
+
+    Shapes: x (B, I), y (B, I).
+    Gradient: J_x[y] = diag(y) − yᵀy for a row y, so c·J = (c − (c·y)) y.
+
+    Example:
+        >>> Softmax().forward([[0.0, 0.0]])
+        array([[0.5, 0.5]])
+    """
+
+    op = "softmax"
+
+
+@final
+class LogSoftmax(BuiltIn):
+    """The logarithm of softmax, without its underflow.
+
+    yⱼ = xⱼ − log Σₖ exp(xₖ)
+
+    Shapes: x (B, I), y (B, I).
+    Gradient: J_x[y] = 1 − 1ᵀ softmax(x), so c·J = c − (Σ c) softmax(x).
+
+    Example:
+        >>> LogSoftmax().forward([[0.0, 0.0]]).round(4)
+        array([[-0.6931, -0.6931]])
+    """
+
+    op = "log_softmax"
+
+
+# ------------------------------------------------------------ dropout
+
+
+@final
+class Dropout(BuiltIn):
+    """Sets a random share p of the elements to 0 while the network is trained; nothing otherwise.
+
+    y = x m / (1 − p) with m = 0 with probability p, else 1, in `fit` and `train_step`; y = x elsewhere
+
+    Shapes: x (B, I), y (B, I).
+    Gradient: J_x[y] = diag(m / (1 − p)).
+
+    Raises: TypeError or ValueError for a p that is no number in [0, 1).
+    Source: Srivastava et al., JMLR 15, 2014.
+
+    Example:
+        >>> Dropout(0.2).forward([[1.0, 2.0]])
+        array([[1., 2.]])
+    """
+
+    op = "dropout"
+    p: float
+
+    def __init__(self, p: float = 0.5) -> None:
+        self._set(p=real("Dropout", "p", p, least=0, below=1))
+
+    @property
+    def _param(self) -> float:
+        return self.p
+
+    def forward(self, x: Array) -> Array:
+        return _rows(x)
+
+    def vjp(self, x: Array, y: Array, dy: Array) -> Array:
+        return _rows(dy)
+
+    def jvp(self, x: Array, y: Array, dx: Array) -> Array:
+        return _rows(dx)
+
+
+BUILT_IN: dict[str, type[BuiltIn]] = {
+    layer.__name__: layer
+    for layer in (
+        Linear, Identity, Sigmoid, Tanh, ReLU, LeakyReLU, ELU, GELU, SiLU, Softplus, Softmax, LogSoftmax, Dropout,
+    )
+}  # fmt: skip
+
+
+# ------------------------------------------------------------ layers of the user's own, as the engine calls them
+
+
+class Guard:
+    """A layer of your own behind checks, so that a wrong map is named instead of trusted."""
+
+    def __init__(self, layer: Layer, in_features: int, out_features: int, dtype: str) -> None:
+        self.layer, self.inputs, self.outputs, self.dtype = layer, in_features, out_features, np.dtype(dtype)
+        self.name = type(layer).__name__
+        self.params = self._parameters()
+        if self.params:
+            if id(layer) in _OWNERS:
+                raise ValueError(
+                    f"[Sequential] a layer with parameters belongs to one network: expected a new {self.name}, "
+                    f"got one in use; copy.deepcopy makes another"
+                )
+            _OWNERS[id(layer)] = self
+
+    def _parameters(self) -> dict[str, Array]:
+        """The user's own dict, its values now arrays of the network's dtype, copied: the network will learn them."""
+        params = getattr(self.layer, "params", None)
+        if params is None:
+            return {}
+        if not isinstance(params, dict):
+            raise TypeError(
+                f"[{self.name}] params must be a dict: expected {{name: array}}, got {short(params)}"
+            )
+        arrays = {}
+        for name, value in params.items():
+            if not isinstance(name, str) or not name or "." in name:
+                raise ValueError(
+                    f"[{self.name}] params: expected names that are non-empty strings without a dot, "
+                    f"got {short(name)}"
+                )
+            array = np.asarray(value)
+            if array.dtype.kind not in "biuf":
+                raise TypeError(
+                    f"[{self.name}] params[{name!r}] must hold real numbers: expected floats, got {array.dtype}"
+                )
+            if array.size == 0 or not np.isfinite(array).all():
+                raise ValueError(
+                    f"[{self.name}] params[{name!r}] must hold finite numbers: expected at least one, "
+                    f"got {short(array)}"
+                )
+            arrays[name] = np.array(array, dtype=self.dtype, order="C")
+        params.update(arrays)
+        return params
+
+    def forward(self, x: Array) -> Array:
+        return self._matrix("forward", self.layer.forward(x), (len(x), self.outputs))
+
+    def vjp(self, x: Array, y: Array, dy: Array) -> Array | tuple[Array, dict[str, Array]]:
+        answer = self.layer.vjp(x, y, dy)
+        if not self.params:
+            return self._matrix("vjp", answer, x.shape)
+        if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict)):
+            raise ValueError(
+                f"[{self.name}] vjp of a layer with parameters: expected (dx, {{name: gradient}}), "
+                f"got {type(answer).__name__}"
+            )
+        dx, grads = answer
+        if grads.keys() != self.params.keys():
+            raise ValueError(
+                f"[{self.name}] vjp: expected gradients of {listed(self.params)}, got {listed(grads) or 'none'}"
+            )
+        return self._matrix("vjp", dx, x.shape), {
+            name: self._matrix(f"vjp of parameter {name!r}", grads[name], value.shape)
+            for name, value in self.params.items()
+        }
+
+    def jvp(self, x: Array, y: Array, dx: Array) -> Array:
+        return self._matrix("jvp", self.layer.jvp(x, y, dx), y.shape)
+
+    def _matrix(self, which: str, value: object, shape: tuple[int, ...]) -> Array:
+        try:
+            array = np.asarray(value)
+        except ValueError:
+            raise ValueError(
+                f"[{self.name}] {which}: expected shape {shape}, got {type(value).__name__}"
+            ) from None
+        if array.dtype.kind not in "biuf":
+            raise ValueError(
+                f"[{self.name}] {which}: expected real numbers of shape {shape}, got dtype {array.dtype}"
+            )
+        if array.shape != shape:
+            raise ValueError(f"[{self.name}] {which}: expected shape {shape}, got {array.shape}")
+        return np.require(array, self.dtype, ["C", "A"])
+
+
+_OWNERS: WeakValueDictionary[int, Guard] = WeakValueDictionary()  # by id: a guard keeps its layer alive

@@ -1,0 +1,518 @@
+# SPDX-License-Identifier: MIT
+"""Losses: value and ∂L/∂f of one example from one formula, and what targets each of them takes.
+
+Losses work on the network's outputs f (B, n); y are the targets, w the sample weights (1 if there are none), and
+L = Σᵢ wᵢ Lᵢ / Σᵢ wᵢ for reduction="mean", Σᵢ wᵢ Lᵢ for "sum". "If we swap L, only ∂L/∂f changes": a loss of your own
+is any callable (f, y) -> (value, ∂L/∂f), and a built-in one can be called in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+
+import numpy as np
+
+from . import _core
+from .layers import Description, listed, one_of, real, short
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+    Function = Callable[[Array, Array], tuple[Any, Array]]
+
+# ------------------------------------------------------------ arrays of numbers from whatever the user has
+
+
+def real_array(op: str, name: str, value: object) -> Array:
+    """`value` as an array of booleans, integers or floats; nothing else passes, and nothing is copied in vain."""
+    if type(value) is not np.ndarray:
+        value = _plain(op, name, value)
+    if value.dtype.kind not in "fiub":
+        raise TypeError(
+            f"[{op}] {name} must hold real numbers: expected floats, integers or booleans, got dtype {value.dtype}; "
+            f"{_CONVERSIONS.get(value.dtype.kind, 'convert it first')}"
+        )
+    return value
+
+
+_CONVERSIONS = {
+    "O": "a mixture, text or missing values: convert it to numbers first",
+    "U": "encode text as numbers first: np.unique(values, return_inverse=True)[1]",
+    "S": "encode text as numbers first: np.unique(values, return_inverse=True)[1]",
+    "c": "use .real and .imag as separate columns",
+    "M": "subtract a date and divide by a time unit first",
+    "m": "divide by a time unit first",
+}
+
+
+def _plain(op: str, name: str, value: Any) -> Array:
+    """np.asarray, with the three surprises it has for us taken out: masks, sparse matrices, nullable columns."""
+    if isinstance(value, np.ndarray) and np.any(getattr(value, "mask", False)):
+        raise ValueError(f"[{op}] {name} must hold no masked values: expected none, got some; use .filled(...)")
+    if hasattr(value, "toarray") and not isinstance(value, np.ndarray):
+        raise TypeError(f"[{op}] {name} must be dense: expected an array, got a sparse one; use .toarray()")
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind == "O" and hasattr(value, "to_numpy") and _numeric_columns(value):
+            array = np.asarray(value.to_numpy(dtype=np.float64, na_value=np.nan))
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, tensors that cannot leave their device
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"[{op}] {name} must be an array: expected rows of equal length, got {type(value).__name__} ({error})"
+        ) from error
+    return array
+
+
+def _numeric_columns(frame: Any) -> bool:
+    """Whether a pandas object holds numbers only; its nullable dtypes are objects to NumPy, although numeric."""
+    dtypes = frame.dtypes if hasattr(frame, "columns") else [frame.dtype]
+    return all(getattr(dtype, "kind", "O") in "fiub" for dtype in dtypes)
+
+
+def converted(op: str, name: str, array: Array, dtype: str) -> Array:
+    """A C-contiguous, aligned array of the network's dtype; a number too large for it is refused, never made inf."""
+    try:
+        with np.errstate(over="raise"):
+            return np.require(array, dtype, ["C", "A"])
+    except FloatingPointError:
+        limit = np.finfo(dtype).max
+        raise ValueError(
+            f"[{op}] {name} must fit in {dtype}: expected numbers up to {limit:.3g}, got larger ones; "
+            "scale it, or use dtype='float64'"
+        ) from None
+
+
+def all_finite(array: Array) -> bool:
+    """Whether no element of a contiguous float array is NaN or infinite.
+
+    x·x is finite only if all x are, and the product needs no temporary array; where it overflows, we look properly.
+    """
+    flat = array.reshape(-1)
+    return math.isfinite(np.vdot(flat, flat)) or bool(np.isfinite(flat).all())
+
+
+def _refuse_rows(op: str, name: str, expected: str, y: Array, bad: Array, hint: str = "") -> None:
+    """ValueError for the first row of `y` with an element where `bad` is true."""
+    if bad.any():
+        row = int(np.argmax(bad.reshape(len(y), -1).any(axis=1)))
+        value = y.reshape(len(y), -1)[row][bad.reshape(len(y), -1)[row]][0]
+        raise ValueError(f"[{op}] {name} must be in range: expected {expected}, got {value} in row {row}{hint}")
+
+
+# ------------------------------------------------------------ the base class
+
+
+class Targets(NamedTuple):
+    """Targets as the engine takes them; `flat` where the user's were one-dimensional."""
+
+    values: Array  # int64 labels (B,), or real (B, k) in the network's dtype
+    flat: bool
+
+
+class Loss(Description):
+    """Base of the built-in losses; calling one gives (L, ∂L/∂f) for outputs f (B, n) and targets y.
+
+    Example:
+        >>> MSE()([[1.0], [3.0]], [1.0, 1.0])
+        (2.0, array([[0.],
+               [2.]]))
+    """
+
+    name: ClassVar[str]
+    reduction: str
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        self._set(reduction=one_of(type(self).__name__, "reduction", reduction, ("mean", "sum")))
+
+    @property
+    def _param(self) -> float:
+        return 0.0
+
+    def __call__(self, f: Any, y: Any, sample_weight: Any = None) -> tuple[float, Array]:
+        op = type(self).__name__
+        outputs = real_array(op, "f", f)
+        dtype = "float32" if outputs.dtype == np.float32 else "float64"
+        if outputs.ndim != 2:
+            raise ValueError(f"[{op}] f must be 2-D: expected (B, n), got shape {outputs.shape}")
+        targets = self.targets(op, y, *outputs.shape, dtype)
+        weight = weights(op, sample_weight, len(outputs), dtype)
+        function = converted(op, "f", outputs, dtype)
+        return _core.loss(self.name, function, targets.values, weight, self._param, self.reduction)
+
+    def targets(self, op: str, y: object, rows: int, outputs: int, dtype: str, name: str = "y") -> Targets:
+        """`y` checked for this loss: as many rows as X, the exact shape, finite, and in the loss's domain."""
+        array = _with_rows(op, name, y, rows)
+        width = self._width(op, outputs)
+        if array.ndim > 2 or (array.shape[1] if array.ndim == 2 else 1) != width:
+            expected = f"({rows}, {width})" + (f" or ({rows},)" if width == 1 else "")
+            hint = "; class labels need loss='cross_entropy'" if array.ndim == 1 and array.dtype.kind in "iub" else ""
+            raise ValueError(
+                f"[{op}] {name} must have one column per output of the network: "
+                f"expected shape {expected}, got {array.shape}{hint}"
+            )
+        values = converted(op, name, array, dtype).reshape(rows, width)
+        if not all_finite(values):
+            _refuse_rows(op, name, "finite numbers", values, ~np.isfinite(values))
+        self._check_domain(op, name, values)
+        return Targets(values, array.ndim == 1)
+
+    def _width(self, op: str, outputs: int) -> int:
+        return outputs
+
+    def _check_domain(self, op: str, name: str, values: Array) -> None:
+        """Nothing here: any real target will do."""
+
+    def engine(self, flat: bool, weighted: bool) -> _core.Loss:
+        """The engine's loss for targets that were `flat` or not, with or without weights."""
+        return _core.Loss(self.name, self._param, self.reduction, None)
+
+
+def _with_rows(op: str, name: str, y: object, rows: int) -> Array:
+    array = real_array(op, name, y)
+    if array.ndim == 0 or len(array) != rows:
+        got = "a single number" if array.ndim == 0 else str(len(array))
+        raise ValueError(f"[{op}] {name} must have one row per row of X: expected {rows}, got {got}")
+    return array
+
+
+def weights(op: str, value: object, rows: int, dtype: str, name: str = "sample_weight") -> Array | None:
+    """Sample weights (rows,), finite, none below 0 and not all 0; None stays None."""
+    if value is None:
+        return None
+    array = real_array(op, name, value)
+    if array.shape != (rows,):
+        raise ValueError(f"[{op}] {name} must have one number per row: expected ({rows},), got {array.shape}")
+    weight = converted(op, name, array, dtype)
+    bad = ~(weight >= 0) | ~np.isfinite(weight)
+    _refuse_rows(op, name, "finite numbers ≥ 0", weight, bad)
+    total = float(weight.sum(dtype=np.float64))
+    if rows and not 0 < total <= np.finfo(dtype).max:
+        raise ValueError(f"[{op}] {name} must have a positive finite sum: expected > 0, got {total:g}")
+    return weight
+
+
+# ------------------------------------------------------------ regression
+
+
+@final
+class LeastSquares(Loss):
+    """Half the squared distance: the lecture's loss.
+
+    Lᵢ = ½ Σⱼ (yⱼ − fⱼ)²
+
+    Shapes: f (B, n), y (B, n), or (B,) for n = 1.
+    Gradient: ∂Lᵢ/∂f = f − y = −(y − f).
+
+    Example:
+        >>> LeastSquares()([[3.0]], [1.0])
+        (2.0, array([[2.]]))
+    """
+
+    name = "least_squares"
+
+
+@final
+class MSE(Loss):
+    """The mean squared error over the outputs.
+
+    Lᵢ = (1/n) Σⱼ (yⱼ − fⱼ)²
+
+    Shapes: f (B, n), y (B, n), or (B,) for n = 1.
+    Gradient: ∂Lᵢ/∂f = 2 (f − y)/n.
+
+    Example:
+        >>> MSE()([[3.0]], [1.0])
+        (4.0, array([[4.]]))
+    """
+
+    name = "mse"
+
+
+@final
+class MAE(Loss):
+    """The mean absolute error over the outputs; its minimum is the median.
+
+    Lᵢ = (1/n) Σⱼ |yⱼ − fⱼ|
+
+    Shapes: f (B, n), y (B, n), or (B,) for n = 1.
+    Gradient: ∂Lᵢ/∂f = sign(f − y)/n, 0 at the kink f = y.
+
+    Example:
+        >>> MAE()([[3.0]], [1.0])
+        (2.0, array([[1.]]))
+    """
+
+    name = "mae"
+
+
+@final
+class Huber(Loss):
+    """Squared for small errors, absolute for errors beyond δ = `delta` > 0: robust against outliers.
+
+    Lᵢ = (1/n) Σⱼ (½ d² where |d| ≤ δ, else δ (|d| − ½ δ)), d = fⱼ − yⱼ
+
+    Shapes: f (B, n), y (B, n), or (B,) for n = 1.
+    Gradient: ∂Lᵢ/∂f = clip(f − y, −δ, δ)/n.
+
+    Example:
+        >>> Huber(delta=1.0)([[3.0]], [1.0])
+        (1.5, array([[1.]]))
+    """
+
+    name = "huber"
+    delta: float
+
+    def __init__(self, delta: float = 1.0, *, reduction: str = "mean") -> None:
+        super().__init__(reduction=reduction)
+        self._set(delta=real("Huber", "delta", delta, above=0))
+
+    @property
+    def _param(self) -> float:
+        return self.delta
+
+
+@final
+class Pinball(Loss):
+    """The loss whose minimum is the q-quantile of y, q = `quantile` between 0 and 1.
+
+    Lᵢ = (1/n) Σⱼ max(q d, (q − 1) d), d = yⱼ − fⱼ
+
+    Shapes: f (B, n), y (B, n), or (B,) for n = 1.
+    Gradient: ∂Lᵢ/∂f = −q/n where y > f, (1 − q)/n where y < f, 0 at the kink f = y.
+
+    Example:
+        >>> Pinball(quantile=0.75)([[3.0]], [1.0])
+        (0.5, array([[0.25]]))
+    """
+
+    name = "pinball"
+    quantile: float
+
+    def __init__(self, quantile: float = 0.5, *, reduction: str = "mean") -> None:
+        super().__init__(reduction=reduction)
+        self._set(quantile=real("Pinball", "quantile", quantile, above=0, below=1))
+
+    @property
+    def _param(self) -> float:
+        return self.quantile
+
+
+@final
+class Poisson(Loss):
+    """The negative log-likelihood of counts, for outputs that are logarithms of rates.
+
+    Lᵢ = (1/n) Σⱼ (exp(fⱼ) − yⱼ fⱼ), without the term log yⱼ! that f does not change
+
+    Shapes: f (B, n), y (B, n) with y ≥ 0, or (B,) for n = 1.
+    Gradient: ∂Lᵢ/∂f = (exp(f) − y)/n.
+
+    Example:
+        >>> Poisson()([[0.0]], [3.0])
+        (1.0, array([[-2.]]))
+    """
+
+    name = "poisson"
+
+    def _check_domain(self, op: str, name: str, values: Array) -> None:
+        if values.size and values.min() < 0:
+            _refuse_rows(op, name, "counts ≥ 0 for loss 'poisson'", values, values < 0)
+
+
+@final
+class GaussianNLL(Loss):
+    """The negative log-likelihood of a normal distribution whose mean and variance are both outputs.
+
+    Lᵢ = (1/k) Σⱼ ½ (sⱼ + (yⱼ − μⱼ)² exp(−sⱼ)) for f = [μ, s], s the logarithm of the variance; without ½ log 2π
+
+    Shapes: f (B, 2k), first the k means, then the k logarithms; y (B, k), or (B,) for k = 1.
+    Gradient: ∂Lᵢ/∂μ = (μ − y) exp(−s)/k, ∂Lᵢ/∂s = ½ (1 − (y − μ)² exp(−s))/k.
+
+    Example:
+        >>> GaussianNLL()([[3.0, 0.0]], [1.0])
+        (2.0, array([[ 2. , -1.5]]))
+    """
+
+    name = "gaussian_nll"
+
+    def _width(self, op: str, outputs: int) -> int:
+        if outputs % 2:
+            raise ValueError(
+                f"[{op}] loss 'gaussian_nll' needs a mean and a log variance per target: "
+                f"expected an even number of outputs, got {outputs}"
+            )
+        return outputs // 2
+
+
+# ------------------------------------------------------------ classification
+
+
+@final
+class Logistic(Loss):
+    """The logistic loss, also called binary cross-entropy, on logits f; each output is a yes or no of its own.
+
+    Lᵢ = (1/n) Σⱼ (yⱼ log(1 + exp(−fⱼ)) + (1 − yⱼ) log(1 + exp(fⱼ)))
+
+    Shapes: f (B, n), y (B, n) in [0, 1], or (B,) for n = 1.
+    Gradient: ∂Lᵢ/∂f = (σ(f) − y)/n.
+
+    Example:
+        >>> Logistic()([[0.0]], [1])[1]
+        array([[-0.5]])
+    """
+
+    name = "logistic"
+
+    def _check_domain(self, op: str, name: str, values: Array) -> None:
+        if values.size and (values.min() < 0 or values.max() > 1):
+            hint = "; several classes need loss='cross_entropy'"
+            _refuse_rows(
+                op, name, "0 to 1 for loss 'logistic'", values, (values < 0) | (values > 1), hint
+            )
+
+
+@final
+class CrossEntropy(Loss):
+    """Softmax and negative log-likelihood in one, on logits f: one of n classes.
+
+    Lᵢ = log Σⱼ exp(fⱼ) − f_y for a label y; −Σⱼ pⱼ log softmax(f)ⱼ for probabilities p
+
+    Shapes: f (B, n); y (B,) integers 0 … n − 1 of any width, or (B, n) probabilities ≥ 0.
+    Gradient: ∂Lᵢ/∂f = softmax(f) − onehot(y); softmax(f) Σp − p.
+
+    Example:
+        >>> CrossEntropy()([[0.0, 0.0]], [1])[1]
+        array([[ 0.5, -0.5]])
+    """
+
+    name = "cross_entropy"
+
+    def targets(self, op: str, y: object, rows: int, outputs: int, dtype: str, name: str = "y") -> Targets:
+        array = _with_rows(op, name, y, rows)
+        if array.ndim != 1:
+            if array.shape == (rows, 1) and outputs != 1:
+                raise ValueError(f"[{op}] {name} must be 1-D labels: expected ({rows},), got {array.shape}; use y.ravel()")
+            return super().targets(op, array, rows, outputs, dtype, name)
+        if array.dtype.kind == "f":
+            raise TypeError(
+                f"[{op}] {name} must be class labels: expected integers or booleans, got {array.dtype}; "
+                "use y.astype(int), or an own column of probabilities for each class"
+            )
+        if array.size and (int(array.min()) < 0 or int(array.max()) >= outputs):  # int: no width overflows
+            hint = "; two classes with one output need loss='logistic'" if outputs == 1 else ""
+            bad = array >= outputs if array.dtype.kind in "ub" else (array < 0) | (array >= outputs)
+            _refuse_rows(op, name, f"labels 0 to {outputs - 1}", array, bad, hint)
+        return Targets(np.require(array, np.int64, ["C", "A"]), True)
+
+    def _check_domain(self, op: str, name: str, values: Array) -> None:
+        if values.size and values.min() < 0:
+            _refuse_rows(op, name, "probabilities ≥ 0 for loss 'cross_entropy'", values, values < 0)
+
+
+# ------------------------------------------------------------ losses of the user's own
+
+
+@final
+class CustomLoss(Loss):
+    """A loss of your own: a callable (f, y) -> (value, ∂L/∂f), with the f and y of one batch.
+
+    A scalar value is L of the batch and its gradient ∂L/∂f (B, n). Values (B,) are the Lᵢ and row i of the gradient
+    is ∂Lᵢ/∂f; sample weights and `reduction` are then applied for you.
+
+    Shapes: f (B, n); y as you passed it to `fit`: any number of columns, or (B,); integers in (B,) stay int64.
+    Raises: TypeError for what cannot be called; ValueError in training for an answer of the wrong shape.
+
+    Example:
+        >>> import numpy as np, chainrule as cr
+        >>> def quartic(f, y):
+        ...     d = f[:, 0] - y
+        ...     return d**4, (4 * d**3)[:, None]
+        >>> net = cr.Sequential(cr.Linear(2, 1))
+        >>> history = net.fit(np.eye(2), [0.0, 1.0], loss=quartic, epochs=3)  # CustomLoss(quartic) says the same
+        >>> len(history["loss"])
+        3
+    """
+
+    name = "external"
+    function: Function
+
+    def __init__(self, function: Function, *, reduction: str = "mean") -> None:
+        super().__init__(reduction=reduction)
+        if not callable(function):
+            raise TypeError(f"[CustomLoss] function must be callable: expected (f, y) -> (value, dL/df), got {short(function)}")
+        self._set(function=function)
+
+    def __call__(self, f: Any, y: Any, sample_weight: Any = None) -> tuple[Any, Array]:
+        if sample_weight is not None:
+            raise ValueError("[CustomLoss] sample_weight in a direct call: expected None, got weights")
+        return self.function(f, y)
+
+    def targets(self, op: str, y: object, rows: int, outputs: int, dtype: str, name: str = "y") -> Targets:
+        array = _with_rows(op, name, y, rows)
+        if array.ndim > 2 or array.size == 0 < rows:
+            raise ValueError(f"[{op}] {name} must be 1-D or 2-D: expected ({rows},) or ({rows}, k), got {array.shape}")
+        if array.ndim == 1 and array.dtype.kind in "iub":
+            if array.dtype.kind == "u" and array.size and int(array.max()) >= 2**63:
+                _refuse_rows(op, name, "integers below 2**63", array, array >= np.uint64(2**63))
+            return Targets(np.require(array, np.int64, ["C", "A"]), True)
+        values = converted(op, name, array, dtype).reshape(rows, -1 if rows else 1)
+        if not all_finite(values):
+            _refuse_rows(op, name, "finite numbers", values, ~np.isfinite(values))
+        return Targets(values, array.ndim == 1)
+
+    def engine(self, flat: bool, weighted: bool) -> _core.Loss:
+        function = self.function
+
+        def guarded(f: Array, y: Array) -> tuple[Any, Array]:
+            answer = function(f, y[:, 0] if flat and y.ndim == 2 else y)
+            return _checked(answer, f, weighted)
+
+        return _core.Loss(self.name, 0.0, self.reduction, guarded)
+
+
+def _checked(answer: object, f: Array, weighted: bool) -> tuple[Any, Array]:
+    """What a loss of the user's own gave back: a float or values (B,), and a gradient shaped like f."""
+    if not (isinstance(answer, tuple) and len(answer) == 2):
+        raise ValueError(f"[loss] your loss: expected a tuple (value, dL/df), got {type(answer).__name__}")
+    try:
+        value, grad = np.asarray(answer[0]), np.asarray(answer[1])
+    except ValueError as error:
+        raise ValueError(f"[loss] your loss: expected arrays (value, dL/df), got ragged ones ({error})") from None
+    if value.dtype.kind not in "biuf" or grad.dtype.kind not in "biuf":
+        raise ValueError(f"[loss] your loss: expected real numbers, got dtypes {value.dtype} and {grad.dtype}")
+    if value.shape not in ((), (len(f),)):
+        raise ValueError(f"[loss] value of your loss: expected a number or shape ({len(f)},), got {value.shape}")
+    if grad.shape != f.shape:
+        raise ValueError(f"[loss] gradient of your loss: expected shape {f.shape}, got {grad.shape}")
+    if weighted and value.shape == ():
+        raise ValueError(
+            "[loss] value of your loss with weights: expected one value per example, shape (B,), got one number"
+        )
+    grad = np.require(grad, f.dtype, ["C", "A"])
+    return (float(value) if value.shape == () else np.require(value, f.dtype, ["C", "A"])), grad
+
+
+# ------------------------------------------------------------ by name
+
+LOSSES: dict[str, type[Loss]] = {
+    loss.name: loss
+    for loss in (LeastSquares, MSE, MAE, Huber, Pinball, Poisson, GaussianNLL, Logistic, CrossEntropy)
+}
+LOSSES["bce"] = Logistic  # binary cross-entropy, another name for the same loss
+
+
+def resolve(op: str, loss: object) -> Loss:
+    """A Loss from a Loss, a name of the table, or a callable of the user's own."""
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, str):
+        return LOSSES[one_of(op, "loss", loss, LOSSES)]()
+    if isinstance(loss, type) and issubclass(loss, Loss):
+        raise TypeError(f"[{op}] loss must be an object: expected {loss.__name__}(...), got the class {loss.__name__}")
+    if callable(loss):
+        return CustomLoss(loss)
+    raise TypeError(
+        f"[{op}] loss must be a name, a loss or a callable: expected one of {listed(LOSSES)}, got {short(loss)}"
+    )

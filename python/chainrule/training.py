@@ -1,0 +1,557 @@
+# SPDX-License-Identifier: MIT
+"""`fit`: from the user's arguments to calls of the engine, and back to a History.
+
+Everything is checked before anything is changed. Where nobody looks between epochs, a whole fit is one engine call.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
+
+import numpy as np
+
+from . import _core, losses, optim
+from .layers import Description, flag, one_of, real, short, whole
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+
+class Network(Protocol):
+    """What training needs to know of a network."""
+
+    in_features: int
+    out_features: int
+    dtype: str
+    _core: Any
+
+
+# ------------------------------------------------------------ data in
+
+
+def as_matrix(op: str, X: Any, features: int, dtype: str, *, name: str = "X", finite: bool = True) -> Array:
+    """X as a C-contiguous (rows, features) matrix of the dtype; a view where it is one already."""
+    array = losses.real_array(op, name, X)
+    if array.ndim != 2:
+        raise ValueError(
+            f"[{op}] {name} must be 2-D: expected (rows, {features}), got shape {array.shape}; "
+            f"{_reshape_hint(array, features)}"
+        )
+    if array.shape[1] != features:
+        raise ValueError(
+            f"[{op}] {name} must have one column per input of the network: "
+            f"expected {features} columns, got {array.shape[1]}"
+        )
+    matrix = losses.converted(op, name, array, dtype)
+    if finite and not losses.all_finite(matrix):
+        row, column = (int(i) for i in np.argwhere(~np.isfinite(matrix))[0])
+        label = f" ({short(X.columns[column])})" if hasattr(X, "columns") else ""
+        raise ValueError(
+            f"[{op}] {name} must be finite: expected numbers, got {matrix[row, column]} "
+            f"in row {row}, column {column}{label}; fill or drop missing values first"
+        )
+    return matrix
+
+
+def _reshape_hint(array: Array, features: int) -> str:
+    if array.ndim > 2:
+        return "use X.reshape(len(X), -1) for one row per example"
+    if array.ndim == 0:
+        return "a table of numbers is wanted"
+    return "use X.reshape(-1, 1) for one feature" if features == 1 else "use X.reshape(1, -1) for one row"
+
+
+class Data(NamedTuple):
+    """One data set as the engine takes it."""
+
+    X: Array
+    y: Array
+    weight: Array | None
+    flat: bool  # whether the user's y was one-dimensional
+
+    def rows(self, first: int, last: int) -> Data:
+        weight = None if self.weight is None else self.weight[first:last]
+        return Data(self.X[first:last], self.y[first:last], weight, self.flat)
+
+
+def take(
+    op: str, net: Network, loss: losses.Loss, X: Any, y: Any, sample_weight: Any = None, where: str = ""
+) -> Data:
+    """The user's X, y and weights, checked; `where` is put before their names in messages."""
+    dtype = net.dtype
+    matrix = as_matrix(op, X, net.in_features, dtype, name=f"{where}X")
+    if not len(matrix):
+        raise ValueError(f"[{op}] {where}X must not be empty: expected at least one row, got 0")
+    targets = loss.targets(op, y, len(matrix), net.out_features, dtype, f"{where}y")
+    weight = losses.weights(op, sample_weight, len(matrix), dtype, f"{where}sample_weight")
+    return Data(matrix, targets.values, weight, targets.flat)
+
+
+def _split(data: Data, fraction: float) -> tuple[Data, Data]:
+    """All rows but the last fraction, and these; the order is the user's, not yet shuffled."""
+    rows = len(data.X)
+    last = math.ceil(rows * fraction - 1e-9)  # a little less, so that 0.1 of 10 rows is 1 row and not 2
+    if last >= rows:
+        raise ValueError(
+            f"[fit] validation_split must leave rows to train on: expected fewer than {rows} for validation, got {last}"
+        )
+    return data.rows(0, rows - last), data.rows(rows - last, rows)
+
+
+def _class_weights(loss: losses.Loss, data: Data, class_weight: Any) -> Array:
+    """Sample weights times the weight of each row's class."""
+    if not isinstance(loss, (losses.CrossEntropy, losses.Logistic)) or (data.y.ndim == 2 and data.y.shape[1] != 1):
+        raise ValueError(
+            f"[fit] class_weight needs one label per row: expected loss 'cross_entropy' with integer labels or "
+            f"'logistic' with 0 and 1, got {loss!r} and {data.y.ndim}-D targets"
+        )
+    labels, inverse, counts = np.unique(data.y, return_inverse=True, return_counts=True)
+    if isinstance(loss, losses.Logistic) and not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"[fit] class_weight needs labels 0 and 1: expected no others, got {short(labels.tolist())}")
+    if isinstance(class_weight, str):
+        one_of("fit", "class_weight", class_weight, ("balanced",))
+        of_class = len(data.y) / (len(labels) * counts)
+    elif isinstance(class_weight, dict):
+        named = {_label(key): value for key, value in class_weight.items()}
+        of_class = np.array([
+            real("fit", f"class_weight[{int(label)}]", named.get(int(label), 1.0), least=0) for label in labels
+        ])
+    else:
+        raise TypeError(f"[fit] class_weight must be a dict or 'balanced': expected {{label: weight}}, got {short(class_weight)}")
+    weight = of_class[inverse.reshape(-1)]
+    return losses.weights("fit", weight if data.weight is None else weight * data.weight, len(weight),
+                          str(data.X.dtype), "class_weight times sample_weight")  # fmt: skip
+
+
+# ------------------------------------------------------------ what fit gives back
+
+
+@final
+class History:
+    """What a `fit` measured, epoch by epoch: `history["loss"]`, `history["val_loss"]`, `history["lr"]`.
+
+    Example:
+        >>> import chainrule as cr
+        >>> history = cr.mlp([1, 1]).fit([[0.0], [1.0]], [0.0, 1.0], loss="mse", epochs=3)
+        >>> history.epochs, sorted(history.history)
+        (3, ['loss', 'lr'])
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.history: dict[str, list[float]] = {name: [] for name in names}
+        self.stopped_epoch: int | None = None  # the epoch, from 0, after which a callback asked to stop
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs were trained."""
+        return len(self.history["loss"])
+
+    def __getitem__(self, name: str) -> list[float]:
+        return self.history[name]
+
+    def logs(self) -> dict[str, float]:
+        """The values of the last epoch."""
+        return {name: values[-1] for name, values in self.history.items()}
+
+    def __repr__(self) -> str:
+        last = "".join(f", {name}={value:.4g}" for name, value in self.logs().items()) if self.epochs else ""
+        return f"<History of {self.epochs} epochs{last}>"
+
+
+# ------------------------------------------------------------ callbacks
+
+
+@final
+class EarlyStopping(Description):
+    """Stops a `fit` when the monitored value has not improved for `patience` epochs, and puts the best weights back.
+
+    monitor is "val_loss" or "loss"; an improvement is one by more than `min_delta` (downwards for mode="min").
+
+    Example:
+        >>> import chainrule as cr
+        >>> stop = cr.EarlyStopping("loss", patience=2, min_delta=10.0)  # nothing improves by 10
+        >>> cr.mlp([1, 1]).fit([[1.0]], [1.0], loss="mse", epochs=50, callbacks=[stop]).stopped_epoch
+        2
+    """
+
+    monitor: str
+    patience: int
+    min_delta: float
+    mode: str
+    restore_best: bool
+    best: float
+    best_epoch: int | None
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        patience: int = 10,
+        min_delta: float = 0.0,
+        mode: str = "min",
+        restore_best: bool = True,
+    ) -> None:
+        op = "EarlyStopping"
+        self._set(
+            monitor=one_of(op, "monitor", monitor, ("val_loss", "loss")),
+            patience=whole(op, "patience", patience, 0),
+            min_delta=real(op, "min_delta", min_delta, least=0),
+            mode=one_of(op, "mode", mode, ("min", "max")),
+            restore_best=flag(op, "restore_best", restore_best),
+            best=math.inf if mode == "min" else -math.inf,
+            best_epoch=None,
+        )
+
+    def on_train_begin(self, net: Any) -> None:
+        self._set(net=net, weights=None, waited=0, best_epoch=None)
+        self._set(best=math.inf if self.mode == "min" else -math.inf)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> bool:
+        state, value = vars(self), logs[self.monitor]
+        gain = self.best - value if self.mode == "min" else value - self.best
+        if gain > self.min_delta:  # false for NaN
+            weights = state["net"]._core.snapshot() if self.restore_best else None
+            self._set(best=value, best_epoch=epoch, weights=weights, waited=0)
+            return False
+        self._set(waited=state["waited"] + 1)
+        return bool(state["waited"] >= self.patience)
+
+    def on_train_end(self, net: Any) -> None:
+        weights = vars(self)["weights"]
+        if weights is not None:
+            net._core.restore(weights)
+        self._set(net=None, weights=None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "net": None, "weights": None}
+
+
+_HOOKS = ("on_train_begin", "on_epoch_end", "on_train_end")
+
+
+class _Callbacks:
+    """The user's callbacks behind one face."""
+
+    def __init__(self, callbacks: Any, measured: Iterable[str]) -> None:
+        if callbacks is None:
+            callbacks = ()
+        if not isinstance(callbacks, (list, tuple)):
+            raise TypeError(f"[fit] callbacks must be a list: expected [callback, ...], got {short(callbacks)}")
+        for callback in callbacks:
+            usable = callable(callback) or any(hasattr(callback, hook) for hook in _HOOKS)
+            if isinstance(callback, type) or not usable:
+                raise TypeError(
+                    f"[fit] a callback must be an object with one of {', '.join(_HOOKS)}, or a callable: "
+                    f"expected f(epoch, logs), got {short(callback)}"
+                )
+            _check_monitor(callback, measured)
+        self.all = tuple(callbacks)
+
+    def begin(self, net: Network) -> None:
+        for callback in self.all:
+            if hasattr(callback, "on_train_begin"):
+                callback.on_train_begin(net)
+
+    def epoch(self, epoch: int, logs: dict[str, float]) -> bool:
+        """Whether one of them wants to stop; all are asked."""
+        wishes = [self._one(callback, epoch, logs) for callback in self.all]
+        return any(wishes)
+
+    @staticmethod
+    def _one(callback: Any, epoch: int, logs: dict[str, float]) -> bool:
+        if hasattr(callback, "on_epoch_end"):
+            return callback.on_epoch_end(epoch, dict(logs)) is True
+        if any(hasattr(callback, hook) for hook in _HOOKS):
+            return False
+        return callback(epoch, dict(logs)) is True
+
+    def end(self, net: Network) -> None:
+        for callback in self.all:
+            if hasattr(callback, "on_train_end"):
+                callback.on_train_end(net)
+
+
+def _check_monitor(watcher: Any, measured: Iterable[str]) -> None:
+    if getattr(watcher, "monitor", None) == "val_loss" and "val_loss" not in measured:
+        kind = type(watcher).__name__
+        raise ValueError(
+            f"[fit] {kind} monitors 'val_loss': expected validation_data or validation_split, got neither; "
+            f"or use {kind}(monitor='loss')"
+        )
+
+
+# ------------------------------------------------------------ progress
+
+
+class _Progress:
+    """verbose=1: a tqdm bar or a line rewritten in place on a terminal, a line every tenth elsewhere; 2: every epoch.
+
+    All of it goes to stderr, so stdout stays the user's.
+    """
+
+    def __init__(self, verbose: int, epochs: int) -> None:
+        self.verbose, self.epochs, self.shown = verbose, epochs, 0
+        self.terminal = _is_terminal()
+        self.bar = self._tqdm() if verbose == 1 and self.terminal else None
+
+    def _tqdm(self) -> Any:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return None
+        return tqdm(total=self.epochs, unit="epoch", file=sys.stderr, leave=True)
+
+    def show(self, done: int, logs: dict[str, float]) -> None:
+        if not self.verbose or sys.stderr is None:
+            return
+        numbers = {name: f"{value:.4g}" for name, value in logs.items()}
+        line = f"epoch {done}/{self.epochs}  " + "  ".join(f"{k} {v}" for k, v in numbers.items())
+        if self.bar is not None:
+            self.bar.set_postfix(numbers, refresh=False)
+            self.bar.update(done - self.shown)
+            self.shown = done
+        elif self.verbose == 1 and self.terminal:
+            print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
+        elif self.verbose == 2 or done == self.epochs or 10 * done // self.epochs > 10 * self.shown // self.epochs:
+            print(line, file=sys.stderr, flush=True)
+            self.shown = done
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif self.verbose == 1 and self.terminal:
+            print(file=sys.stderr)
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and bool(getattr(sys.stderr, "isatty", bool)())
+
+
+# ------------------------------------------------------------ fit
+
+
+class Plan(NamedTuple):
+    """A checked `fit`: all that the loop needs."""
+
+    data: Data
+    validation: Data | None
+    loss: losses.Loss
+    optimizer: optim.Optimizer
+    schedule: Any
+    callbacks: _Callbacks
+    batch_size: int
+    epochs: int
+    shuffle: bool
+    seed: int
+    verbose: int
+    penalties: tuple[float, float, float, float]  # l1, l2, clip_value, clip_norm; 0 is off
+
+
+def plan(
+    net: Network, X: Any, y: Any, *, loss: Any, optimizer: Any, batch_size: Any, epochs: Any, shuffle: Any, seed: Any,
+    validation_data: Any, validation_split: Any, callbacks: Any, verbose: Any, sample_weight: Any, class_weight: Any,
+    schedule: Any, l1: Any, l2: Any, clip_value: Any, clip_norm: Any,
+) -> Plan:  # fmt: skip
+    """The arguments of `fit`, checked, with everything converted; changes nothing."""
+    rule, how = losses.resolve("fit", loss), optim.resolve("fit", optimizer)
+    batch_size, epochs = whole("fit", "batch_size", batch_size), whole("fit", "epochs", epochs)
+    shuffle, seed = flag("fit", "shuffle", shuffle), whole("fit", "seed", seed, 0, 2**64 - 1)
+    penalties = (
+        real("fit", "l1", l1, least=0),
+        real("fit", "l2", l2, least=0),
+        0.0 if clip_value is None else real("fit", "clip_value", clip_value, above=0),
+        0.0 if clip_norm is None else real("fit", "clip_norm", clip_norm, above=0),
+    )
+    data = take("fit", net, rule, X, y, sample_weight)
+    if class_weight is not None:
+        data = data._replace(weight=_class_weights(rule, data, class_weight))
+    data, validation = _with_validation(net, rule, data, validation_data, validation_split)
+    measured = ("loss", "lr") if validation is None else ("loss", "val_loss", "lr")
+    if schedule is not None and not isinstance(schedule, (optim.Schedule, optim.ReduceLROnPlateau)):
+        raise TypeError(f"[fit] schedule must be a schedule: expected StepLR(...) or the like, got {short(schedule)}")
+    _check_monitor(schedule, measured)
+    return Plan(
+        data, validation, rule, how, schedule, _Callbacks(callbacks, measured),
+        len(data.X) if how.whole_batch else min(batch_size, len(data.X)),
+        epochs, shuffle and not how.whole_batch, seed, _verbosity(verbose), penalties,
+    )  # fmt: skip
+
+
+def _with_validation(
+    net: Network, loss: losses.Loss, data: Data, validation_data: Any, validation_split: Any
+) -> tuple[Data, Data | None]:
+    fraction = real("fit", "validation_split", validation_split, least=0, below=1)
+    if validation_data is None and not fraction:
+        return data, None
+    if validation_data is None:
+        data, validation = _split(data, fraction)
+        for name, part in (("training", data), ("validation", validation)):
+            if part.weight is not None and not part.weight.any():
+                raise ValueError(
+                    f"[fit] sample_weight must not be all 0 in the {name} part: expected a positive sum, got 0"
+                )
+        return data, validation
+    if fraction:
+        raise ValueError("[fit] validation comes from one place: expected validation_data or validation_split, got both")
+    if not isinstance(validation_data, (tuple, list)) or len(validation_data) not in (2, 3):
+        raise TypeError(
+            f"[fit] validation_data must be a tuple: expected (X, y) or (X, y, sample_weight), "
+            f"got {type(validation_data).__name__}"
+        )
+    return data, take("fit", net, loss, *validation_data, where="validation ")
+
+
+def _verbosity(verbose: Any) -> int:
+    if isinstance(verbose, str):
+        one_of("fit", "verbose", verbose, ("auto",))
+        return int(_is_terminal())
+    return int(verbose) if isinstance(verbose, bool) else whole("fit", "verbose", verbose, 0, 2)
+
+
+def fit(net: Network, X: Any, y: Any, **arguments: Any) -> History:
+    """Train `net`; the arguments are those of Sequential.fit."""
+    p = plan(net, X, y, **arguments)
+    double = net.dtype == "float64"
+    weighted = p.data.weight is not None
+    engine = p.optimizer.engine(net)
+    trainer = (_core.Trainer64 if double else _core.Trainer32)(
+        net._core, engine, p.loss.engine(p.data.flat, weighted), p.data.X, p.data.y, p.data.weight,
+        p.batch_size, p.shuffle, p.seed, *p.penalties,
+    )  # fmt: skip
+    before = net._core.snapshot()
+    state = (engine.step_count, engine.get_state()) if engine.step_count else None
+    history = History(("loss", "lr") if p.validation is None else ("loss", "val_loss", "lr"))
+    try:
+        _loop(net, p, trainer, history)
+    except FloatingPointError:
+        net._core.restore(before)
+        if state is None:
+            p.optimizer.forget(net)
+        else:
+            engine.step_count = state[0]
+            engine.set_state(state[1])
+        raise
+    return history
+
+
+def _loop(net: Network, p: Plan, trainer: Any, history: History) -> None:
+    progress = _Progress(p.verbose, p.epochs)
+    try:
+        p.callbacks.begin(net)
+        for rates in _chunks(p, history):
+            _record(p, history, rates, trainer.run(history.epochs, rates))
+            if p.validation is not None:
+                history["val_loss"].append(_evaluate(net, p.loss, p.validation))
+            logs = history.logs()
+            progress.show(history.epochs, logs)
+            if p.callbacks.epoch(history.epochs - 1, logs):
+                history.stopped_epoch = history.epochs - 1
+                break
+        _check_parameters(net, p, history)
+        p.callbacks.end(net)
+    finally:
+        progress.close()
+
+
+def _chunks(p: Plan, history: History) -> Iterator[Array]:
+    """Learning rates for the epochs of the next engine call: all, or 0.1 s of them, or one, as somebody looks."""
+    watched = p.callbacks.all or p.validation is not None or p.verbose == 2
+    plateau = p.schedule.start(p.optimizer.lr) if isinstance(p.schedule, optim.ReduceLROnPlateau) else None
+    count = 1 if watched or plateau or p.verbose == 1 else p.epochs
+    while history.epochs < p.epochs:
+        start, done = time.perf_counter(), history.epochs
+        yield _rates(p, plateau, done, min(count, p.epochs - done))
+        if plateau is not None:
+            plateau.see(history[p.schedule.monitor][-1])
+        elif p.verbose == 1 and not watched:
+            seconds = (time.perf_counter() - start) / max(1, history.epochs - done)
+            count = max(1, min(10 * count, int(0.1 / max(seconds, 1e-9))))
+
+
+def _rates(p: Plan, plateau: optim.Plateau | None, epoch: int, epochs: int) -> Array:
+    if plateau is not None:
+        return np.full(epochs, plateau.lr)
+    if p.schedule is None:
+        return np.full(epochs, p.optimizer.lr)
+    steps = -(-len(p.data.X) // p.batch_size)
+    rates = np.ascontiguousarray(p.schedule.rates(p.optimizer.lr, epoch, epochs, steps), dtype=np.float64)
+    shaped = rates.ndim in (1, 2) and 0 < len(rates) <= epochs and rates.shape[1:] in ((), (steps,))
+    if not (shaped and (rates >= 0).all() and np.isfinite(rates).all()):
+        raise ValueError(
+            f"[fit] rates of {type(p.schedule).__name__}: expected finite numbers ≥ 0 of shape ({epochs},) or "
+            f"({epochs}, {steps}), got {short(rates)} of shape {rates.shape}"
+        )
+    return rates
+
+
+def _record(p: Plan, history: History, rates: Array, values: Array) -> None:
+    """Append the losses and rates of the epochs just trained; FloatingPointError if training has diverged."""
+    last = rates if rates.ndim == 1 else rates[:, -1]
+    history["loss"].extend(values.tolist())
+    history["lr"].extend(last[: len(values)].tolist())
+    if not math.isfinite(history["loss"][-1]):
+        raise _diverged("loss", history, p)
+
+
+def _check_parameters(net: Network, p: Plan, history: History) -> None:
+    """The last update of all may overflow after the last loss was finite."""
+    for k in range(len(net._core.parameters)):
+        if not losses.all_finite(net._core.get_parameter(k)):
+            raise _diverged("parameters", history, p)
+
+
+def _diverged(what: str, history: History, p: Plan) -> FloatingPointError:
+    got = f"{history['loss'][-1]}" if what == "loss" else "NaN or infinity"
+    return FloatingPointError(
+        f"[fit] {what} must stay finite: expected numbers, got {got} in epoch {history.epochs} of {p.epochs} at "
+        f"learning rate {history['lr'][-1]:g}; the weights are those from before this fit. "
+        "Lower lr, scale X and y to about unit size, or set clip_norm=1.0"
+    )
+
+
+def _evaluate(net: Network, loss: losses.Loss, data: Data) -> float:
+    return float(net._core.evaluate(data.X, data.y, data.weight, loss.engine(data.flat, data.weight is not None)))
+
+
+def evaluate(net: Network, X: Any, y: Any, *, loss: Any, sample_weight: Any) -> float:
+    """The reduced loss over all rows."""
+    rule = losses.resolve("evaluate", loss)
+    return _evaluate(net, rule, take("evaluate", net, rule, X, y, sample_weight))
+
+
+# ------------------------------------------------------------ single steps
+
+
+class Stepper:
+    """Single updates with one loss and one optimizer: the engine's objects, made once and kept."""
+
+    def __init__(self, net: Network, loss: Any, optimizer: Any) -> None:
+        if isinstance(optimizer, str):
+            raise TypeError(
+                f"[train_step] optimizer must be an object, whose state lasts from step to step: "
+                f"expected optim = cr.Adam() made before the loop, got {optimizer!r}"
+            )
+        self.given = loss, optimizer  # kept alive, because the network finds this object by their ids
+        self.loss, self.optimizer = losses.resolve("train_step", loss), optim.resolve("train_step", optimizer)
+        self.trainers: dict[tuple[bool, bool], Any] = {}
+
+    def step(self, net: Network, X: Any, y: Any, sample_weight: Any) -> float:
+        data = take("train_step", net, self.loss, X, y, sample_weight)
+        kind = data.flat, data.weight is not None
+        engine = self.optimizer.engine(net)
+        known = self.trainers.get(kind)
+        if known is None or known[0] is not engine:  # the optimizer was told to forget this network
+            known = self.trainers[kind] = engine, self._trainer(net, engine, data)
+        return float(known[1].step(data.X, data.y, data.weight, self.optimizer.lr))
+
+    def _trainer(self, net: Network, engine: Any, data: Data) -> Any:
+        kind: Callable[..., Any] = _core.Trainer64 if net.dtype == "float64" else _core.Trainer32
+        one = data.rows(0, 1)  # a trainer is made with data; its step is given its own
+        X, y = one.X.copy(), one.y.copy()
+        loss = self.loss.engine(data.flat, data.weight is not None)
+        return kind(net._core, engine, loss, X, y, None, 1, False, 0, 0.0, 0.0, 0.0, 0.0)
