@@ -12,15 +12,21 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
+
+#include <sys/mman.h>
 
 namespace peak {
 
 using Clock = std::chrono::steady_clock;
 
-inline double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+inline double seconds_since(Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
 // The loops below are written in instructions, not expressions: a compiler that folds or reorders them would measure
 // itself. Twelve independent accumulators cover the latency of every core with up to three FMA pipes of latency four.
@@ -38,26 +44,24 @@ using Vector = typename VectorOf<Bytes>::type;
 #define CHAINRULE_ZERO_32(k) Vector<32> sum##k = {};
 #define CHAINRULE_ZERO_64(k) Vector<64> sum##k = {};
 
-// Each returns floating-point operations done.
-#define CHAINRULE_FMA_LOOP(name, target_list, bytes, code)                         \
-    target_list inline double name(long rounds) {                                  \
-        const Vector<bytes> a = {}, b = {};                                        \
-        CHAINRULE_TWELVE(CHAINRULE_ZERO_##bytes)                                   \
-        for (long i = 0; i < rounds; ++i) {                                        \
-            CHAINRULE_TWELVE(code)                                                 \
-        }                                                                          \
-        asm volatile("" ::CHAINRULE_REGISTER(b));                                  \
-        return static_cast<double>(rounds) * 12 * 2 * (bytes / sizeof(float));     \
+// Each returns floating-point operations done. The operands are not zero: zeros draw less power and may clock higher.
+#define CHAINRULE_FMA_LOOP(name, target_list, bytes, code)                     \
+    target_list inline double name(long rounds) {                              \
+        const Vector<bytes> a = Vector<bytes>{} + 1.5f, b = a / 1.7f;          \
+        CHAINRULE_TWELVE(CHAINRULE_ZERO_##bytes)                               \
+        for (long i = 0; i < rounds; ++i) { CHAINRULE_TWELVE(code) }           \
+        asm volatile("" ::CHAINRULE_REGISTER(b));                              \
+        return static_cast<double>(rounds) * 12 * 2 * (bytes / sizeof(float)); \
     }
 
 // Each reads `bytes` (a multiple of 1 KiB) from memory without using what it read.
-#define CHAINRULE_READ_LOOP(name, target_list, width)                              \
-    target_list inline void name(const char* memory, std::size_t bytes) {          \
-        for (std::size_t i = 0; i < bytes; i += 8 * width)                         \
-            for (std::size_t k = 0; k < 8; ++k) {                                  \
+#define CHAINRULE_READ_LOOP(name, target_list, width)                                              \
+    target_list inline void name(const char* memory, std::size_t bytes) {                          \
+        for (std::size_t i = 0; i < bytes; i += 8 * width)                                         \
+            for (std::size_t k = 0; k < 8; ++k) {                                                  \
                 const auto* line = reinterpret_cast<const Vector<width>*>(memory + i + k * width); \
-                asm volatile("" ::CHAINRULE_REGISTER(*line));                      \
-            }                                                                      \
+                asm volatile("" ::CHAINRULE_REGISTER(*line));                                      \
+            }                                                                                      \
     }
 
 #if defined(__x86_64__)
@@ -97,8 +101,8 @@ inline Rates rates() {
 #endif
 }
 
-// Best of `trials` of work done per second, `threads` at a time: work() returns what it did. All threads start together
-// and the slowest counts, so a core that another process holds shows up as a bad trial and is dropped.
+// Best of `trials` of work done per second, `threads` at a time: work(k) returns what thread k did. All threads start
+// together and the slowest counts, so a core that another process holds shows up as a bad trial and is dropped.
 template <class Work>
 double best_rate(int threads, int trials, const Work& work) {
     double best = 0;
@@ -109,7 +113,7 @@ double best_rate(int threads, int trials, const Work& work) {
             waiting.fetch_sub(1);
             while (waiting.load() > 0) std::this_thread::yield();
             const auto start = Clock::now();
-            done[k] = work();
+            done[k] = work(k);
             took[k] = seconds_since(start);
         };
         std::vector<std::thread> others;
@@ -126,25 +130,45 @@ double best_rate(int threads, int trials, const Work& work) {
 // float32 FLOP/s of `threads` cores together.
 inline double flops(int threads, int trials = 10) {
     const Rates r = rates();
-    return best_rate(threads, trials, [&] { return r.fma(400000); });
+    return best_rate(threads, trials, [&](std::size_t) { return r.fma(400000); });
 }
+
+// Touched memory in huge pages where the system gives them: 4 KiB pages would measure the page tables.
+class Memory {
+   public:
+    explicit Memory(std::size_t bytes) {
+        constexpr std::size_t huge = std::size_t{2} << 20;
+        const std::size_t whole = (bytes + huge - 1) / huge * huge;
+        data_.reset(static_cast<char*>(std::aligned_alloc(huge, whole)));
+#ifdef MADV_HUGEPAGE
+        madvise(data_.get(), whole, MADV_HUGEPAGE);
+#endif
+        std::memset(data_.get(), 1, whole);
+    }
+    const char* data() const { return data_.get(); }
+
+   private:
+    struct Free {
+        void operator()(char* memory) const { std::free(memory); }
+    };
+    std::unique_ptr<char, Free> data_;
+};
 
 // Bytes/s that each of `threads` cores reads from a working set of its own, summed.
 inline double read_rate(int threads, std::size_t bytes, int trials = 5) {
     const Rates r = rates();
-    const std::size_t repeats = std::max<std::size_t>(1, (std::size_t{64} << 20) / bytes);
-    return best_rate(threads, trials, [&] {
-        thread_local std::vector<char> memory;
-        memory.assign(bytes + 64, 1);
-        const char* aligned = memory.data() + (64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64) % 64;
-        for (std::size_t i = 0; i < repeats; ++i) r.read(aligned, bytes);
+    const std::size_t repeats = std::max<std::size_t>(1, (std::size_t{256} << 20) / bytes);
+    std::vector<Memory> memory;
+    for (int k = 0; k < threads; ++k) memory.emplace_back(bytes);
+    return best_rate(threads, trials, [&](std::size_t k) {
+        for (std::size_t i = 0; i < repeats; ++i) r.read(memory[k].data(), bytes);
         return static_cast<double>(bytes) * static_cast<double>(repeats);
     });
 }
 
 // Clock in Hz: a chain of dependent additions takes one cycle each.
 inline double clock_rate(int trials = 10) {
-    return best_rate(1, trials, [] {
+    return best_rate(1, trials, [](std::size_t) {
         std::uint64_t x = 0;
         for (int i = 0; i < 400000; ++i)
             asm volatile(CHAINRULE_ONE_ADD CHAINRULE_ONE_ADD CHAINRULE_ONE_ADD CHAINRULE_ONE_ADD CHAINRULE_ONE_ADD
@@ -160,7 +184,6 @@ inline double clock_rate(int trials = 10) {
 
 #ifdef CHAINRULE_PEAK_MAIN
 #include <cstdio>
-#include <cstdlib>
 
 // peak [threads]: one line of JSON.
 int main(int argc, char** argv) {

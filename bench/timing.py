@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What every Python benchmark here needs: order statistics, the machine's peak, and who else was using the machine."""
+"""What every Python benchmark here needs: order statistics, the machine's peak, who else used the machine."""
 
 from __future__ import annotations
 
@@ -32,12 +32,10 @@ class Spread:
 
 def show_time(seconds: float) -> str:
     """Three significant digits with the unit that fits: '7.21 us', '85.0 ms', '1.23 s'."""
-    for unit, scale in (("us", 1e6), ("ms", 1e3)):
-        value = seconds * scale
-        if value < 999.5:
-            break
-    else:
-        unit, value = "s", seconds
+    unit, value = "us", seconds * 1e6
+    for larger in ("ms", "s"):
+        if value >= 999.5:
+            unit, value = larger, value / 1e3
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{value:.{digits}f} {unit}"
 
@@ -50,7 +48,8 @@ class Peak:
 
     def __init__(self, folder: Path) -> None:
         self.program = folder / "peak"
-        compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
+        candidates = (os.environ.get("CXX"), "c++", "g++", "clang++")
+        compiler = next((c for c in candidates if c and shutil.which(c)), None)
         self.available = compiler is not None
         if compiler is not None:
             options = ["-std=c++17", "-O2", "-pthread", "-x", "c++", "-DCHAINRULE_PEAK_MAIN"]
@@ -58,8 +57,8 @@ class Peak:
 
     def measure(self, threads: int) -> dict[str, float | str]:
         """{"isa", "gflops" of `threads` cores together, "ghz"}; takes about 50 ms."""
-        output = subprocess.run([self.program, str(threads)], check=True, capture_output=True, text=True).stdout
-        return dict(json.loads(output))
+        command = [str(self.program), str(threads)]
+        return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
 @dataclass(frozen=True)

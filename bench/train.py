@@ -2,14 +2,14 @@
 # SPDX-License-Identifier: MIT
 """Microseconds per training step: chainrule beside PyTorch, JAX and scikit-learn, on the same problem.
 
-    python bench/train.py                                    # everything: about a quarter of an hour on two cores
+    python bench/train.py                                    # everything: 10 to 20 minutes on two cores
     python bench/train.py --quick                            # a smoke test; its numbers are not for quoting
     python bench/train.py --workloads tiny,mnist --peers chainrule,jax --rounds 15
 
-Every (library, number of threads) lives in its own process. Only the one being timed runs; the others are stopped by
-SIGSTOP, because idle thread pools spin. First each contestant's losses and weights are compared with a float64
-trajectory, and one that computes something else is not timed; then the rounds go A B C A B C, so that a slow spell of
-the machine hits everybody. README.md beside this file says how to read the result.
+Every (library, number of threads) lives in its own process. Only the one being timed runs; the others are
+stopped by SIGSTOP, because idle thread pools spin. First each contestant's losses and weights are compared
+with a float64 trajectory, and one that computes something else is not timed; then the rounds go A B C A B C,
+so that a slow spell of the machine hits everybody. README.md beside this file says how to read the result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ from timing import HERE, CpuTimes, Peak, Spread, cpu_model, machine, process_cpu
 
 PEERS = ("chainrule", "torch", "jax", "sklearn")
 QUICK_WORKLOADS = "tiny,small,digits,mnist"
+HEAD = (
+    *("", "threads", "a step", "min – max", "cores", "of peak", "against base"),
+    *("other threads", "loss diff", "weight diff"),
+)
 
 
 @dataclass
@@ -137,7 +141,7 @@ class Race:
                 self.contestants.remove(one)
                 self.excluded[one.name] = str(error)
 
-    # ---- results ---------------------------------------------------------------------------------------------------
+    # ---- results ----
 
     @property
     def base(self) -> Contestant | None:
@@ -204,12 +208,7 @@ class Race:
     def table(self) -> str:
         """The terminal's view: one line a variant, at its better thread setting."""
         lines = [f"{self.work.name}: {self.work}   ({self.work.flop / 1e6:.3g} MFLOP a step)"]
-        head = ("", "threads", "a step", "min – max", "cores", "of peak", "against base", "other threads", "loss diff", "weight diff")
-        cells = [head, *(self._cells(one) for one in self.best())]
-        widths = [max(len(row[k]) for row in cells) for k in range(len(head))]
-        for row in cells:
-            aligned = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-            lines.append("  " + "  ".join(aligned).rstrip())
+        lines += ["  " + line for line in align([HEAD, *(self._cells(one) for one in self.best())])]
         notes = {f"  {one.variant}: {one.facts['note']}" for one in self.contestants if one.facts["note"]}
         lines += sorted(notes) + [f"  left out: {name}: {why}" for name, why in self.excluded.items()]
         return "\n".join([*lines, "  " + self._conditions_line()])
@@ -237,12 +236,24 @@ class Race:
     def _conditions_line(self) -> str:
         now = self.conditions()
         peaks = ", ".join(f"{v:.0f} GFLOP/s on {n}" for n, v in sorted(now["peak_gflops"].items()))
-        clock = f"{now['clock_ghz']['low']:.2f} – {now['clock_ghz']['high']:.2f} GHz" if now["clock_ghz"] else "unknown"
+        clock = "unknown"
+        if now["clock_ghz"]:
+            clock = f"{now['clock_ghz']['low']:.2f} – {now['clock_ghz']['high']:.2f} GHz"
         busy = "  THE MACHINE WAS NOT IDLE" if now["foreign_cpu_share"] + now["steal_share"] > 0.05 else ""
         return (
             f"peak {peaks or 'not measured (no C++ compiler)'}; clock {clock}; others used "
             f"{now['foreign_cpu_share']:.1%} of the CPUs, stolen {now['steal_share']:.1%}{busy}"
         )
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: first column to the left, the others to the right."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def progress(text: str) -> None:
@@ -252,14 +263,14 @@ def progress(text: str) -> None:
         sys.stderr.flush()
 
 
-def start(peers: list[str], threads: list[int], python: str, folder: Path) -> tuple[list[Process], dict[str, str]]:
+def start(options: argparse.Namespace, folder: Path) -> tuple[list[Process], dict[str, str]]:
     """A worker for each peer and thread setting, and the peers that cannot be imported, with the reason."""
     processes, missing = [], {}
-    for peer in peers:
-        for count in threads:
+    for peer in options.peers:
+        for count in options.threads:
             progress(f"starting {peer}, threads={count}")
             try:
-                process = Process(peer, count, python, folder)
+                process = Process(peer, count, options.python, folder)
             except PeerError as error:
                 missing[peer] = str(error)
                 continue
@@ -282,11 +293,7 @@ def summary(races: list[Race]) -> str:
             found = [one for one in race.best() if one.variant == variant]
             row.append(f"{race.ratio(found[0]).median:.2f}" if found else "-")
         rows.append(row)
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
+    return "\n".join(align(rows))
 
 
 def commit() -> str:
@@ -312,7 +319,9 @@ def write(path: Path, race: Race, about: dict[str, Any]) -> None:
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
-def run(options: argparse.Namespace, processes: list[Process], missing: dict[str, str], folder: Path) -> list[Race]:
+def run(
+    options: argparse.Namespace, processes: list[Process], missing: dict[str, str], folder: Path
+) -> list[Race]:
     """All workloads, printed and written one by one, so that an interrupted run keeps what it has."""
     versions = {k: v for process in processes for k, v in process.hello["versions"].items()}
     print("  ".join(f"{k} {v}" for k, v in versions.items()))
@@ -344,16 +353,18 @@ def run(options: argparse.Namespace, processes: list[Process], missing: dict[str
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line; lists are comma-separated and checked here."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workloads", help=f"of {', '.join(problem.WORKLOADS)} (default: all)")
-    parser.add_argument("--peers", default=",".join(PEERS), help=f"of {', '.join(PEERS)} (default: all)")
-    parser.add_argument("--threads", default=None, help="settings to try, the best counts (default: 1 and all CPUs)")
-    parser.add_argument("--rounds", type=int, default=None, help="samples of each contestant (default: 7)")
-    parser.add_argument("--seconds", type=float, default=None, help="least time of a sample (default: 0.3)")
-    parser.add_argument("--quick", action="store_true", help="small workloads, 3 rounds of 0.05 s, no result file")
-    parser.add_argument("--output", type=Path, help="result file (default: bench/results/<date>-<cpu>.json)")
-    parser.add_argument("--python", default=sys.executable, help="interpreter of the workers (default: this one)")
+    add = parser.add_argument
+    add("--workloads", help=f"of {', '.join(problem.WORKLOADS)} (default: all)")
+    add("--peers", default=",".join(PEERS), help=f"of {', '.join(PEERS)} (default: all)")
+    add("--threads", default=None, help="to try; the best counts (default: 1 and all CPUs)")
+    add("--rounds", type=int, default=None, help="samples of each contestant (default: 7)")
+    add("--seconds", type=float, default=None, help="least time of a sample (default: 0.3)")
+    add("--quick", action="store_true", help="small workloads, 3 rounds of 0.05 s, no result file")
+    add("--output", type=Path, help="result file (default: bench/results/<date>-<cpu>.json)")
+    add("--python", default=sys.executable, help="interpreter of the workers (default: this one)")
     options = parser.parse_args(arguments)
-    options.workloads = (options.workloads or (QUICK_WORKLOADS if options.quick else ",".join(problem.WORKLOADS))).split(",")
+    every = QUICK_WORKLOADS if options.quick else ",".join(problem.WORKLOADS)
+    options.workloads = (options.workloads or every).split(",")
     options.peers = options.peers.split(",")
     options.threads = sorted({int(n) for n in (options.threads or f"1,{usable_cpus()}").split(",")})
     options.rounds = options.rounds or (3 if options.quick else 7)
@@ -371,7 +382,7 @@ def main() -> int:
     """Exit status 1 when chainrule was asked for and could not be timed somewhere."""
     options = parse()
     with tempfile.TemporaryDirectory(prefix="chainrule-bench-") as folder:
-        processes, missing = start(options.peers, options.threads, options.python, Path(folder))
+        processes, missing = start(options, Path(folder))
         try:
             races = run(options, processes, missing, Path(folder))
         finally:
@@ -380,10 +391,8 @@ def main() -> int:
     print("\n" + summary(races))
     if options.output:
         print(f"\nwritten to {options.output}")
-    lost = "chainrule" in options.peers and any(
-        name.startswith("chainrule") for source in (missing, *(race.excluded for race in races)) for name in source
-    )
-    return 1 if lost else 0
+    lost = [*missing, *(name for race in races for name in race.excluded)]
+    return 1 if any(name.startswith("chainrule") for name in lost) else 0
 
 
 if __name__ == "__main__":

@@ -28,14 +28,17 @@ std::string shape_text(const py::array& array) { return py::str(array.attr("shap
 template <class T>
 NumpyArray<T> require(const py::handle& object, const char* what, int dims) {
     if (!py::isinstance<py::array>(object))
-        throw py::type_error(std::string("[_core] ") + what + " must be a NumPy array, got " + std::string(py::str(py::type::of(object))));
+        throw py::type_error(std::string("[_core] ") + what + " must be a NumPy array, got " +
+                             std::string(py::str(py::type::of(object))));
     const auto array = py::reinterpret_borrow<py::array>(object);
     constexpr int flags = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
     if (!array.dtype().equal(py::dtype::of<T>()) || (array.flags() & flags) != flags)
-        throw py::type_error(std::string("[_core] ") + what + " must be C-contiguous " + std::string(py::str(py::dtype::of<T>())) +
-                             ", got " + std::string(py::str(array.dtype())) + (array.flags() & py::array::c_style ? "" : ", not C-contiguous"));
+        throw py::type_error(std::string("[_core] ") + what + " must be C-contiguous " +
+                             std::string(py::str(py::dtype::of<T>())) + ", got " + std::string(py::str(array.dtype())) +
+                             (array.flags() & py::array::c_style ? "" : ", not C-contiguous"));
     if (array.ndim() != dims)
-        throw py::value_error(std::string("[_core] ") + what + " must have " + std::to_string(dims) + " dimensions, got shape " + shape_text(array));
+        throw py::value_error(std::string("[_core] ") + what + " must have " + std::to_string(dims) +
+                              " dimensions, got shape " + shape_text(array));
     return py::reinterpret_borrow<NumpyArray<T>>(array);
 }
 
@@ -52,7 +55,8 @@ NumpyArray<T> require_shape(const py::handle& object, const char* what, const st
 // A matrix in rows padded to cache lines, as kernels want it; the padding is zero.
 template <class T>
 struct Padded {
-    explicit Padded(Index rows_, Index cols_) : rows(rows_), cols(cols_), stride(padded_stride<T>(cols_)), memory((rows_ + 1) * stride) {}
+    explicit Padded(Index rows_, Index cols_)
+        : rows(rows_), cols(cols_), stride(padded_stride<T>(cols_)), memory((rows_ + 1) * stride) {}
     explicit Padded(const NumpyArray<T>& array) : Padded(array.shape(0), array.shape(1)) {
         copy_rows(rows, cols, array.data(), cols, memory.data(), stride);
     }
@@ -94,7 +98,8 @@ template <class Enum>
 Enum lookup(const std::vector<std::string>& names, const std::string& name, const char* what) {
     for (std::size_t i = 0; i < names.size(); ++i)
         if (names[i] == name) return static_cast<Enum>(i);
-    throw py::value_error(std::string("[_core] unknown ") + what + ": expected one of " + std::string(py::str(py::cast(names))) + ", got " + name);
+    throw py::value_error(std::string("[_core] unknown ") + what + ": expected one of " +
+                          std::string(py::str(py::cast(names))) + ", got " + name);
 }
 
 py::list ops() {
@@ -124,14 +129,16 @@ NumpyArray<T> returned(const py::handle& object, const std::string& map, const s
     const auto array = py::array_t<T, py::array::c_style | py::array::forcecast>::ensure(object);
     if (!array) {
         PyErr_Clear();
-        throw py::type_error("[" + map + "] must return an array: expected shape " + std::string(py::str(py::cast(shape))) + ", got " +
+        throw py::type_error("[" + map + "] must return an array: expected shape " +
+                             std::string(py::str(py::cast(shape))) + ", got " +
                              std::string(py::str(py::type::of(object))));
     }
     bool right = static_cast<std::size_t>(array.ndim()) == shape.size();
-    for (std::size_t d = 0; right && d < shape.size(); ++d) right = array.shape(static_cast<py::ssize_t>(d)) == shape[d];
+    for (std::size_t d = 0; right && d < shape.size(); ++d)
+        right = array.shape(static_cast<py::ssize_t>(d)) == shape[d];
     if (!right)
-        throw py::value_error("[" + map + "] returned the wrong shape: expected " + std::string(py::str(py::cast(shape))) + ", got " +
-                              shape_text(array));
+        throw py::value_error("[" + map + "] returned the wrong shape: expected " +
+                              std::string(py::str(py::cast(shape))) + ", got " + shape_text(array));
     return py::reinterpret_borrow<NumpyArray<T>>(array);
 }
 
@@ -148,7 +155,8 @@ void fill(MatrixView<T> view, const NumpyArray<T>& array) {
 template <class T>
 class PythonLayer final : public ExternalLayer<T> {
    public:
-    explicit PythonLayer(py::object layer) : layer_(std::move(layer)), name_(py::str(py::type::of(layer_).attr("__name__"))) {
+    explicit PythonLayer(py::object layer)
+        : layer_(std::move(layer)), name_(py::str(py::type::of(layer_).attr("__name__"))) {
         if (!py::hasattr(layer_, "params")) return;
         const py::dict params = layer_.attr("params");
         for (const auto& item : params) {
@@ -175,27 +183,32 @@ class PythonLayer final : public ExternalLayer<T> {
     // The arrays are Python's own, not windows into the engine: nobody can be left with a dangling one.
     void publish() override {
         for (std::size_t i = 0; i < arrays_.size(); ++i)
-            std::copy_n(storage_[i], arrays_[i].second.size(), static_cast<T*>(const_cast<void*>(arrays_[i].second.request().ptr)));
+            std::copy_n(storage_[i], arrays_[i].second.size(),
+                        static_cast<T*>(const_cast<void*>(arrays_[i].second.request().ptr)));
     }
     void forward(MatrixView<const T> x, MatrixView<T> y) override {
         const py::gil_scoped_acquire lock;
         publish();
         fill(y, returned<T>(layer_.attr("forward")(copy_of(x)), name_ + ".forward", {y.rows, y.cols}));
     }
-    void vjp(MatrixView<const T> x, MatrixView<const T> y, MatrixView<const T> dy, MatrixView<T> dx, T* const* gradients) override {
+    void vjp(MatrixView<const T> x, MatrixView<const T> y, MatrixView<const T> dy, MatrixView<T> dx,
+             T* const* gradients) override {
         const py::gil_scoped_acquire lock;
         py::object result = layer_.attr("vjp")(copy_of(x), copy_of(y), copy_of(dy));
         py::object dx_result = result;
         if (!arrays_.empty()) {
             if (!py::isinstance<py::tuple>(result) || py::len(result) != 2)
-                throw py::value_error("[" + name_ + ".vjp] a layer with params returns two things: expected (dx, {name: gradient}), got " +
-                                      std::string(py::str(py::type::of(result))));
+                throw py::value_error(
+                    "[" + name_ +
+                    ".vjp] a layer with params returns two things: expected (dx, {name: gradient}), got " +
+                    std::string(py::str(py::type::of(result))));
             dx_result = result[py::int_(0)];
             const py::object given = result[py::int_(1)];
             for (std::size_t i = 0; i < arrays_.size(); ++i) {
                 const auto& [name, array] = arrays_[i];
                 if (!given.contains(name))
-                    throw py::value_error("[" + name_ + ".vjp] a gradient is missing: expected one for '" + name + "', got " + std::string(py::str(given.attr("keys")())));
+                    throw py::value_error("[" + name_ + ".vjp] a gradient is missing: expected one for '" + name +
+                                          "', got " + std::string(py::str(given.attr("keys")())));
                 const auto gradient = returned<T>(given[py::str(name)], name_ + ".vjp: gradient of " + name,
                                                   std::vector<Index>(array.shape(), array.shape() + array.ndim()));
                 std::copy_n(gradient.data(), gradient.size(), gradients[i]);
@@ -215,7 +228,8 @@ template <class T>
 class PythonLoss final : public ExternalLoss<T> {
    public:
     explicit PythonLoss(py::object function) : function_(std::move(function)) {}
-    double value_grad(MatrixView<const T> f, const Targets<T>& y, Index target_cols, const T* weight, T scale, MatrixView<T> df) override {
+    double value_grad(MatrixView<const T> f, const Targets<T>& y, Index target_cols, const T* weight, T scale,
+                      MatrixView<T> df) override {
         const py::gil_scoped_acquire lock;
         py::object targets;
         if (y.labels) {
@@ -227,16 +241,21 @@ class PythonLoss final : public ExternalLoss<T> {
         }
         const py::object result = function_(copy_of(f), targets);
         if (!py::isinstance<py::tuple>(result) || py::len(result) != 2)
-            throw py::value_error("[loss] a loss returns two things: expected (value, dL/df), got " + std::string(py::str(py::type::of(result))));
+            throw py::value_error("[loss] a loss returns two things: expected (value, dL/df), got " +
+                                  std::string(py::str(py::type::of(result))));
         fill(df, returned<T>(result[py::int_(1)], "loss: dL/df", {f.rows, f.cols}));
         const auto value = py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(result[py::int_(0)]);
         if (!value) throw py::error_already_set();
         if (value.ndim() == 0) {
-            if (weight) throw py::value_error("[loss] sample weights need the loss of each example: expected a value of shape (B,), got a number");
+            if (weight)
+                throw py::value_error(
+                    "[loss] sample weights need the loss of each example: expected a value of shape (B,), got a "
+                    "number");
             return *value.data();
         }
         if (value.ndim() != 1 || value.shape(0) != f.rows)
-            throw py::value_error("[loss] value is a number or one per example: expected shape () or (" + std::to_string(f.rows) + ",), got " + shape_text(value));
+            throw py::value_error("[loss] value is a number or one per example: expected shape () or (" +
+                                  std::to_string(f.rows) + ",), got " + shape_text(value));
         double total = 0;
         for (Index i = 0; i < f.rows; ++i) {
             const T factor = (weight ? weight[i] : T{1}) * scale;
@@ -265,7 +284,8 @@ struct LossSpec {
 };
 
 LossSpec make_loss(const std::string& name, double param, const std::string& reduction, const py::object& function) {
-    if (reduction != "mean" && reduction != "sum") throw py::value_error("[loss] unknown reduction: expected 'mean' or 'sum', got '" + reduction + "'");
+    if (reduction != "mean" && reduction != "sum")
+        throw py::value_error("[loss] unknown reduction: expected 'mean' or 'sum', got '" + reduction + "'");
     const LossOp op = name == "external" ? LossOp::mse : lookup<LossOp>(loss_names, name, "loss");
     return {op, param, reduction == "mean", function};
 }
@@ -277,19 +297,22 @@ py::object op_forward(const std::string& name, const py::object& x, double param
     return with_real_type(x, [&](auto zero) -> py::object {
         using T = decltype(zero);
         const Padded<T> in(require<T>(x, "x", 2)), out(in.rows, in.cols);
-        kernels<T>().forward[static_cast<int>(op)](in.rows, in.cols, in.data(), in.stride, out.data(), out.stride, static_cast<T>(param));
+        kernels<T>().forward[static_cast<int>(op)](in.rows, in.cols, in.data(), in.stride, out.data(), out.stride,
+                                                   static_cast<T>(param));
         return out.numpy();
     });
 }
 
-py::object op_derivative(bool reverse, const std::string& name, const py::object& given, const py::object& saved, double param) {
+py::object op_derivative(bool reverse, const std::string& name, const py::object& given, const py::object& saved,
+                         double param) {
     const Op op = lookup<Op>(op_names, name, "op");
     return with_real_type(given, [&](auto zero) -> py::object {
         using T = decltype(zero);
         const Padded<T> in(require<T>(given, reverse ? "dy" : "dx", 2));
         const Padded<T> kept(require_shape<T>(saved, "saved", {in.rows, in.cols})), out(in.rows, in.cols);
         const auto& table = reverse ? kernels<T>().vjp : kernels<T>().jvp;
-        table[static_cast<int>(op)](in.rows, in.cols, in.data(), in.stride, kept.data(), kept.stride, out.data(), out.stride, static_cast<T>(param));
+        table[static_cast<int>(op)](in.rows, in.cols, in.data(), in.stride, kept.data(), kept.stride, out.data(),
+                                    out.stride, static_cast<T>(param));
         return out.numpy();
     });
 }
@@ -298,12 +321,14 @@ py::object dropout(const py::object& x, double p, std::uint64_t seed, Index laye
     return with_real_type(x, [&](auto zero) -> py::object {
         using T = decltype(zero);
         const Padded<T> in(require<T>(x, "x", 2)), out(in.rows, in.cols);
-        kernels<T>().dropout(in.rows, in.cols, in.data(), in.stride, out.data(), out.stride, p, dropout_key(seed, layer), step, 0);
+        kernels<T>().dropout(in.rows, in.cols, in.data(), in.stride, out.data(), out.stride, p,
+                             dropout_key(seed, layer), step, 0);
         return out.numpy();
     });
 }
 
-py::object loss_kernel(const std::string& name, const py::object& f, const py::object& y, const py::object& weight, double param, const std::string& reduction) {
+py::object loss_kernel(const std::string& name, const py::object& f, const py::object& y, const py::object& weight,
+                       double param, const std::string& reduction) {
     const LossSpec spec = make_loss(name, param, reduction, py::none());
     return with_real_type(f, [&](auto zero) -> py::object {
         using T = decltype(zero);
@@ -330,13 +355,15 @@ py::object loss_kernel(const std::string& name, const py::object& f, const py::o
 
 // "nn": a b + bias, as the forward pass of a linear layer with weights bᵀ. "tn": aᵀ b, as its weight gradient.
 py::object gemm(const std::string& form, const py::object& a, const py::object& b, const py::object& bias) {
-    if (form != "nn" && form != "tn") throw py::value_error("[gemm] unknown form: expected 'nn' or 'tn', got '" + form + "'");
+    if (form != "nn" && form != "tn")
+        throw py::value_error("[gemm] unknown form: expected 'nn' or 'tn', got '" + form + "'");
     return with_real_type(a, [&](auto zero) -> py::object {
         using T = decltype(zero);
         const NumpyArray<T> left = require<T>(a, "a", 2), right = require<T>(b, "b", 2);
         const Index depth = right.shape(0), cols = right.shape(1), rows = left.shape(form == "nn" ? 0 : 1);
         if (left.shape(form == "nn" ? 1 : 0) != depth)
-            throw py::value_error("[gemm] inner dimensions must match, got " + shape_text(left) + " and " + shape_text(right));
+            throw py::value_error("[gemm] inner dimensions must match, got " + shape_text(left) + " and " +
+                                  shape_text(right));
         const Padded<T> c(rows, cols);
         if (form == "tn") {
             const Padded<T> x(left), dz(right);
@@ -344,7 +371,8 @@ py::object gemm(const std::string& form, const py::object& a, const py::object& 
                 const Index width = round_up(std::min(cols - column, kPanel<T>), kLine<T>);
                 const Padded<T> tile(rows, width);
                 Array<T> packed(rows * width);
-                kernels<T>().linear_vjp_weight(depth, rows, width, x.data(), x.stride, dz.data() + column, dz.stride, packed.data());
+                kernels<T>().linear_vjp_weight(depth, rows, width, x.data(), x.stride, dz.data() + column, dz.stride,
+                                               packed.data());
                 copy_rows(rows, std::min(cols - column, width), packed.data(), width, c.data() + column, c.stride);
             }
             return c.numpy();
@@ -354,7 +382,8 @@ py::object gemm(const std::string& form, const py::object& a, const py::object& 
         Network<T> net({linear});
         std::vector<T> transposed(static_cast<std::size_t>(depth * cols));
         for (Index k = 0; k < depth; ++k)
-            for (Index j = 0; j < cols; ++j) transposed[static_cast<std::size_t>(j * depth + k)] = right.data()[k * cols + j];
+            for (Index j = 0; j < cols; ++j)
+                transposed[static_cast<std::size_t>(j * depth + k)] = right.data()[k * cols + j];
         net.write(net.parameters()[0], transposed.data());
         if (linear.bias) net.write(net.parameters()[1], require_shape<T>(bias, "bias", {cols}).data());
         NumpyArray<T> result({rows, cols});
@@ -400,7 +429,9 @@ class TrainingLock {
    public:
     explicit TrainingLock(PyNetwork<T>& network) : network_(network) {
         if (network_.training.exchange(true))
-            throw std::runtime_error("[fit] a network trains in one place at a time: expected an idle network, got one that is being trained");
+            throw std::runtime_error(
+                "[fit] a network trains in one place at a time: expected an idle network, got one that is being "
+                "trained");
     }
     ~TrainingLock() { network_.training.store(false); }
     TrainingLock(const TrainingLock&) = delete;
@@ -416,7 +447,9 @@ template <class T>
 Layer<T> make_layer(const LayerRow& row) {
     const auto& [name, inputs, outputs, param, bias, external] = row;
     using Kind = typename Layer<T>::Kind;
-    if (inputs < 1 || outputs < 1) throw py::value_error("[Network] widths are positive: expected ≥ 1, got " + std::to_string(inputs) + " and " + std::to_string(outputs));
+    if (inputs < 1 || outputs < 1)
+        throw py::value_error("[Network] widths are positive: expected ≥ 1, got " + std::to_string(inputs) + " and " +
+                              std::to_string(outputs));
     Layer<T> layer{Kind::op, inputs, outputs};
     layer.param = param;
     if (name == "linear") {
@@ -440,7 +473,8 @@ std::unique_ptr<PyNetwork<T>> make_network(const std::vector<LayerRow>& rows) {
         layers.push_back(make_layer<T>(row));
         if (layers.size() > 1 && layers[layers.size() - 2].outputs != layers.back().inputs)
             throw py::value_error("[Network] layer " + std::to_string(layers.size() - 1) + " does not fit: expected " +
-                                  std::to_string(layers[layers.size() - 2].outputs) + " inputs, got " + std::to_string(layers.back().inputs));
+                                  std::to_string(layers[layers.size() - 2].outputs) + " inputs, got " +
+                                  std::to_string(layers.back().inputs));
     }
     return std::make_unique<PyNetwork<T>>(std::move(layers));
 }
@@ -448,15 +482,19 @@ std::unique_ptr<PyNetwork<T>> make_network(const std::vector<LayerRow>& rows) {
 // Arrays of a data set, held as long as it is used.
 template <class T>
 struct Data {
-    Data(const Network<T>& net, const py::object& X, const py::object& y, const py::object& weight) : x(require<T>(X, "X", 2)) {
+    Data(const Network<T>& net, const py::object& X, const py::object& y, const py::object& weight)
+        : x(require<T>(X, "X", 2)) {
         const Index rows = x.shape(0);
         require_shape<T>(X, "X", {rows, net.inputs()});
         view = {rows, x.data(), nullptr, nullptr, 0, nullptr};
         if (py::isinstance<py::array_t<std::int64_t>>(y)) {
-            labels = require_shape<std::int64_t>(y, "y", {rows});
-            for (Index i = 0; i < rows; ++i)  // an index into a row of outputs: never trusted
+            const auto given = require_shape<std::int64_t>(y, "y", {rows});
+            labels = NumpyArray<std::int64_t>(rows);  // a copy: they are indices, and the caller can still write to his
+            std::copy_n(given.data(), rows, labels.mutable_data());
+            for (Index i = 0; i < rows; ++i)
                 if (labels.data()[i] < 0 || labels.data()[i] >= net.outputs())
-                    throw py::value_error("[_core] labels out of range: expected 0 to " + std::to_string(net.outputs() - 1) + ", got " +
+                    throw py::value_error("[_core] labels out of range: expected 0 to " +
+                                          std::to_string(net.outputs() - 1) + ", got " +
                                           std::to_string(labels.data()[i]) + " in row " + std::to_string(i));
             view.labels = labels.data();
         } else {
@@ -474,11 +512,13 @@ struct Data {
     void suits(const Network<T>& net, const Loss<T>& loss) const {
         if (loss.external) return;
         const bool wants_labels = loss.op == LossOp::cross_entropy;
-        if (view.labels && !wants_labels) throw py::value_error("[_core] this loss takes real targets: expected y of the network's dtype, got labels");
+        if (view.labels && !wants_labels)
+            throw py::value_error(
+                "[_core] this loss takes real targets: expected y of the network's dtype, got labels");
         const Index cols = loss.op == LossOp::gaussian_nll ? 2 * view.target_cols : view.target_cols;
         if (!view.labels && (cols != net.outputs()))
-            throw py::value_error("[_core] y does not fit the network: expected " + std::to_string(net.outputs()) + " outputs' targets, got " +
-                                  std::to_string(view.target_cols) + " columns");
+            throw py::value_error("[_core] y does not fit the network: expected " + std::to_string(net.outputs()) +
+                                  " outputs' targets, got " + std::to_string(view.target_cols) + " columns");
     }
     NumpyArray<T> x, values, weights;
     NumpyArray<std::int64_t> labels;
@@ -498,7 +538,8 @@ py::list unpack(const Network<T>& net, const T* flat) {
 
 template <class T>
 const Parameter& parameter_at(const Network<T>& net, Index k) {
-    if (k < 0 || k >= static_cast<Index>(net.parameters().size())) throw py::index_error("[_core] no such parameter: " + std::to_string(k));
+    if (k < 0 || k >= static_cast<Index>(net.parameters().size()))
+        throw py::index_error("[_core] no such parameter: " + std::to_string(k));
     return net.parameters()[static_cast<std::size_t>(k)];
 }
 
@@ -533,11 +574,11 @@ py::list trace(const PyNetwork<T>& self, const py::object& X) {
 }
 
 template <class T>
-py::tuple value_and_grad(PyNetwork<T>& self, const py::object& X, const py::object& y, const py::object& weight, const LossSpec& spec) {
+py::tuple value_and_grad(PyNetwork<T>& self, const py::object& X, const py::object& y, const py::object& weight,
+                         const LossSpec& spec) {
     const Data<T> data(self.net, X, y, weight);
     const Loss<T> loss = spec.build<T>();
     data.suits(self.net, loss);
-    const TrainingLock<T> lock(self);
     Step<T> step(self.net, loss, std::max<Index>(data.view.rows, 1), data.view.target_cols);
     double value;
     const T* gradient;
@@ -550,7 +591,8 @@ py::tuple value_and_grad(PyNetwork<T>& self, const py::object& X, const py::obje
 }
 
 template <class T>
-double evaluate_loss(PyNetwork<T>& self, const py::object& X, const py::object& y, const py::object& weight, const LossSpec& spec) {
+double evaluate_loss(PyNetwork<T>& self, const py::object& X, const py::object& y, const py::object& weight,
+                     const LossSpec& spec) {
     const Data<T> data(self.net, X, y, weight);
     const Loss<T> loss = spec.build<T>();
     data.suits(self.net, loss);
@@ -566,7 +608,8 @@ struct PyOptimizer {
         OptimizerSettings settings = {lookup<OptimizerOp>(optimizer_names, name, "optimizer"), {}};
         const std::size_t count = settings.rule == OptimizerOp::rmsprop ? 5 : 4;
         if (values.size() != count)
-            throw py::value_error("[_core] " + name + " has " + std::to_string(count) + " hyper-parameters, got " + std::to_string(values.size()));
+            throw py::value_error("[_core] " + name + " has " + std::to_string(count) + " hyper-parameters, got " +
+                                  std::to_string(values.size()));
         std::copy(values.begin(), values.end(), settings.values);
         return settings;
     }
@@ -580,10 +623,14 @@ struct PyOptimizer {
         return slots;
     }
     void set_state(const py::list& slots) {
-        if (slots.size() != kSlots) throw py::value_error("[_core] optimizer state has " + std::to_string(kSlots) + " slots, got " + std::to_string(slots.size()));
+        if (slots.size() != kSlots)
+            throw py::value_error("[_core] optimizer state has " + std::to_string(kSlots) + " slots, got " +
+                                  std::to_string(slots.size()));
         std::vector<NumpyArray<T>> arrays;
-        for (std::size_t s = 0; s < kSlots; ++s) arrays.push_back(require_shape<T>(slots[s], "slot", {optimizer.slots[s].size()}));
-        for (std::size_t s = 0; s < kSlots; ++s) std::copy_n(arrays[s].data(), arrays[s].size(), optimizer.slots[s].data());
+        for (std::size_t s = 0; s < kSlots; ++s)
+            arrays.push_back(require_shape<T>(slots[s], "slot", {optimizer.slots[s].size()}));
+        for (std::size_t s = 0; s < kSlots; ++s)
+            std::copy_n(arrays[s].data(), arrays[s].size(), optimizer.slots[s].data());
     }
     Optimizer<T> optimizer;
 };
@@ -591,15 +638,20 @@ struct PyOptimizer {
 template <class T>
 class PyTrainer {
    public:
-    PyTrainer(PyNetwork<T>& network, PyOptimizer<T>& optimizer, const LossSpec& loss, const py::object& X, const py::object& y,
-              const py::object& weight, const TrainerOptions& options)
-        : network_(network), data_(network.net, X, y, weight), loss_(loss.build<T>()), trainer_(make(network, optimizer, options)) {}
+    PyTrainer(PyNetwork<T>& network, PyOptimizer<T>& optimizer, const LossSpec& loss, const py::object& X,
+              const py::object& y, const py::object& weight, const TrainerOptions& options)
+        : network_(network),
+          data_(network.net, X, y, weight),
+          loss_(loss.build<T>()),
+          trainer_(make(network, optimizer, options)) {}
 
     NumpyArray<double> run(Index first_epoch, const py::object& lr) {
         const auto rates = require<double>(lr, "lr", py::cast<py::array>(lr).ndim() == 2 ? 2 : 1);
         const Index epochs = rates.shape(0), stride = rates.ndim() == 2 ? rates.shape(1) : 1;
         if (rates.ndim() == 2 && stride != trainer_.steps_per_epoch())
-            throw py::value_error("[_core] lr needs one rate per step: expected " + std::to_string(trainer_.steps_per_epoch()) + " columns, got " + std::to_string(stride));
+            throw py::value_error("[_core] lr needs one rate per step: expected " +
+                                  std::to_string(trainer_.steps_per_epoch()) + " columns, got " +
+                                  std::to_string(stride));
         const TrainingLock<T> lock(network_);
         std::vector<double> losses;
         {
@@ -634,7 +686,9 @@ class PyTrainer {
     Trainer<T> make(PyNetwork<T>& network, PyOptimizer<T>& optimizer, const TrainerOptions& options) {
         data_.suits(network.net, loss_);
         if (data_.view.rows < 1) throw py::value_error("[fit] no data: expected at least 1 row, got 0");
-        if (options.batch_size < 1) throw py::value_error("[fit] batch_size is positive: expected ≥ 1, got " + std::to_string(options.batch_size));
+        if (options.batch_size < 1)
+            throw py::value_error("[fit] batch_size is positive: expected ≥ 1, got " +
+                                  std::to_string(options.batch_size));
         return Trainer<T>(network.net, optimizer.optimizer, loss_, data_.view, options);
     }
     PyNetwork<T>& network_;
@@ -651,46 +705,52 @@ void bind_network(py::module_& m, const std::string& bits) {
         .def_property_readonly("parameters",
                                [](const Net& self) {
                                    py::list rows;
-                                   for (const Parameter& p : self.net.parameters()) rows.append(py::make_tuple(p.layer, p.name, py::tuple(py::cast(p.shape))));
+                                   for (const Parameter& p : self.net.parameters())
+                                       rows.append(py::make_tuple(p.layer, p.name, py::tuple(py::cast(p.shape))));
                                    return rows;
                                })
-        .def("get_parameter",
-             [](const Net& self, Index k) {
-                 const Parameter& parameter = parameter_at(self.net, k);
-                 NumpyArray<T> array(parameter.shape);
-                 self.net.read(parameter, self.net.theta(), array.mutable_data());
-                 return array;
-             },
-             py::arg("k"))
-        .def("set_parameter",
-             [](Net& self, Index k, const py::object& value) {
-                 const Parameter& parameter = parameter_at(self.net, k);
-                 const NumpyArray<T> array = require_shape<T>(value, "value", parameter.shape);
-                 self.net.write(parameter, array.data());
-                 self.net.publish();
-             },
-             py::arg("k"), py::arg("value"))
+        .def(
+            "get_parameter",
+            [](const Net& self, Index k) {
+                const Parameter& parameter = parameter_at(self.net, k);
+                NumpyArray<T> array(parameter.shape);
+                self.net.read(parameter, self.net.theta(), array.mutable_data());
+                return array;
+            },
+            py::arg("k"))
+        .def(
+            "set_parameter",
+            [](Net& self, Index k, const py::object& value) {
+                const Parameter& parameter = parameter_at(self.net, k);
+                const NumpyArray<T> array = require_shape<T>(value, "value", parameter.shape);
+                self.net.write(parameter, array.data());
+                self.net.publish();
+            },
+            py::arg("k"), py::arg("value"))
         .def("snapshot",
              [](const Net& self) {
                  NumpyArray<T> copy(self.net.size());
                  std::copy_n(self.net.theta(), self.net.size(), copy.mutable_data());
                  return copy;
              })
-        .def("restore",
-             [](Net& self, const py::object& snapshot) {
-                 const auto copy = require_shape<T>(snapshot, "snapshot", {self.net.size()});
-                 std::copy_n(copy.data(), copy.size(), self.net.theta());
-                 self.net.refresh();
-                 self.net.publish();
-             },
-             py::arg("snapshot"))
+        .def(
+            "restore",
+            [](Net& self, const py::object& snapshot) {
+                const auto copy = require_shape<T>(snapshot, "snapshot", {self.net.size()});
+                std::copy_n(copy.data(), copy.size(), self.net.theta());
+                self.net.refresh();
+                self.net.publish();
+            },
+            py::arg("snapshot"))
         .def("predict", &predict<T>, py::arg("X"))
         .def("trace", &trace<T>, py::arg("X"))
         .def("value_and_grad", &value_and_grad<T>, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("loss"))
         .def("evaluate", &evaluate_loss<T>, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("loss"));
 
-    py::class_<PyOptimizer<T>>(m, ("Optimizer" + bits).c_str(), "An update rule with its state for one network; see chainrule.optim.")
-        .def(py::init<const Net&, const std::string&, const std::vector<double>&>(), py::arg("net"), py::arg("name"), py::arg("hyper"))
+    py::class_<PyOptimizer<T>>(m, ("Optimizer" + bits).c_str(),
+                               "An update rule with its state for one network; see chainrule.optim.")
+        .def(py::init<const Net&, const std::string&, const std::vector<double>&>(), py::arg("net"), py::arg("name"),
+             py::arg("hyper"))
         .def_property(
             "step_count", [](const PyOptimizer<T>& self) { return self.optimizer.step_count; },
             [](PyOptimizer<T>& self, std::int64_t count) { self.optimizer.step_count = count; })
@@ -699,15 +759,16 @@ void bind_network(py::module_& m, const std::string& bits) {
 
     using Train = PyTrainer<T>;
     py::class_<Train>(m, ("Trainer" + bits).c_str(), "The epoch loop over one data set; see chainrule.Sequential.fit.")
-        .def(py::init([](Net& net, PyOptimizer<T>& optimizer, const LossSpec& loss, const py::object& X, const py::object& y,
-                         const py::object& weight, Index batch_size, bool shuffle, std::uint64_t seed, double l1, double l2,
-                         double clip_value, double clip_norm) {
-                 return std::make_unique<Train>(net, optimizer, loss, X, y, weight,
-                                                TrainerOptions{batch_size, shuffle, seed, {l1, l2, clip_value, clip_norm}});
+        .def(py::init([](Net& net, PyOptimizer<T>& optimizer, const LossSpec& loss, const py::object& X,
+                         const py::object& y, const py::object& weight, Index batch_size, bool shuffle,
+                         std::uint64_t seed, double l1, double l2, double clip_value, double clip_norm) {
+                 return std::make_unique<Train>(
+                     net, optimizer, loss, X, y, weight,
+                     TrainerOptions{batch_size, shuffle, seed, {l1, l2, clip_value, clip_norm}});
              }),
-             py::arg("net"), py::arg("optimizer"), py::arg("loss"), py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("batch_size"),
-             py::arg("shuffle"), py::arg("seed"), py::arg("l1"), py::arg("l2"), py::arg("clip_value"), py::arg("clip_norm"),
-             py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+             py::arg("net"), py::arg("optimizer"), py::arg("loss"), py::arg("X"), py::arg("y"), py::arg("weight"),
+             py::arg("batch_size"), py::arg("shuffle"), py::arg("seed"), py::arg("l1"), py::arg("l2"),
+             py::arg("clip_value"), py::arg("clip_norm"), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
         .def("run", &Train::run, py::arg("first_epoch"), py::arg("lr"))
         .def("step", &Train::step, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("lr"));
 }
@@ -715,7 +776,8 @@ void bind_network(py::module_& m, const std::string& bits) {
 Isa isa_by_name(const std::string& name) {
     for (const Isa isa : {Isa::avx512, Isa::avx2, Isa::neon, Isa::baseline})
         if (name == name_of(isa)) return isa;
-    throw py::value_error("[set_isa] unknown instruction set: expected one of avx512, avx2, neon, baseline, got " + name);
+    throw py::value_error("[set_isa] unknown instruction set: expected one of avx512, avx2, neon, baseline, got " +
+                          name);
 }
 
 }  // namespace
@@ -741,7 +803,9 @@ PYBIND11_MODULE(_core, m) {
     m.def(
         "set_num_threads",
         [](int n) {
-            if (n < 1) throw py::value_error("[set_num_threads] threads are counted from 1: expected ≥ 1, got " + std::to_string(n));
+            if (n < 1)
+                throw py::value_error("[set_num_threads] threads are counted from 1: expected ≥ 1, got " +
+                                      std::to_string(n));
             const py::gil_scoped_release unlocked;
             set_thread_count(n);
         },
@@ -751,19 +815,32 @@ PYBIND11_MODULE(_core, m) {
 
     m.def("op_forward", &op_forward, py::arg("name"), py::arg("x"), py::arg("param"));
     m.def(
-        "op_vjp", [](const std::string& name, const py::object& dy, const py::object& saved, double param) { return op_derivative(true, name, dy, saved, param); },
+        "op_vjp",
+        [](const std::string& name, const py::object& dy, const py::object& saved, double param) {
+            return op_derivative(true, name, dy, saved, param);
+        },
         py::arg("name"), py::arg("dy"), py::arg("saved"), py::arg("param"));
     m.def(
-        "op_jvp", [](const std::string& name, const py::object& dx, const py::object& saved, double param) { return op_derivative(false, name, dx, saved, param); },
+        "op_jvp",
+        [](const std::string& name, const py::object& dx, const py::object& saved, double param) {
+            return op_derivative(false, name, dx, saved, param);
+        },
         py::arg("name"), py::arg("dx"), py::arg("saved"), py::arg("param"));
     m.def("dropout", &dropout, py::arg("x"), py::arg("p"), py::arg("seed"), py::arg("layer"), py::arg("step"));
-    m.def("loss", &loss_kernel, py::arg("name"), py::arg("f"), py::arg("y"), py::arg("weight"), py::arg("param"), py::arg("reduction"));
+    m.def("loss", &loss_kernel, py::arg("name"), py::arg("f"), py::arg("y"), py::arg("weight"), py::arg("param"),
+          py::arg("reduction"));
     m.def("gemm", &gemm, py::arg("form"), py::arg("a"), py::arg("b"), py::arg("bias"));
     m.def(
-        "random_uniform", [](Index n, std::uint64_t seed, std::uint64_t stream) { return random_numbers(n, [&](Index i) { return uniform(seed, stream, i); }); },
+        "random_uniform",
+        [](Index n, std::uint64_t seed, std::uint64_t stream) {
+            return random_numbers(n, [&](Index i) { return uniform(seed, stream, i); });
+        },
         py::arg("n"), py::arg("seed"), py::arg("stream"));
     m.def(
-        "random_normal", [](Index n, std::uint64_t seed, std::uint64_t stream) { return random_numbers(n, [&](Index i) { return normal(seed, stream, i); }); },
+        "random_normal",
+        [](Index n, std::uint64_t seed, std::uint64_t stream) {
+            return random_numbers(n, [&](Index i) { return normal(seed, stream, i); });
+        },
         py::arg("n"), py::arg("seed"), py::arg("stream"));
     m.def(
         "permutation",
@@ -774,7 +851,8 @@ PYBIND11_MODULE(_core, m) {
         },
         py::arg("n"), py::arg("seed"), py::arg("epoch"));
 
-    py::class_<LossSpec>(m, "Loss", "A loss by name with its parameter and reduction, or a user's function; see chainrule.losses.")
+    py::class_<LossSpec>(m, "Loss",
+                         "A loss by name with its parameter and reduction, or a user's function; see chainrule.losses.")
         .def(py::init(&make_loss), py::arg("name"), py::arg("param"), py::arg("reduction"), py::arg("function"));
     bind_network<float>(m, "32");
     bind_network<double>(m, "64");

@@ -114,7 +114,7 @@ Hyper<T> prepare_step(const OptimizerSettings& settings, double lr, std::int64_t
             h.eps = t(v[2]);
             h.weight_decay = t(v[3]);
             h.step_size = t(lr / (1 - std::pow(v[0], static_cast<double>(step))));
-            h.root_correction = t(std::sqrt(1 - std::pow(v[1], static_cast<double>(step))));
+            h.root_scale = t(1 / std::sqrt(1 - std::pow(v[1], static_cast<double>(step))));
     }
     return h;
 }

@@ -32,8 +32,8 @@ namespace chainrule {
 namespace CHAINRULE_ISA {
 
 template <class Loss, class T>
-void run_loss(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale, T* values, T* df,
-              Index df_stride, T param) {
+void run_loss(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
+              T* values, T* df, Index df_stride, T param) {
     Loss::run(rows, cols, f, f_stride, y, weight, scale, values, df, df_stride, param);
 }
 

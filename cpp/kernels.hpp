@@ -42,9 +42,9 @@ struct Targets {
 template <class T>
 struct Hyper {
     T lr, weight_decay;
-    T momentum, undamped, nesterov;                   // sgd; rmsprop uses momentum
-    T beta1, beta2, eps, step_size, root_correction;  // adam, adamw
-    T alpha, centered;                                // rmsprop
+    T momentum, undamped, nesterov;              // sgd; rmsprop uses momentum
+    T beta1, beta2, eps, step_size, root_scale;  // adam, adamw
+    T alpha, centered;                           // rmsprop
 };
 
 constexpr int kSlots = 3;  // the most state arrays that a rule keeps
@@ -53,26 +53,28 @@ constexpr int kSlots = 3;  // the most state arrays that a rule keeps
 template <class T>
 struct Kernels {
     using Map = void (*)(Index rows, Index cols, const T* x, Index x_stride, T* y, Index y_stride, T param);
-    using Derivative = void (*)(Index rows, Index cols, const T* in, Index in_stride, const T* saved, Index saved_stride, T* out,
-                                Index out_stride, T param);
-    using LossMap = void (*)(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale, T* values,
-                             T* df, Index df_stride, T param);
+    using Derivative = void (*)(Index rows, Index cols, const T* in, Index in_stride, const T* saved,
+                                Index saved_stride, T* out, Index out_stride, T param);
+    using LossMap = void (*)(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight,
+                             T scale, T* values, T* df, Index df_stride, T param);
 
     Map forward[static_cast<int>(Op::count)];
     Derivative vjp[static_cast<int>(Op::count)];
     Derivative jvp[static_cast<int>(Op::count)];
     LossMap loss[static_cast<int>(LossOp::count)];
-    void (*optimize[static_cast<int>(OptimizerOp::count)])(Index n, T* w, const T* g, T scale, T* const* slots, const Hyper<T>& hyper);
+    void (*optimize[static_cast<int>(OptimizerOp::count)])(Index n, T* w, const T* g, T scale, T* const* slots,
+                                                           const Hyper<T>& hyper);
 
-    void (*linear_forward)(Index rows, Index inputs, Index outputs, bool bias, const T* x, Index x_stride, const T* forward, T* z,
-                           Index z_stride);
-    void (*linear_vjp_input)(Index rows, Index inputs, Index outputs, const T* dz, Index dz_stride, const T* backward, T* dx,
-                             Index dx_stride);
-    void (*linear_vjp_weight)(Index batch, Index count, Index width, const T* x, Index x_stride, const T* dz, Index dz_stride, T* tile);
-    void (*linear_transpose)(Index inputs, Index outputs, Index first, Index count, Index column, const T* panel, Index width,
-                             T* backward);
-    void (*dropout)(Index rows, Index cols, const T* x, Index x_stride, T* y, Index y_stride, double p, std::uint64_t key,
-                    std::uint64_t step, Index first_row);
+    void (*linear_forward)(Index rows, Index inputs, Index outputs, bool bias, const T* x, Index x_stride,
+                           const T* forward, T* z, Index z_stride);
+    void (*linear_vjp_input)(Index rows, Index inputs, Index outputs, const T* dz, Index dz_stride, const T* backward,
+                             T* dx, Index dx_stride);
+    void (*linear_vjp_weight)(Index batch, Index count, Index width, const T* x, Index x_stride, const T* dz,
+                              Index dz_stride, T* tile);
+    void (*linear_transpose)(Index inputs, Index outputs, Index first, Index count, Index column, const T* panel,
+                             Index width, T* backward);
+    void (*dropout)(Index rows, Index cols, const T* x, Index x_stride, T* y, Index y_stride, double p,
+                    std::uint64_t key, std::uint64_t step, Index first_row);
     T (*penalize)(Index n, const T* w, T* g, T l1, T l2);
     void (*clip)(Index n, T* g, T limit);
     T (*sum_of_squares)(Index n, const T* g);

@@ -116,7 +116,8 @@ Network<T>::Network(std::vector<Layer<T>> layers) : layers_(std::move(layers)) {
             }
         }
         layer.size = total - layer.offset;
-        if (static_cast<Index>(parameters_.size()) > first_parameter) first_cotangent_ = std::min(first_cotangent_, l + 1);
+        if (static_cast<Index>(parameters_.size()) > first_parameter)
+            first_cotangent_ = std::min(first_cotangent_, l + 1);
     }
     theta_ = Array<T>(total);
     backward_ = Array<T>(backward_total);
@@ -168,8 +169,8 @@ void Network<T>::transpose(const Layer<T>& layer) const {
     if (&layer - layers_.data() < first_cotangent_) return;
     for (Index start = 0; start < layer.outputs; start += kPanel<T>)
         kernels<T>().linear_transpose(layer.inputs, layer.outputs, 0, layer.inputs, start,
-                                      theta() + layer.offset + start * layer.weight_rows(), panel_width<T>(layer.outputs, start),
-                                      backward_weights(layer));
+                                      theta() + layer.offset + start * layer.weight_rows(),
+                                      panel_width<T>(layer.outputs, start), backward_weights(layer));
 }
 
 template <class T>
@@ -198,8 +199,8 @@ void Network<T>::forward_layer(Index l, MatrixView<T> x, MatrixView<T> y) const 
     const Layer<T>& layer = layers_[static_cast<std::size_t>(l)];
     switch (layer.kind) {
         case Kind<T>::linear:
-            return kernels<T>().linear_forward(x.rows, layer.inputs, layer.outputs, layer.bias, x.data, x.stride, theta() + layer.offset,
-                                               y.data, y.stride);
+            return kernels<T>().linear_forward(x.rows, layer.inputs, layer.outputs, layer.bias, x.data, x.stride,
+                                               theta() + layer.offset, y.data, y.stride);
         case Kind<T>::op:
             return kernels<T>().forward[static_cast<int>(layer.op)](x.rows, x.cols, x.data, x.stride, y.data, y.stride,
                                                                     static_cast<T>(layer.param));
@@ -210,12 +211,14 @@ void Network<T>::forward_layer(Index l, MatrixView<T> x, MatrixView<T> y) const 
 }
 
 template <class T>
-void Network<T>::forward(const Activations<T>& a, Index from, Index to, Index begin, Index end, const Noise& noise, bool training) const {
+void Network<T>::forward(const Activations<T>& a, Index from, Index to, Index begin, Index end, const Noise& noise,
+                         bool training) const {
     for (Index l = from; l < to; ++l) {
         const Layer<T>& layer = layers_[static_cast<std::size_t>(l)];
         const MatrixView<T> x = rows_of(a.phi(l), begin, end), y = rows_of(a.phi(l + 1), begin, end);
         if (layer.kind == Kind<T>::dropout && noise.active)
-            kernels<T>().dropout(x.rows, x.cols, x.data, x.stride, y.data, y.stride, layer.param, dropout_key(noise.seed, l), noise.step, begin);
+            kernels<T>().dropout(x.rows, x.cols, x.data, x.stride, y.data, y.stride, layer.param,
+                                 dropout_key(noise.seed, l), noise.step, begin);
         else
             forward_layer(l, x, y);
         if (training) append_ones(a, l + 1, begin, end);
@@ -223,19 +226,22 @@ void Network<T>::forward(const Activations<T>& a, Index from, Index to, Index be
 }
 
 template <class T>
-void Network<T>::backward(const Activations<T>& a, Index to, Index from, Index begin, Index end, const Noise& noise) const {
+void Network<T>::backward(const Activations<T>& a, Index to, Index from, Index begin, Index end,
+                          const Noise& noise) const {
     const Kernels<T>& k = kernels<T>();
     for (Index l = to; l-- > from;) {
         const Layer<T>& layer = layers_[static_cast<std::size_t>(l)];
         const MatrixView<T> dy = rows_of(a.dphi(l + 1), begin, end), dx = rows_of(a.dphi(l), begin, end);
         if (layer.kind == Kind<T>::linear) {
-            k.linear_vjp_input(dx.rows, layer.inputs, layer.outputs, dy.data, dy.stride, backward_weights(layer), dx.data, dx.stride);
+            k.linear_vjp_input(dx.rows, layer.inputs, layer.outputs, dy.data, dy.stride, backward_weights(layer),
+                               dx.data, dx.stride);
         } else if (layer.kind == Kind<T>::op) {
             const MatrixView<T> saved = rows_of(a.phi(saves_of(layer.op) == Saves::input ? l : l + 1), begin, end);
-            k.vjp[static_cast<int>(layer.op)](dx.rows, dx.cols, dy.data, dy.stride, saved.data, saved.stride, dx.data, dx.stride,
-                                              static_cast<T>(layer.param));
+            k.vjp[static_cast<int>(layer.op)](dx.rows, dx.cols, dy.data, dy.stride, saved.data, saved.stride, dx.data,
+                                              dx.stride, static_cast<T>(layer.param));
         } else if (noise.active) {
-            k.dropout(dx.rows, dx.cols, dy.data, dy.stride, dx.data, dx.stride, layer.param, dropout_key(noise.seed, l), noise.step, begin);
+            k.dropout(dx.rows, dx.cols, dy.data, dy.stride, dx.data, dx.stride, layer.param, dropout_key(noise.seed, l),
+                      noise.step, begin);
         }
     }
 }
@@ -277,8 +283,9 @@ void Network<T>::backward_all(const Activations<T>& a, Index rows, const Noise& 
             std::vector<T*> gradients;
             for (const Parameter& parameter : parameters_)
                 if (parameter.layer == l - 1) gradients.push_back(gradient + parameter.offset);
-            layer.external->vjp({x.data, rows, x.cols, x.stride}, {y.data, rows, y.cols, y.stride}, {dy.data, rows, dy.cols, dy.stride},
-                                {dx.data, rows, dx.cols, dx.stride}, gradients.data());
+            layer.external->vjp({x.data, rows, x.cols, x.stride}, {y.data, rows, y.cols, y.stride},
+                                {dy.data, rows, dy.cols, dy.stride}, {dx.data, rows, dx.cols, dx.stride},
+                                gradients.data());
             --l;
             continue;
         }

@@ -19,7 +19,8 @@ template <class T>
 class Array {
    public:
     Array() = default;
-    explicit Array(Index size) : data_(static_cast<T*>(allocate_bytes(static_cast<std::size_t>(size) * sizeof(T)))), size_(size) {}
+    explicit Array(Index size)
+        : data_(static_cast<T*>(allocate_bytes(static_cast<std::size_t>(size) * sizeof(T)))), size_(size) {}
     Array(Array&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
     Array& operator=(Array&& other) noexcept {
         std::swap(data_, other.data_);
@@ -52,7 +53,8 @@ class ExternalLayer {
     virtual void bind(T* const* storage) = 0;  // where the parameters live from now on; fills in their initial values
     virtual void publish() = 0;                // shows the owner their present values
     virtual void forward(MatrixView<const T> x, MatrixView<T> y) = 0;
-    virtual void vjp(MatrixView<const T> x, MatrixView<const T> y, MatrixView<const T> dy, MatrixView<T> dx, T* const* gradients) = 0;
+    virtual void vjp(MatrixView<const T> x, MatrixView<const T> y, MatrixView<const T> dy, MatrixView<T> dx,
+                     T* const* gradients) = 0;
 };
 
 template <class T>
@@ -60,9 +62,9 @@ struct Layer {
     enum class Kind { linear, op, dropout, external };
     Kind kind;
     Index inputs, outputs;
-    bool bias = false;                           // linear
-    Op op = Op::identity;                        // op
-    double param = 0;                            // op: its parameter; dropout: p
+    bool bias = false;                             // linear
+    Op op = Op::identity;                          // op
+    double param = 0;                              // op: its parameter; dropout: p
     std::shared_ptr<ExternalLayer<T>> external{};  // external
 
     // Set by Network: where the parameters begin in the flat buffer, and the transposed copy of a linear layer's weights.
@@ -92,8 +94,10 @@ class Activations {
     Activations() = default;
     Activations(const std::vector<Layer<T>>& layers, Index rows, bool cotangents);
     Index rows() const { return rows_; }
-    MatrixView<T> phi(Index layer) const { return phi_[static_cast<std::size_t>(layer)]; }    // 0 is the input
-    MatrixView<T> dphi(Index layer) const { return dphi_[static_cast<std::size_t>(layer)]; }  // 0 exists for external layers only
+    MatrixView<T> phi(Index layer) const { return phi_[static_cast<std::size_t>(layer)]; }  // 0 is the input
+    MatrixView<T> dphi(Index layer) const {
+        return dphi_[static_cast<std::size_t>(layer)];
+    }  // 0 exists for external layers only
 
    private:
     Index rows_ = 0;
@@ -134,7 +138,7 @@ class Network {
     Index inputs() const { return layers_.front().inputs; }
     Index outputs() const { return layers_.back().outputs; }
     bool has_external() const { return has_external_; }
-    double multiplies_per_row() const { return multiplies_; }  // of one forward pass
+    double multiplies_per_row() const { return multiplies_; }   // of one forward pass
     Index first_cotangent() const { return first_cotangent_; }  // below this layer nothing needs a cotangent
 
     // The flat buffer: for each linear layer Wᵀ over b in panels, for each external layer its arrays.
@@ -149,7 +153,8 @@ class Network {
     void publish();  // after training: external layers' own copies
 
     // Rows [begin, end) through layers [from, to). Linear layers get their column of ones where `training`.
-    void forward(const Activations<T>& a, Index from, Index to, Index begin, Index end, const Noise& noise, bool training) const;
+    void forward(const Activations<T>& a, Index from, Index to, Index begin, Index end, const Noise& noise,
+                 bool training) const;
     // One layer on matrices of the caller's, whose rows are padded. Dropout is the identity.
     void forward_layer(Index layer, MatrixView<T> x, MatrixView<T> y) const;
     // dphi(to) to dphi(from), same rows.

@@ -44,7 +44,7 @@ struct AdamRule {
         const Vec<T> v = fma((1 - h.beta2) * g, g, h.beta2 * load(s.slot[1] + i));
         store(s.slot[0] + i, m);
         store(s.slot[1] + i, v);
-        return fma(Vec<T>{} - h.step_size, m / (sqrt(v) / h.root_correction + h.eps), w);
+        return fma(Vec<T>{} - h.step_size, m / fma(sqrt(v), Vec<T>{} + h.root_scale, Vec<T>{} + h.eps), w);
     }
 };
 using Adam = AdamRule<false>;

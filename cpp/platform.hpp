@@ -45,8 +45,8 @@ constexpr Index padded_stride(Index cols) {
 enum class Isa { baseline, avx2, avx512, neon };
 
 const char* name_of(Isa isa);
-bool runs_here(Isa isa);       // asks the processor
-int usable_processors();       // affinity mask and container quota respected
+bool runs_here(Isa isa);  // asks the processor
+int usable_processors();  // affinity mask and container quota respected
 
 // Zero-initialised memory aligned to a cache line, or to 2 MiB with huge pages requested when it is large.
 void* allocate_bytes(std::size_t bytes);

@@ -78,9 +78,7 @@ class Pool {
                 const int part = static_cast<int>(workers_.size()) + 1;
                 workers_.emplace_back(&Pool::work, this, part, generation_.load());
             }
-        } catch (...) {
-            return false;
-        }
+        } catch (...) { return false; }
         return true;
     }
 

@@ -38,7 +38,9 @@ CHAINRULE_HD static inline Philox4 philox(std::uint64_t key, std::uint64_t count
 }
 
 // The streams of one seed: the generator's second word says what the numbers are for.
-CHAINRULE_HD static inline std::uint64_t stream_of(std::uint64_t purpose, std::uint64_t number) { return purpose << 56 | number; }
+CHAINRULE_HD static inline std::uint64_t stream_of(std::uint64_t purpose, std::uint64_t number) {
+    return purpose << 56 | number;
+}
 constexpr std::uint64_t kInitialWeights = 1, kPermutation = 2, kDropout = 3;
 
 // Each dropout layer has a key of its own; consecutive multiples of the golden ratio are far apart.

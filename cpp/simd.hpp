@@ -6,6 +6,8 @@
 // and Clang give the same bits. The exception is the baseline x86-64 set, which has no FMA instruction.
 #pragma once
 
+#include <utility>  // integer_sequence: a type, so nothing of it can leak between instruction sets
+
 #include "platform.hpp"
 
 #if defined(__x86_64__)
@@ -163,8 +165,9 @@ CHAINRULE_INLINE Vec<float> expm1_series(Vec<float> r) {
     return fma(r * r, polynomial(r, c), r);
 }
 CHAINRULE_INLINE Vec<double> expm1_series(Vec<double> r) {
-    const double c[] = {1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,       1.0 / 5040,      1.0 / 40320,
-                        1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800, 1.0 / 87178291200};
+    const double c[] = {1.0 / 2,         1.0 / 6,          1.0 / 24,         1.0 / 120,     1.0 / 720,
+                        1.0 / 5040,      1.0 / 40320,      1.0 / 362880,     1.0 / 3628800, 1.0 / 39916800,
+                        1.0 / 479001600, 1.0 / 6227020800, 1.0 / 87178291200};
     return fma(r * r, polynomial(r, c), r);
 }
 
@@ -232,7 +235,8 @@ CHAINRULE_INLINE Vec<float> atanh_series(Vec<float> s2) {
     return polynomial(s2, c);
 }
 CHAINRULE_INLINE Vec<double> atanh_series(Vec<double> s2) {
-    const double c[] = {2.0 / 3, 2.0 / 5, 2.0 / 7, 2.0 / 9, 2.0 / 11, 2.0 / 13, 2.0 / 15, 2.0 / 17, 2.0 / 19, 2.0 / 21, 2.0 / 23};
+    const double c[] = {2.0 / 3,  2.0 / 5,  2.0 / 7,  2.0 / 9,  2.0 / 11, 2.0 / 13,
+                        2.0 / 15, 2.0 / 17, 2.0 / 19, 2.0 / 21, 2.0 / 23};
     return polynomial(s2, c);
 }
 
@@ -299,20 +303,20 @@ CHAINRULE_INLINE V softplus(V x) {
 // interpolate it at Chebyshev points, computed to 50 digits. Relative error 3e-9 (float, z <= 10.5), 3e-17 (double, z <= 27.5);
 // beyond those z the factor e^(-z²) is zero. Form: Shepherd and Laframboise, Math. Comp. 36, 1981.
 CHAINRULE_INLINE Vec<float> erfcx_series(Vec<float> t) {
-    const double c[] = {
-        1.25300805813703754, -0.135621149059953665, -0.047562318168041814, 0.129646714852946839,
-        -0.119271919337226563, 0.0682930290552530582, -0.023794664534199443, 0.00257685651680176697,
-        0.00200177122554426307, -0.000788120753037410585, -0.000273595999263034388};
+    const double c[] = {1.25300805813703754,      -0.135621149059953665,   -0.047562318168041814,
+                        0.129646714852946839,     -0.119271919337226563,   0.0682930290552530582,
+                        -0.023794664534199443,    0.00257685651680176697,  0.00200177122554426307,
+                        -0.000788120753037410585, -0.000273595999263034388};
     return polynomial(t, c);
 }
 CHAINRULE_INLINE Vec<double> erfcx_series(Vec<double> t) {
     const double c[] = {
-        1.25300805826972964, -0.135621106124580675, -0.0475622943534467093, 0.129645158702704428,
-        -0.119273663415511788, 0.0683080273458418527, -0.0237705149145542663, 0.00252939178766909222,
-        0.00188869031508911369, -0.000779832032546475077, -0.000105159507120881833, 0.000125098122243763878,
-        4.94820186655647948e-6, -0.0000200965299535030067, -7.27688696615789994e-7, 3.46377989167188057e-6,
-        3.49088667855040958e-7, -6.04718003444415402e-7, -1.31133221697872456e-7, 9.16516352984537837e-8,
-        3.28706816336942874e-8, -8.4340016556519746e-9, -4.18258251449267221e-9};
+        1.25300805826972964,    -0.135621106124580675,     -0.0475622943534467093,   0.129645158702704428,
+        -0.119273663415511788,  0.0683080273458418527,     -0.0237705149145542663,   0.00252939178766909222,
+        0.00188869031508911369, -0.000779832032546475077,  -0.000105159507120881833, 0.000125098122243763878,
+        4.94820186655647948e-6, -0.0000200965299535030067, -7.27688696615789994e-7,  3.46377989167188057e-6,
+        3.49088667855040958e-7, -6.04718003444415402e-7,   -1.31133221697872456e-7,  9.16516352984537837e-8,
+        3.28706816336942874e-8, -8.4340016556519746e-9,    -4.18258251449267221e-9};
     return polynomial(t, c);
 }
 template <class V>
@@ -328,7 +332,8 @@ CHAINRULE_INLINE V normal_cdf(V x) {
     const V z = abs(x) * splat<V>(0x1.6a09e667f3bcdp-1);
     // e^(-x²/2) with the rounding error of the square carried along: at x = 10 it would cost 50 ulp.
     const V square = x * x, dropped = fma(x, x, -square);
-    const V gauss = select(square < splat<V>(1e30), exp(splat<V>(-0.5) * square) * fma(splat<V>(-0.5), dropped, 1.0), V{});
+    const V gauss =
+        select(square < splat<V>(1e30), exp(splat<V>(-0.5) * square) * fma(splat<V>(-0.5), dropped, 1.0), V{});
     const V tail = splat<V>(0.5) * gauss * erfcx(z);
     return select(x < V{}, tail, select(x == x, 1 - tail, x));
 }
@@ -336,6 +341,24 @@ CHAINRULE_INLINE V normal_cdf(V x) {
 template <class V>
 CHAINRULE_INLINE V normal_density(V x) {
     return splat<V>(0.39894228040143267794) * exp(splat<V>(-0.5) * x * x);
+}
+
+// Transposes a square of kWidth vectors in log2(kWidth) stages, each exchanging the off-diagonal blocks of one size.
+template <int S, class V, int... L>
+CHAINRULE_INLINE void exchange_blocks(V& a, V& b, std::integer_sequence<int, L...>) {
+    constexpr int W = sizeof...(L);
+    const V upper = __builtin_shufflevector(a, b, ((L & S) ? W + L - S : L)...);
+    b = __builtin_shufflevector(a, b, ((L & S) ? W + L : L + S)...);
+    a = upper;
+}
+template <class T, int S = 1>
+CHAINRULE_INLINE void transpose_square(Vec<T> (&rows)[kWidth<T>]) {
+    if constexpr (S < kWidth<T>) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth<T>; ++i)
+            if (!(i & S)) exchange_blocks<S>(rows[i], rows[i + S], std::make_integer_sequence<int, kWidth<T>>{});
+        transpose_square<T, 2 * S>(rows);
+    }
 }
 
 // Sum over the elements of an array in an order that does not depend on the vector width: the lanes of a cache line

@@ -84,21 +84,24 @@ void Step<T>::gather(const Dataset<T>& data, const std::int64_t* order, Index be
 template <class T>
 void Step<T>::run_loss(Index begin, Index end) {
     const MatrixView<T> f = activations_.phi(net_->depth()), df = activations_.dphi(net_->depth());
-    const Targets<T> y = {target_cols_ == 0 ? labels_.data() + begin : nullptr, targets_.data() + begin * target_stride_, target_stride_};
-    kernels<T>().loss[static_cast<int>(loss_.op)](end - begin, f.cols, f.data + begin * f.stride, f.stride, y,
-                                                  weighted_ ? weights_.data() + begin : nullptr, scale_, values_.data() + begin,
-                                                  df.data + begin * df.stride, df.stride, static_cast<T>(loss_.param));
+    const Targets<T> y = {target_cols_ == 0 ? labels_.data() + begin : nullptr,
+                          targets_.data() + begin * target_stride_, target_stride_};
+    kernels<T>().loss[static_cast<int>(loss_.op)](
+        end - begin, f.cols, f.data + begin * f.stride, f.stride, y, weighted_ ? weights_.data() + begin : nullptr,
+        scale_, values_.data() + begin, df.data + begin * df.stride, df.stride, static_cast<T>(loss_.param));
 }
 
 template <class T>
 double Step<T>::total_loss() const {
     double total = 0;
-    for (Index i = 0; i < rows_; ++i) total += static_cast<double>(values_[i]) * (weighted_ ? static_cast<double>(weights_[i]) : 1.0);
+    for (Index i = 0; i < rows_; ++i)
+        total += static_cast<double>(values_[i]) * (weighted_ ? static_cast<double>(weights_[i]) : 1.0);
     return total * static_cast<double>(scale_);
 }
 
 template <class T>
-double Step<T>::sweep(const Dataset<T>& data, const std::int64_t* order, Index rows, const Noise& noise, bool backward) {
+double Step<T>::sweep(const Dataset<T>& data, const std::int64_t* order, Index rows, const Noise& noise,
+                      bool backward) {
     rows_ = rows;
     weigh(data, order);
     const Index depth = net_->depth();
@@ -118,7 +121,8 @@ double Step<T>::sweep(const Dataset<T>& data, const std::int64_t* order, Index r
     if (loss_.external) {
         const MatrixView<T> f = activations_.phi(depth), df = activations_.dphi(depth);
         const Targets<T> y = {target_cols_ == 0 ? labels_.data() : nullptr, targets_.data(), target_stride_};
-        value = loss_.external->value_grad({f.data, rows, f.cols, f.stride}, y, target_cols_, weighted_ ? weights_.data() : nullptr, scale_,
+        value = loss_.external->value_grad({f.data, rows, f.cols, f.stride}, y, target_cols_,
+                                           weighted_ ? weights_.data() : nullptr, scale_,
                                            {df.data, rows, df.cols, df.stride});
     } else {
         over_rows(rows, multiplies, [&](Index begin, Index end) { run_loss(begin, end); });
@@ -142,7 +146,8 @@ void Step<T>::plan() {
                                   std::min(layer.weight_rows() - first, kTileInputs)});
     }
     double total = 0;
-    for (const Unit& unit : units_) work_.push_back(total += static_cast<double>(unit.count * std::max<Index>(unit.width, 1)));
+    for (const Unit& unit : units_)
+        work_.push_back(total += static_cast<double>(unit.count * std::max<Index>(unit.width, 1)));
     penalties_.resize(units_.size());
     squares_.resize(units_.size());
 }
@@ -158,7 +163,9 @@ void Step<T>::over_units(F f) {
     constexpr Index tile_size = kTileInputs * kPanel<T>;
     if (tiles_.size() < parts * tile_size) tiles_ = Array<T>(parts * tile_size);
     parallel(parts, [&](int part, int count) {
-        const auto start_of = [&](int p) { return std::upper_bound(work_.begin(), work_.end(), total * p / count) - work_.begin(); };
+        const auto start_of = [&](int p) {
+            return std::upper_bound(work_.begin(), work_.end(), total * p / count) - work_.begin();
+        };
         for (Index u = start_of(part), end = start_of(part + 1); u < end; ++u)
             f(units_[static_cast<std::size_t>(u)], static_cast<std::size_t>(u), tiles_.data() + part * tile_size);
     });
@@ -174,7 +181,8 @@ template <class T>
 void Step<T>::differentiate(const Unit& unit, T* tile) const {
     if (unit.width == 0) return;  // an external layer wrote its gradient itself
     const MatrixView<T> x = activations_.phi(unit.layer), dz = activations_.dphi(unit.layer + 1);
-    kernels<T>().linear_vjp_weight(rows_, unit.count, unit.width, x.data + unit.first, x.stride, dz.data + unit.column, dz.stride, tile);
+    kernels<T>().linear_vjp_weight(rows_, unit.count, unit.width, x.data + unit.first, x.stride, dz.data + unit.column,
+                                   dz.stride, tile);
 }
 
 template <class T>
@@ -184,7 +192,8 @@ double Step<T>::regularize(const Unit& unit, T* tile, const Regularization& r) c
     double penalty = 0;
     if ((r.l1 != 0 || r.l2 != 0) && unit.width > 0) {
         const Index rows = std::min(unit.count, layer.inputs - unit.first);  // weights, not the bias below them
-        penalty = static_cast<double>(k.penalize(rows * unit.width, net_->theta() + place(unit), tile, static_cast<T>(r.l1), static_cast<T>(r.l2)));
+        penalty = static_cast<double>(k.penalize(rows * unit.width, net_->theta() + place(unit), tile,
+                                                 static_cast<T>(r.l1), static_cast<T>(r.l2)));
     }
     if (r.clip_value != 0) k.clip(unit.count * std::max<Index>(unit.width, 1), tile, static_cast<T>(r.clip_value));
     return penalty;
@@ -196,12 +205,14 @@ void Step<T>::apply(const Unit& unit, const T* tile, T scale, Optimizer<T>& opti
     const Layer<T>& layer = net_->layers()[static_cast<std::size_t>(unit.layer)];
     const Index begin = place(unit);
     T* slots[kSlots];
-    for (int s = 0; s < kSlots; ++s) slots[s] = optimizer.slots[s].size() > 0 ? optimizer.slots[s].data() + begin : nullptr;
-    k.optimize[static_cast<int>(optimizer.settings.rule)](unit.count * std::max<Index>(unit.width, 1), net_->theta() + begin, tile, scale, slots,
-                                                         hyper);
+    for (int s = 0; s < kSlots; ++s)
+        slots[s] = optimizer.slots[s].size() > 0 ? optimizer.slots[s].data() + begin : nullptr;
+    k.optimize[static_cast<int>(optimizer.settings.rule)](unit.count * std::max<Index>(unit.width, 1),
+                                                          net_->theta() + begin, tile, scale, slots, hyper);
     if (unit.width > 0 && unit.layer >= net_->first_cotangent())
-        k.linear_transpose(layer.inputs, layer.outputs, unit.first, std::min(unit.count, layer.inputs - unit.first), unit.column,
-                           net_->theta() + layer.offset + unit.column * layer.weight_rows(), unit.width, net_->backward_weights(layer));
+        k.linear_transpose(layer.inputs, layer.outputs, unit.first, std::min(unit.count, layer.inputs - unit.first),
+                           unit.column, net_->theta() + layer.offset + unit.column * layer.weight_rows(), unit.width,
+                           net_->backward_weights(layer));
 }
 
 template <class T>
@@ -221,7 +232,6 @@ template <class T>
 double Step<T>::update(Optimizer<T>& optimizer, double lr, const Regularization& r) {
     const Hyper<T> hyper = prepare_step<T>(optimizer.settings, lr, optimizer.step_count + 1);
     const auto penalty = [&] { return std::accumulate(penalties_.begin(), penalties_.end(), 0.0); };
-    ++optimizer.step_count;
     if (r.clip_norm == 0 && !net_->has_external()) {
         over_units([&](const Unit& unit, std::size_t u, T* tile) {
             differentiate(unit, tile);
@@ -236,14 +246,17 @@ double Step<T>::update(Optimizer<T>& optimizer, double lr, const Regularization&
         differentiate(unit, tile);
         penalties_[u] = regularize(unit, tile, r);
         if (r.clip_norm != 0)
-            squares_[u] = static_cast<double>(kernels<T>().sum_of_squares(unit.count * std::max<Index>(unit.width, 1), tile));
+            squares_[u] =
+                static_cast<double>(kernels<T>().sum_of_squares(unit.count * std::max<Index>(unit.width, 1), tile));
     });
     double scale = 1;
     if (r.clip_norm != 0) {
         const double norm = std::sqrt(std::accumulate(squares_.begin(), squares_.end(), 0.0));
         scale = std::min(1.0, r.clip_norm / (norm + 1e-6));  // PyTorch's clip_grad_norm_
     }
-    over_units([&](const Unit& unit, std::size_t, T*) { apply(unit, flat + place(unit), static_cast<T>(scale), optimizer, hyper); });
+    over_units([&](const Unit& unit, std::size_t, T*) {
+        apply(unit, flat + place(unit), static_cast<T>(scale), optimizer, hyper);
+    });
     return penalty();
 }
 
@@ -257,7 +270,8 @@ double evaluate(Network<T>& net, const Loss<T>& loss, const Dataset<T>& data) {
     double total = 0, total_weight = 0;
     for (Index first = 0; first < data.rows; first += piece) {
         const Dataset<T> part = slice(data, net.inputs(), first, std::min(piece, data.rows - first));
-        const double weight = data.weight ? std::accumulate(part.weight, part.weight + part.rows, 0.0) : static_cast<double>(part.rows);
+        const double weight =
+            data.weight ? std::accumulate(part.weight, part.weight + part.rows, 0.0) : static_cast<double>(part.rows);
         const double value = step.sweep(part, nullptr, part.rows, Noise{}, false);
         if (piece == data.rows) return value;
         total += loss.mean ? value * weight : value;
@@ -273,13 +287,15 @@ void permute(Index n, std::uint64_t seed, std::uint64_t epoch, std::int64_t* ord
     for (Index i = n - 1; i > 0; --i) {
         const std::uint64_t draw = static_cast<std::uint64_t>(n - 1 - i);
         if (draw % 4 == 0) random = philox(seed, draw / 4, stream_of(kPermutation, epoch));
-        const std::uint64_t j = static_cast<std::uint64_t>(random.word[draw % 4]) * static_cast<std::uint64_t>(i + 1) >> 32;
+        const std::uint64_t j =
+            static_cast<std::uint64_t>(random.word[draw % 4]) * static_cast<std::uint64_t>(i + 1) >> 32;
         std::swap(order[i], order[j]);
     }
 }
 
 template <class T>
-Trainer<T>::Trainer(Network<T>& net, Optimizer<T>& optimizer, const Loss<T>& loss, const Dataset<T>& data, const TrainerOptions& options)
+Trainer<T>::Trainer(Network<T>& net, Optimizer<T>& optimizer, const Loss<T>& loss, const Dataset<T>& data,
+                    const TrainerOptions& options)
     : net_(net),
       optimizer_(optimizer),
       data_(data),
@@ -297,7 +313,9 @@ template <class T>
 double Trainer<T>::one_step(const Dataset<T>& data, const std::int64_t* order, Index rows, double lr) {
     const Noise noise = {true, options_.seed, static_cast<std::uint64_t>(optimizer_.step_count)};
     const double loss = step_.sweep(data, order, rows, noise);
-    return loss + step_.update(optimizer_, lr, options_.regularization);
+    const double penalty = step_.update(optimizer_, lr, options_.regularization);
+    ++optimizer_.step_count;
+    return loss + penalty;
 }
 
 template <class T>
@@ -307,22 +325,26 @@ double Trainer<T>::step(const Dataset<T>& batch, double lr) {
 }
 
 template <class T>
-std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const double* lr, Index lr_stride, const std::function<void()>& poll) {
+std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const double* lr, Index lr_stride,
+                                    const std::function<void()>& poll) {
     using Clock = std::chrono::steady_clock;
     constexpr auto poll_interval = std::chrono::milliseconds(20);
     // Looking at the clock costs 25 ns, a step of the smallest networks 2 µs: look every few steps there.
-    const double multiplies = 3 * net_.multiplies_per_row() * static_cast<double>(std::min(options_.batch_size, data_.rows));
+    const double multiplies =
+        3 * net_.multiplies_per_row() * static_cast<double>(std::min(options_.batch_size, data_.rows));
     const Index look = net_.has_external() || loss_.external ? 1 : 1 + static_cast<Index>(1e6 / (multiplies + 1e4));
     auto polled = Clock::now();
     std::vector<double> losses;
     Index since_look = 0;
     for (Index epoch = 0; epoch < epochs; ++epoch) {
-        if (options_.shuffle) permute(data_.rows, options_.seed, static_cast<std::uint64_t>(first_epoch + epoch), order_.data());
+        if (options_.shuffle)
+            permute(data_.rows, options_.seed, static_cast<std::uint64_t>(first_epoch + epoch), order_.data());
         double total = 0;
         for (Index step = 0, first = 0; first < data_.rows; ++step, first += options_.batch_size) {
             const Index rows = std::min(options_.batch_size, data_.rows - first);
             const double rate = lr[epoch * lr_stride + (lr_stride > 1 ? step : 0)];
-            total += run_batch(first, rows, rate) * (loss_.mean ? static_cast<double>(rows) / static_cast<double>(data_.rows) : 1.0);
+            total += run_batch(first, rows, rate) *
+                     (loss_.mean ? static_cast<double>(rows) / static_cast<double>(data_.rows) : 1.0);
             if (++since_look < look) continue;
             since_look = 0;
             if (const auto now = Clock::now(); now - polled >= poll_interval) {
@@ -342,10 +364,10 @@ double Trainer<T>::run_batch(Index first, Index rows, double lr) {
     return one_step(slice(data_, net_.inputs(), first, rows), nullptr, rows, lr);
 }
 
-#define CHAINRULE_INSTANTIATE(T)     \
-    template class Optimizer<T>;     \
-    template class Step<T>;          \
-    template class Trainer<T>;       \
+#define CHAINRULE_INSTANTIATE(T) \
+    template class Optimizer<T>; \
+    template class Step<T>;      \
+    template class Trainer<T>;   \
     template double evaluate<T>(Network<T>&, const Loss<T>&, const Dataset<T>&);
 CHAINRULE_INSTANTIATE(float)
 CHAINRULE_INSTANTIATE(double)

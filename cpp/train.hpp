@@ -30,7 +30,8 @@ class ExternalLoss {
    public:
     virtual ~ExternalLoss() = default;
     // Value of the batch; writes dL/df. scale * weight[i] is what a per-example loss is to be multiplied by.
-    virtual double value_grad(MatrixView<const T> f, const Targets<T>& y, Index target_cols, const T* weight, T scale, MatrixView<T> df) = 0;
+    virtual double value_grad(MatrixView<const T> f, const Targets<T>& y, Index target_cols, const T* weight, T scale,
+                              MatrixView<T> df) = 0;
 };
 
 template <class T>
@@ -64,8 +65,9 @@ class Step {
 
     // Phase 1 on the rows order[0..rows) of the data (or 0..rows where order is null). Returns the loss. Without `backward`
     // it ends there.
-    double sweep(const Dataset<T>& data, const std::int64_t* order, Index rows, const Noise& noise, bool backward = true);
-    // Phase 2, one of the two; returns the penalty.
+    double sweep(const Dataset<T>& data, const std::int64_t* order, Index rows, const Noise& noise,
+                 bool backward = true);
+    // Phase 2, one of the two. `update` is step number optimizer.step_count + 1 and returns the penalty.
     double update(Optimizer<T>& optimizer, double lr, const Regularization& regularization);
     const T* gradient();  // laid out like theta
 
@@ -120,12 +122,14 @@ struct TrainerOptions {
 template <class T>
 class Trainer {
    public:
-    Trainer(Network<T>& net, Optimizer<T>& optimizer, const Loss<T>& loss, const Dataset<T>& data, const TrainerOptions& options);
+    Trainer(Network<T>& net, Optimizer<T>& optimizer, const Loss<T>& loss, const Dataset<T>& data,
+            const TrainerOptions& options);
 
     Index steps_per_epoch() const;
     // Trains the epochs first_epoch, first_epoch + 1, … with learning rates lr[epoch * lr_stride + step * (lr_stride > 1)].
     // Returns each epoch's mean loss; stops after one that is not finite. `poll` is called every 20 ms or so, between steps.
-    std::vector<double> run(Index first_epoch, Index epochs, const double* lr, Index lr_stride, const std::function<void()>& poll);
+    std::vector<double> run(Index first_epoch, Index epochs, const double* lr, Index lr_stride,
+                            const std::function<void()>& poll);
     // One update on a batch of the caller's.
     double step(const Dataset<T>& batch, double lr);
 

@@ -50,7 +50,9 @@ CPP_LEVELS = {
 PYTHON_LEVELS = {
     "_core": 0,
     "reference": 0,
+    "checks": 0,
     "metrics": 0,
+    "terminal": 0,
     "layers": 1,
     "losses": 1,
     "optim": 1,
@@ -59,7 +61,8 @@ PYTHON_LEVELS = {
     "io": 4,
     "tables": 4,
     "data": 5,
-    "__main__": 6,
+    "cli": 6,
+    "__main__": 7,
 }
 # One call goes up and imports what it calls only then: net.save(path) writes a file.
 UPWARD_CALLS = {("model", "io")}

@@ -135,7 +135,8 @@ def test_gradient_is_that_of_the_value(row, outputs, reduction, isa, rng):
     parts = f.size * (np.exp(np.abs(f).max()) * (1 + np.abs(y).max()) ** 2)
     bound = (h * h + 40 * eps(float) / h) * parts / (13 if reduction == "mean" else 1)
     assert_within(np.array((df * t).sum()), np.array(difference / (2 * h)), bound)
-    assert bound < 0.02 * np.abs(df).sum()  # the bound must be able to tell a wrong factor
+    # The bound must be able to tell a wrong factor; a single class has no gradient.
+    assert bound < 0.02 * np.abs(df).sum() or (row.name == "cross_entropy" and outputs == 1)
 
 
 @each_loss

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""JAX: one jitted step called from Python, and the whole run inside one jitted lax.scan; state donated in both."""
+"""JAX: one jitted step called per batch, and the whole run inside one jitted lax.scan; state is donated."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The workloads, their data, and the float64 trajectory every contender is checked against.
 
-A problem is made once, by the parent, and handed to every contender in one .npz file: the same float32 data, the
-same initial weights, batches in the same order (rows 0..B-1, B..2B-1, ...), so that nobody can win by doing less.
-The reference below is plain NumPy and shares no code with any contender, chainrule included.
+A problem is made once, by the parent, and handed to every contender in one .npz file: the same float32 data,
+the same initial weights, batches in the same order (rows 0..B-1, B..2B-1, ...), so that nobody can win by
+doing less. The reference below is plain NumPy and shares no code with any contender, chainrule included.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-# What float32 rounding may do to a correct contender over the verified epochs: (losses, weights); see Contender.
+# What float32 rounding may do to a correct contender over the verified epochs: (losses, weights).
 ROUNDING = (1e-4, 2e-3)
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 
@@ -34,7 +34,7 @@ class Workload:
 
     @property
     def flop(self) -> int:
-        """Floating-point operations of one step: 6 B sum(n n') - 2 B n0 n1 (nobody needs dX of the first layer)."""
+        """Floating-point operations of a step: 6 B sum(n n') - 2 B n0 n1 (the first layer needs no dX)."""
         products = [i * o for i, o in zip(self.sizes, self.sizes[1:], strict=False)]
         return 6 * self.batch * sum(products) - 2 * self.batch * products[0]
 
@@ -48,8 +48,9 @@ class Workload:
         return f"{layers} {self.activation}, {self.loss}, {self.optimizer}, batch {self.batch}"
 
 
-# Learning rates are small enough that rounding errors do not grow: at 1e-3, "mnist" is chaotic and two correct float32
-# libraries drift 6 % apart in 96 steps, which would hide a wrong one. The time of a step does not depend on them.
+# Learning rates are small enough that rounding errors do not grow: at 1e-3, "mnist" is chaotic and two
+# correct float32 libraries drift 6 % apart in 96 steps, which would hide a wrong one. A step takes the same
+# time anyway.
 WORKLOADS = {
     w.name: w
     for w in (
@@ -66,8 +67,9 @@ WORKLOADS = {
 def make(work: Workload, seed: int = 0) -> dict[str, np.ndarray]:
     """Data, initial weights and reference trajectory of one workload, as named arrays.
 
-    `X` (N, n0) float32; `y` (N,) int64 labels for cross-entropy, else (N, k) float32; `W0`, `b0`, ... (O, I) and
-    (O,) float32; `losses` (steps,) float64, each before its update; `ref_W0`, ... the weights after the last step.
+    `X` (N, n0) float32; `y` (N,) int64 labels for cross-entropy, else (N, k) float32; `W0`, `b0`, ... (O, I)
+    and (O,) float32; `losses` (steps,) float64, each before its update; `ref_W0`, `ref_b0`, ... the float64
+    parameters after the last step.
     """
     rng = np.random.default_rng(seed)
     rows = work.batch * work.batches
@@ -76,15 +78,17 @@ def make(work: Workload, seed: int = 0) -> dict[str, np.ndarray]:
     weights, biases = _initial(work, rng)
     problem = {"X": X, "y": y}
     problem |= {f"W{k}": w for k, w in enumerate(weights)} | {f"b{k}": b for k, b in enumerate(biases)}
-    losses, weights64, biases64 = _reference(work, problem)
+    losses, trained = _reference(work, problem)
     problem["losses"] = losses
-    return problem | {f"ref_W{k}": w for k, w in enumerate(weights64)} | {f"ref_b{k}": b for k, b in enumerate(biases64)}
+    for k, (w, b) in enumerate(zip(trained[0::2], trained[1::2], strict=True)):
+        problem[f"ref_W{k}"], problem[f"ref_b{k}"] = w, b
+    return problem
 
 
 def save(work: Workload, path: Path) -> np.ndarray:
     """Write the problem where the contenders read it; returns the reference losses."""
     problem = make(work)
-    np.savez(path, **problem)
+    np.savez(path, allow_pickle=False, **problem)
     return problem["losses"]
 
 
@@ -150,10 +154,8 @@ def _gradient(
     return value, grads
 
 
-def _reference(
-    work: Workload, problem: dict[str, np.ndarray]
-) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-    """Train in float64 for `verify_epochs` epochs: the losses before each update and the final parameters."""
+def _reference(work: Workload, problem: dict[str, np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Train `verify_epochs` epochs in float64: losses before each update; W0, b0, W1, ... at the end."""
     depth = len(work.sizes) - 1
     params = [problem[f"{kind}{k}"].astype(np.float64) for k in range(depth) for kind in "Wb"]
     first = [np.zeros_like(p) for p in params]
@@ -175,4 +177,4 @@ def _reference(
             m_hat = m / (1.0 - ADAM["beta1"] ** (t + 1))
             v_hat = v / (1.0 - ADAM["beta2"] ** (t + 1))
             p -= work.lr * m_hat / (np.sqrt(v_hat) + ADAM["eps"])
-    return np.array(losses), params[0::2], params[1::2]
+    return np.array(losses), params

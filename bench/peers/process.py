@@ -91,7 +91,7 @@ def _thread_settings(threads: int) -> dict[str, str]:
         name: str(threads)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PJRT_NPROC")
     }
-    settings["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of compiler processes that outlives the compilation
+    settings["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of idle compiler processes
     if threads == 1:
         settings["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     return settings

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""scikit-learn's MLP, driven so that its mathematics is ours: no penalty, no momentum, no shuffling, no stopping.
+"""scikit-learn's MLP, driven so that its mathematics is ours: no penalty, momentum, shuffling or stopping.
 
-Its squared error is half the mean over outputs as a number, but its gradient is that of half the *sum* over outputs.
-So for "mse" over n outputs the gradient is n/2 times ours; the learning rate (SGD) or epsilon (Adam) absorbs the factor
-exactly. Its Adam adds epsilon to the root of the *uncorrected* second moment: another update where gradients are small,
-so its weights may differ by some percent of the distance they travel. The arithmetic per step is the same.
+Its squared error is half the mean over outputs as a number, but its gradient is that of half the *sum* over
+outputs. So for "mse" over n outputs the gradient is n/2 times ours; the learning rate (SGD) or epsilon (Adam)
+absorbs the factor exactly. Its Adam adds epsilon to the root of the *uncorrected* second moment: another
+update where gradients are small, so its weights may differ by some percent of the distance they travel. The
+arithmetic of a step is the same.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""PyTorch: eager with fused optimizers, and torch.compile around forward and loss plus the compiled backward."""
+"""PyTorch: eager with fused optimizers, and torch.compile of forward, loss and their backward."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ class Eager:
 class Compiled(Eager):
     """torch.compile of model and loss; the optimizer stays the fused one.
 
-    Tried and not faster on these networks: the optimizer compiled too, mode="max-autotune", the C++ wrapper, compiled
-    autograd.
+    Tried and not faster on these networks: the optimizer compiled too, mode="max-autotune", the C++ wrapper,
+    compiled autograd.
     """
 
     form = "torch.compile(model + loss), Adam/SGD(fused=True)"

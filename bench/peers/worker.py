@@ -3,9 +3,9 @@
 
     python -m peers.worker <peer> <threads>
 
-The clock runs here, around `run(epochs)` only, so neither the pipe nor the reset to the initial weights is timed.
-Every sample starts from the same initial weights: all contenders do the same arithmetic, none drifts off to
-denormals or saturated units while another does not.
+The clock runs here, around `run(epochs)` only, so neither the pipe nor the reset to the initial weights is
+timed. Every sample starts from the same initial weights: all contenders do the same arithmetic, none drifts
+off to denormals or saturated units while another does not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .problem import WORKLOADS, Workload
 
 
 class Contender(Protocol):
-    """One way of training with one library. Created per workload; everything it needs is resident afterwards."""
+    """One way of training with one library, made per workload; all it needs is resident afterwards."""
 
     form: str  # how the library is used, in the words of its documentation
     note: str  # where its mathematics differs from the others', or ""
@@ -46,7 +46,7 @@ class Contender(Protocol):
 
 
 def relative_errors(contender: Contender, work: Workload, problem: dict[str, np.ndarray]) -> dict[str, float]:
-    """Largest relative loss difference, and weight difference over the distance travelled, against float64."""
+    """Against float64: largest relative loss difference; weight difference over the distance travelled."""
     contender.reset()
     got = np.array(contender.losses(work.verify_epochs))
     want = problem["losses"]

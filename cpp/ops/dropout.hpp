@@ -13,8 +13,8 @@ namespace chainrule {
 namespace CHAINRULE_ISA {
 
 template <class T>
-void dropout(Index rows, Index cols, const T* x, Index x_stride, T* y, Index y_stride, double p, std::uint64_t key, std::uint64_t step,
-             Index first_row) {
+void dropout(Index rows, Index cols, const T* x, Index x_stride, T* y, Index y_stride, double p, std::uint64_t key,
+             std::uint64_t step, Index first_row) {
     const std::uint64_t threshold = static_cast<std::uint64_t>(p * 0x1p32);
     const T keep = static_cast<T>(1 / (1 - p));
     for (Index i = 0; i < rows; ++i)

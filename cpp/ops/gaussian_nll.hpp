@@ -18,8 +18,8 @@ struct GaussianNll {
         return {select(d == V{}, V{}, d * dp), dp};
     }
     template <class T>
-    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale, T* values, T* df,
-                    Index df_stride, T) {
+    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
+                    T* values, T* df, Index df_stride, T) {
         const Index k = cols / 2;
         const T share = T{1} / static_cast<T>(k), half = static_cast<T>(0.5);
         for (Index i = 0; i < rows; ++i) {

@@ -18,8 +18,8 @@ struct Huber {
         return {select(a > delta, delta * (a - splat<V>(0.5) * delta), splat<V>(0.5) * d * d), inside};
     }
     template <class T>
-    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale, T* values, T* df,
-                    Index df_stride, T param) {
+    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
+                    T* values, T* df, Index df_stride, T param) {
         elementwise_loss<Huber>(rows, cols, f, f_stride, y, weight, scale, values, df, df_stride, param);
     }
 };

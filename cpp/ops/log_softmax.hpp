@@ -14,9 +14,9 @@ namespace CHAINRULE_ISA {
 struct LogSoftmax {
     template <class T>
     static void forward(Index n, const T* x, T* y) {
-        const Vec<T> m = Vec<T>{} + max_column(n, x);
-        const T sum = sum_columns<T>(n, [&](Index j) { return exp(below_max(load(x + j), m)); });
-        const Vec<T> log_sum = log(Vec<T>{} + sum);
+        const T largest = max_column(n, x);
+        const T rest = sum_exponentials(n, x, largest, [](Index, Vec<T>) {});
+        const Vec<T> m = Vec<T>{} + largest, log_sum = log1p(Vec<T>{} + rest);
         for (Index j = 0; j < n; j += kWidth<T>) store(y + j, below_max(load(x + j), m) - log_sum);
     }
     template <class T>
@@ -28,7 +28,8 @@ struct LogSoftmax {
     template <class T>
     static void jvp(Index n, const T* dx, const T* y, T* dy) {
         const Vec<T> mean = Vec<T>{} + sum_columns<T>(n, [&](Index j) { return exp(load(y + j)) * load(dx + j); });
-        for (Index j = 0; j < n; j += kWidth<T>) store(dy + j, select(real_columns<T>(j, n), load(dx + j) - mean, Vec<T>{}));
+        for (Index j = 0; j < n; j += kWidth<T>)
+            store(dy + j, select(real_columns<T>(j, n), load(dx + j) - mean, Vec<T>{}));
     }
 };
 

@@ -14,20 +14,18 @@ struct Logistic {
     static constexpr bool mean_over_outputs = true;
 
     template <class V>
-    CHAINRULE_INLINE ValueGrad<V> value_grad(V f, V y, V ) {
-        const V e = exp(-abs(f)), rest = log1p(e);
-        const V positive = select(f < V{}, V{}, f), negative = positive - f;
-        const V one = splat<V>(1), finite = select(f < V{}, -f, V{});
-        const V right = select(f == splat<V>(__builtin_inf()), finite, negative) + rest;  // softplus(-f)
-        const V wrong = positive + rest;                                                  // softplus(f)
+    CHAINRULE_INLINE ValueGrad<V> value_grad(V f, V y, V) {
+        const V one = splat<V>(1), e = exp(-abs(f)), rest = log1p(e);
+        const V right = select(f < V{}, -f, V{}) + rest;  // softplus(-f)
+        const V wrong = select(f < V{}, V{}, f) + rest;   // softplus(f)
         const V value = select(y == V{}, wrong, select(y == one, right, y * right + (1 - y) * wrong));
-        const V share = one / (e + 1), other = e * share;  // σ(|f|), σ(-|f|)
-        const V sigma = select(f < V{}, other, share), complement = select(f < V{}, share, other);
+        const V near = one / (e + 1), far = e * near;  // σ(|f|), σ(-|f|)
+        const V sigma = select(f < V{}, far, near), complement = select(f < V{}, near, far);
         return {value, select(y == one, -complement, sigma - y)};
     }
     template <class T>
-    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale, T* values, T* df,
-                    Index df_stride, T param) {
+    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
+                    T* values, T* df, Index df_stride, T param) {
         elementwise_loss<Logistic>(rows, cols, f, f_stride, y, weight, scale, values, df, df_stride, param);
     }
 };

@@ -12,13 +12,13 @@ struct Mse {
     static constexpr bool mean_over_outputs = true;
 
     template <class V>
-    CHAINRULE_INLINE ValueGrad<V> value_grad(V f, V y, V ) {
+    CHAINRULE_INLINE ValueGrad<V> value_grad(V f, V y, V) {
         const V d = f - y;
         return {d * d, 2 * d};
     }
     template <class T>
-    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale, T* values, T* df,
-                    Index df_stride, T param) {
+    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
+                    T* values, T* df, Index df_stride, T param) {
         elementwise_loss<Mse>(rows, cols, f, f_stride, y, weight, scale, values, df, df_stride, param);
     }
 };

@@ -27,8 +27,8 @@ void elementwise_forward(Index rows, Index cols, const T* x, Index x_stride, T* 
 }
 
 template <class Op, class T>
-void elementwise_vjp(Index rows, Index cols, const T* dy, Index dy_stride, const T* saved, Index saved_stride, T* dx, Index dx_stride,
-                     T param) {
+void elementwise_vjp(Index rows, Index cols, const T* dy, Index dy_stride, const T* saved, Index saved_stride, T* dx,
+                     Index dx_stride, T param) {
     const Vec<T> p = Vec<T>{} + param;
     for (Index i = 0; i < rows; ++i)
         for (Index j = 0; j < cols; j += kWidth<T>)
@@ -36,8 +36,8 @@ void elementwise_vjp(Index rows, Index cols, const T* dy, Index dy_stride, const
 }
 
 template <class Op, class T>
-void elementwise_jvp(Index rows, Index cols, const T* dx, Index dx_stride, const T* saved, Index saved_stride, T* dy, Index dy_stride,
-                     T param) {
+void elementwise_jvp(Index rows, Index cols, const T* dx, Index dx_stride, const T* saved, Index saved_stride, T* dy,
+                     Index dy_stride, T param) {
     const Vec<T> p = Vec<T>{} + param;
     for (Index i = 0; i < rows; ++i)
         for (Index j = 0; j < cols; j += kWidth<T>)
@@ -50,12 +50,14 @@ void rowwise_forward(Index rows, Index cols, const T* x, Index x_stride, T* y, I
 }
 
 template <class Op, class T>
-void rowwise_vjp(Index rows, Index cols, const T* dy, Index dy_stride, const T* saved, Index saved_stride, T* dx, Index dx_stride, T) {
+void rowwise_vjp(Index rows, Index cols, const T* dy, Index dy_stride, const T* saved, Index saved_stride, T* dx,
+                 Index dx_stride, T) {
     for (Index i = 0; i < rows; ++i) Op::vjp(cols, dy + i * dy_stride, saved + i * saved_stride, dx + i * dx_stride);
 }
 
 template <class Op, class T>
-void rowwise_jvp(Index rows, Index cols, const T* dx, Index dx_stride, const T* saved, Index saved_stride, T* dy, Index dy_stride, T) {
+void rowwise_jvp(Index rows, Index cols, const T* dx, Index dx_stride, const T* saved, Index saved_stride, T* dy,
+                 Index dy_stride, T) {
     for (Index i = 0; i < rows; ++i) Op::jvp(cols, dx + i * dx_stride, saved + i * saved_stride, dy + i * dy_stride);
 }
 
@@ -84,7 +86,8 @@ template <class T>
 CHAINRULE_INLINE T max_column(Index cols, const T* x) {
     const Vec<T> lowest = splat<Vec<T>>(-__builtin_inf());
     Vec<T> largest = lowest;
-    for (Index j = 0; j < cols; j += kWidth<T>) largest = max(select(real_columns<T>(j, cols), load(x + j), lowest), largest);
+    for (Index j = 0; j < cols; j += kWidth<T>)
+        largest = max(select(real_columns<T>(j, cols), load(x + j), lowest), largest);
     T result = largest[0];
     for (int i = 1; i < kWidth<T>; ++i) result = largest[i] > result ? largest[i] : result;
     return result;
@@ -94,6 +97,24 @@ CHAINRULE_INLINE T max_column(Index cols, const T* x) {
 template <class V>
 CHAINRULE_INLINE V below_max(V x, V m) {
     return select(x == m, V{}, x - m);
+}
+
+// Σ e^(x_k - m) less the 1 of one maximum; `each(j, e)` sees the terms. Kept apart from that 1, it gives log Σ and the
+// small probabilities to full relative accuracy: log1p(rest), rest / (1 + rest).
+template <class T, class F>
+CHAINRULE_INLINE T sum_exponentials(Index cols, const T* x, T largest, F each) {
+    const Vec<T> m = Vec<T>{} + largest;
+    Vec<T> maxima{};
+    const T rest = sum_columns<T>(cols, [&](Index j) {
+        const Vec<T> xj = load(x + j), e = exp(below_max(xj, m));
+        each(j, e);
+        const auto is_max = xj == m;
+        maxima = maxima + select(is_max & real_columns<T>(j, cols), splat<Vec<T>>(1), Vec<T>{});
+        return select(is_max, Vec<T>{}, e);
+    });
+    T count = 0;
+    for (int i = 0; i < kWidth<T>; ++i) count += maxima[i];
+    return rest + (count > 1 ? count - 1 : T{0});
 }
 
 // ---- losses ---------------------------------------------------------------------------------------------------------
@@ -106,8 +127,8 @@ struct ValueGrad {
 // Losses that are sums over outputs. A loss's value and gradient come from one function, so that they cannot disagree.
 // values[i] = L_i; df[i] = weight_i * scale * dL_i/df. Losses named "mean" divide by the number of outputs.
 template <class Loss, class T>
-void elementwise_loss(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale, T* values, T* df,
-                      Index df_stride, T param) {
+void elementwise_loss(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
+                      T* values, T* df, Index df_stride, T param) {
     const Vec<T> p = Vec<T>{} + param;
     const T share = Loss::mean_over_outputs ? T{1} / static_cast<T>(cols) : T{1};
     for (Index i = 0; i < rows; ++i) {

@@ -18,8 +18,8 @@ struct Pinball {
         return {select(d == V{}, V{}, slope * d), -slope};
     }
     template <class T>
-    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale, T* values, T* df,
-                    Index df_stride, T param) {
+    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
+                    T* values, T* df, Index df_stride, T param) {
         elementwise_loss<Pinball>(rows, cols, f, f_stride, y, weight, scale, values, df, df_stride, param);
     }
 };

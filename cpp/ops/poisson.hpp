@@ -13,14 +13,14 @@ struct Poisson {
     static constexpr bool mean_over_outputs = true;
 
     template <class V>
-    CHAINRULE_INLINE ValueGrad<V> value_grad(V f, V y, V ) {
+    CHAINRULE_INLINE ValueGrad<V> value_grad(V f, V y, V) {
         const V rate = exp(f), infinity = splat<V>(__builtin_inf());
         const V value = rate - select(y == V{}, select(f == f, V{}, f), y * f);
         return {select(rate == infinity, infinity, value), rate - y};
     }
     template <class T>
-    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale, T* values, T* df,
-                    Index df_stride, T param) {
+    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
+                    T* values, T* df, Index df_stride, T param) {
         elementwise_loss<Poisson>(rows, cols, f, f_stride, y, weight, scale, values, df, df_stride, param);
     }
 };

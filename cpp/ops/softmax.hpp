@@ -14,13 +14,8 @@ namespace CHAINRULE_ISA {
 struct Softmax {
     template <class T>
     static void forward(Index n, const T* x, T* y) {
-        const Vec<T> m = Vec<T>{} + max_column(n, x);
-        const T sum = sum_columns<T>(n, [&](Index j) {
-            const Vec<T> e = exp(below_max(load(x + j), m));
-            store(y + j, e);
-            return e;
-        });
-        const Vec<T> total = Vec<T>{} + sum;
+        const T rest = sum_exponentials(n, x, max_column(n, x), [&](Index j, Vec<T> e) { store(y + j, e); });
+        const Vec<T> total = Vec<T>{} + (1 + rest);
         for (Index j = 0; j < n; j += kWidth<T>) store(y + j, load(y + j) / total);
     }
     template <class T>

@@ -223,7 +223,7 @@ class Preprocessor:
         return out
 
     def targets(self, table: Table) -> NDArray[Any]:
-        """y (B,) of a table: class indices, int64, or standardised values, float64; ValueError names strangers."""
+        """y (B,) of a table: class indices, int64, or standardised values, float64; ValueError if unknown."""
         column = table.column(self.target)
         if self.task == "regression":
             _require_numbers(self.target, column)
@@ -308,7 +308,7 @@ def _fit_features(table: Table, leave_out: Collection[str]) -> tuple[tuple[Featu
                 continue
             if distinct > MAX_CATEGORIES:
                 notes.append(
-                    f"column {name!r}: {distinct} different texts, the {MAX_CATEGORIES} most frequent are used"
+                    f"column {name!r}: {distinct} different texts, the {MAX_CATEGORIES} most frequent count"
                 )
         features.append(Feature.fit(name, column))
     if not features:
@@ -327,8 +327,8 @@ def _classes(name: str, column: Column) -> tuple[str, ...]:
     if len(values) < 2:
         raise ValueError(f"[table] target {name!r}: expected at least 2 classes, got {len(values)}")
     if len(values) > max(2, len(column) // 2):
-        raise ValueError(f"[table] target {name!r}: expected labels that repeat, got {len(values)} different values in "
-                         f"{len(column)} rows; is it an id, or a quantity (--task regression)?")  # fmt: skip
+        got = f"{len(values)} different ones in {len(column)} rows; is it an id, or a quantity?"
+        raise ValueError(f"[table] target {name!r}: expected labels that repeat, got {got}")
     return tuple(label_of(value) for value in sorted(values))
 
 
@@ -392,7 +392,7 @@ class TableModel:
         return np.dtype(self.net.dtype)
 
     def answers(self, table: Any) -> dict[str, NDArray[Any]]:
-        """Named columns (B,): the target, then its classes' probabilities, or its spread where the loss has one."""
+        """Columns (B,): the target, then each class's probability, or the spread if the loss has one."""
         return self.decode(self.outputs(table))
 
     def predict(self, table: Any) -> NDArray[Any]:

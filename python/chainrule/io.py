@@ -76,7 +76,7 @@ def save(net: Sequential, path: Path, extra: Mapping[str, str] | None = None) ->
         >>> note, bool((again.state_dict()["0.weight"] == net.state_dict()["0.weight"]).all())
         ({'note': 'first try'}, True)
     """
-    _require_suffix("save", path)
+    require_suffix("save", path)
     metadata = dict(extra or {})
     if ARCHITECTURE in metadata:
         raise ValueError(f"[save] extra: expected your own keys, got {ARCHITECTURE!r}, the architecture's")
@@ -103,7 +103,7 @@ def load_with_metadata(path: Path) -> tuple[Sequential, dict[str, str]]:
     """Read a network and the `extra` texts saved with it; raises as `load` does."""
     from .model import Sequential  # model's save() imports this module: a cycle, cut here
 
-    _require_suffix("load", path)
+    require_suffix("load", path)
     arrays, metadata, checked = _read(path)
     if ARCHITECTURE not in metadata:
         known = f"arrays only ({', '.join(list(arrays)[:4]) or 'none'})"
@@ -142,8 +142,8 @@ def _check_sizes(path: Path, config: dict[str, Any], arrays: Arrays) -> None:
     if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
         raise _bad(path, "architecture", "a list of layers", type(layers).__name__)
     for index, layer in enumerate(layers):
-        if "in_features" not in layer and "out_features" not in layer:
-            continue
+        if layer.get("class") != "Linear":
+            continue  # the only built-in layer whose size the file decides
         expected = (layer.get("out_features"), layer.get("in_features"))
         weight = arrays.get(f"{index}.weight")
         if weight is None or weight.shape != expected:
@@ -173,7 +173,7 @@ def write_safetensors(
         ...     read_safetensors(f"{folder}/a.safetensors")
         ({'a': array([0, 1, 2])}, {'unit': 'm'})
     """
-    _require_suffix("save", path)
+    require_suffix("save", path)
     texts = dict(metadata or {})
     for key, text in texts.items():
         if not isinstance(key, str) or not isinstance(text, str):
@@ -288,7 +288,7 @@ def read_safetensors(path: Path) -> tuple[Arrays, dict[str, str]]:
         FileNotFoundError: no such file.
         ValueError: another suffix, or a file that is not as it must be; the message names file and tensor.
     """
-    _require_suffix("load", path)
+    require_suffix("load", path)
     arrays, metadata, _ = _read(path)
     return arrays, metadata
 
@@ -455,7 +455,7 @@ def _bad(path: Path, rule: str, expected: str, got: str, hint: str = "") -> Valu
     return ValueError(f"[load] {rule} of {os.fspath(path)!r}: expected {expected}, got {got}{tail}")
 
 
-def _require_suffix(operation: str, path: Path) -> None:
+def require_suffix(operation: str, path: Path) -> None:
     suffix = os.path.splitext(os.fspath(path))[1]
     if suffix.lower() != ".safetensors":
         got = repr(suffix) if suffix else "none"

@@ -1,131 +1,29 @@
 # SPDX-License-Identifier: MIT
 """Layers: the links of the chain x = φ⁰ → φ¹ → … → φᴸ = f.
 
-A built-in layer is a description, its constructor's arguments and nothing else; the arithmetic is the engine's.
+A built-in layer is a description, its constructor's arguments and no more; the arithmetic is the engine's.
 A layer of your own is a subclass of `Layer` that brings its three maps along.
 
-In the docstrings B is the number of examples (rows), I and O are the numbers of inputs and outputs of a layer, and
-J_x[y] is the Jacobian in numerator layout, so that a cotangent c = ∂L/∂y is a row and c·J_x[y] = ∂L/∂x.
+In the docstrings B is the number of examples (rows), I and O are the numbers of inputs and outputs of a
+layer, and J_x[y] is the Jacobian in numerator layout: a cotangent c = ∂L/∂y is a row, and c·J_x[y] = ∂L/∂x.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, final
 from weakref import WeakValueDictionary
 
 import numpy as np
 
 from . import _core
+from .checks import Description, flag, listed, one_of, real, short, whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
-
-# ------------------------------------------------------------ arguments, and how they are refused
-
-
-def short(value: object) -> str:
-    """A value as an error message shows it."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def whole(op: str, name: str, value: object, least: int = 1, most: int = 2**63 - 1) -> int:
-    """`value` as an int in [least, most]; TypeError if it is none, ValueError if it lies outside."""
-    kind = {0: "a non-negative int", 1: "a positive int"}.get(least, "an int")
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        message = f"[{op}] {name} must be {kind}: expected an int, got {short(value)} ({type(value).__name__})"
-        raise TypeError(message) from None
-    if not least <= number <= most:
-        expected = f"≥ {least}" if number < least else f"≤ {most}"
-        raise ValueError(f"[{op}] {name} must be {kind}: expected {expected}, got {number}")
-    return number
-
-
-def real(
-    op: str,
-    name: str,
-    value: object,
-    *,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    below: float = math.inf,
-    most: float = math.inf,
-) -> float:
-    """`value` as a finite float with least ≤ value ≤ most and above < value < below."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(
-            f"[{op}] {name} must be a number: expected a float, got {short(value)} ({type(value).__name__})"
-        )
-    number = float(value)
-    if not (math.isfinite(number) and least <= number <= most and above < number < below):
-        limits = (("≥", least), (">", above), ("≤", most), ("<", below))
-        expected = " and ".join(f"{sign} {limit:g}" for sign, limit in limits if math.isfinite(limit))
-        raise ValueError(
-            f"[{op}] {name} must be a finite number: expected {expected or 'one'}, got {short(value)}"
-        )
-    return number
-
-
-def flag(op: str, name: str, value: object) -> bool:
-    """`value` as a bool; numbers are refused."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"[{op}] {name} must be a bool: expected True or False, got {short(value)}")
-    return bool(value)
-
-
-def one_of(op: str, name: str, value: object, known: Any) -> str:
-    """`value` as one of the strings in `known`."""
-    if not isinstance(value, str):
-        raise TypeError(f"[{op}] {name} must be a string: expected one of {listed(known)}, got {short(value)}")
-    if value not in known:
-        raise ValueError(f"[{op}] {name} must be a known name: expected one of {listed(known)}, got {value!r}")
-    return value
-
-
-def listed(names: Any) -> str:
-    return ", ".join(repr(name) for name in names)
-
-
-class Description:
-    """Base of what is described by its constructor's arguments: read-only attributes and a repr that runs."""
-
-    def _set(self, **fields: object) -> None:
-        vars(self).update(fields)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        kind = type(self).__name__
-        raise AttributeError(
-            f"[{kind}] {name} is fixed at construction: expected no change; make a new {kind}"
-        )
-
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments by name."""
-        from inspect import signature
-
-        return {name: getattr(self, name) for name in signature(type(self)).parameters}
-
-    def __repr__(self) -> str:
-        from inspect import signature
-
-        parts = []
-        for name, parameter in signature(type(self)).parameters.items():
-            value = getattr(self, name)
-            if parameter.default is parameter.empty:
-                parts.append(repr(value))
-            elif value != parameter.default:
-                parts.append(f"{name}={value!r}")
-        return f"{type(self).__name__}({', '.join(parts)})"
-
 
 # ------------------------------------------------------------ the base class
 
@@ -138,12 +36,12 @@ class Layer:
                               (dx, {name: gradient}) if the layer has parameters
     jvp(x, y, dx) -> dy       J_x[y] times the tangents dx (B, I): (B, O)
     out_features(I) -> O      how many outputs for I inputs; as many as inputs unless you say otherwise
-    params                    optional dict of named arrays to learn. The network keeps the values and puts views of
-                              them into the dict, so read self.params[name] afresh in every call
+    params                    optional dict of named arrays to learn; the network keeps the values and puts
+                              arrays of its own into the dict, so read self.params[name] in every call
     config()                  optional: the constructor's arguments as a dict, for net.save
 
-    Rows are examples: row i of y may depend on row i of x only. A first layer that does not take whatever width
-    it is given says so with an attribute `in_features`.
+    Rows are examples: row i of y may depend on row i of x only. A layer that does not take any width it is
+    given says so with an attribute `in_features`.
 
     Example:
         >>> import numpy as np, chainrule as cr
@@ -169,7 +67,7 @@ class Layer:
         return in_features
 
 
-class BuiltIn(Description, Layer):
+class _BuiltIn(Description, Layer):
     """Base of the layers that are rows of the engine's list of ops; `op` is the row's name."""
 
     op: ClassVar[str]
@@ -204,20 +102,20 @@ def _rows(x: Array) -> Array:
 
 
 @final
-class Linear(BuiltIn):
+class Linear(_BuiltIn):
     """An affine map of every row.
 
     Z = X Wᵀ + b
 
     Shapes: X (B, I), Z (B, O); parameters "weight" W (O, I) and "bias" b (O,), as in PyTorch.
     Gradient: for C = ∂L/∂Z, row by row: ∂L/∂X = C W, ∂L/∂W = Cᵀ X, ∂L/∂b = column sums of C.
-    Initialisation: `init` names how, from the network's seed and the layer's place in it; biases are 0 unless said.
+    Initialisation: by `init`, from the network's seed and the layer's place in it; biases are 0 unless said.
         "auto"             He normal before ReLU, LeakyReLU, ELU, GELU, SiLU and Softplus, else Glorot uniform
         "glorot_uniform"   U(±√(6/(I+O)))        "glorot_normal"   N(0, 2/(I+O))
         "he_uniform"       U(±√(6/I))            "he_normal"       N(0, 2/I)
         "lecun_uniform"    U(±√(3/I))            "lecun_normal"    N(0, 1/I)
         "torch"            U(±1/√I), biases too: the distribution of torch.nn.Linear
-        "sklearn"          U(±√(6/(I+O))), 2 for 6 before Sigmoid, biases too: the distribution of scikit-learn's MLP
+        "sklearn"          U(±√(6/(I+O))), 2 for 6 before Sigmoid, biases too: scikit-learn's distribution
         "zeros"            0
 
     Raises: TypeError or ValueError for a width that is no positive int, or an unknown `init`.
@@ -298,7 +196,7 @@ def _draw(distribution: str, scale: float, n: int, seed: int, stream: int) -> Ar
 
 
 @final
-class Identity(BuiltIn):
+class Identity(_BuiltIn):
     """The input, unchanged.
 
     y = x
@@ -315,7 +213,7 @@ class Identity(BuiltIn):
 
 
 @final
-class Sigmoid(BuiltIn):
+class Sigmoid(_BuiltIn):
     """The logistic function, from 0 to 1.
 
     y = σ(x) = 1/(1 + e⁻ˣ)
@@ -332,7 +230,7 @@ class Sigmoid(BuiltIn):
 
 
 @final
-class Tanh(BuiltIn):
+class Tanh(_BuiltIn):
     """The hyperbolic tangent, from −1 to 1.
 
     y = tanh(x)
@@ -349,7 +247,7 @@ class Tanh(BuiltIn):
 
 
 @final
-class ReLU(BuiltIn):
+class ReLU(_BuiltIn):
     """The positive part.
 
     y = max(x, 0)
@@ -366,7 +264,7 @@ class ReLU(BuiltIn):
 
 
 @final
-class LeakyReLU(BuiltIn):
+class LeakyReLU(_BuiltIn):
     """ReLU with a slope s = `negative_slope` ≥ 0 on the negative side.
 
     y = x where x > 0, else s x
@@ -393,7 +291,7 @@ class LeakyReLU(BuiltIn):
 
 
 @final
-class ELU(BuiltIn):
+class ELU(_BuiltIn):
     """The exponential linear unit, down to −a for a = `alpha` > 0.
 
     y = x where x > 0, else a (eˣ − 1)
@@ -420,7 +318,7 @@ class ELU(BuiltIn):
 
 
 @final
-class GELU(BuiltIn):
+class GELU(_BuiltIn):
     """The Gaussian error linear unit, the exact one.
 
     y = x Φ(x), with Φ the standard normal distribution function
@@ -437,7 +335,7 @@ class GELU(BuiltIn):
 
 
 @final
-class SiLU(BuiltIn):
+class SiLU(_BuiltIn):
     """The sigmoid linear unit, also called swish.
 
     y = x σ(x)
@@ -454,7 +352,7 @@ class SiLU(BuiltIn):
 
 
 @final
-class Softplus(BuiltIn):
+class Softplus(_BuiltIn):
     """A smooth ReLU.
 
     y = log(1 + eˣ)
@@ -476,7 +374,7 @@ _RELU_FAMILY = (ReLU, LeakyReLU, ELU, GELU, SiLU, Softplus)
 
 
 @final
-class Softmax(BuiltIn):
+class Softmax(_BuiltIn):
     """Positive numbers that sum to 1 in each row; for training prefer logits and loss="cross_entropy".
 
     yⱼ = exp(xⱼ) / Σₖ exp(xₖ)
@@ -493,7 +391,7 @@ class Softmax(BuiltIn):
 
 
 @final
-class LogSoftmax(BuiltIn):
+class LogSoftmax(_BuiltIn):
     """The logarithm of softmax, without its underflow.
 
     yⱼ = xⱼ − log Σₖ exp(xₖ)
@@ -513,7 +411,7 @@ class LogSoftmax(BuiltIn):
 
 
 @final
-class Dropout(BuiltIn):
+class Dropout(_BuiltIn):
     """Sets a random share p of the elements to 0 while the network is trained; nothing otherwise.
 
     y = x m / (1 − p) with m = 0 with probability p, else 1, in `fit` and `train_step`; y = x elsewhere
@@ -549,15 +447,16 @@ class Dropout(BuiltIn):
         return _rows(dx)
 
 
-BUILT_IN: dict[str, type[BuiltIn]] = {
+BUILT_IN: dict[str, type[_BuiltIn]] = {
     layer.__name__: layer
     for layer in (
-        Linear, Identity, Sigmoid, Tanh, ReLU, LeakyReLU, ELU, GELU, SiLU, Softplus, Softmax, LogSoftmax, Dropout,
+        Linear, Identity, Sigmoid, Tanh, ReLU, LeakyReLU, ELU, GELU, SiLU, Softplus, Softmax, LogSoftmax,
+        Dropout,
     )
 }  # fmt: skip
 
 
-# ------------------------------------------------------------ layers of the user's own, as the engine calls them
+# ------------------------------------------------------------ layers of the user's own
 
 
 class Guard:
@@ -570,13 +469,13 @@ class Guard:
         if self.params:
             if id(layer) in _OWNERS:
                 raise ValueError(
-                    f"[Sequential] a layer with parameters belongs to one network: expected a new {self.name}, "
-                    f"got one in use; copy.deepcopy makes another"
+                    f"[Sequential] a layer with parameters belongs to one network: "
+                    f"expected a new {self.name}, got one in use; copy.deepcopy makes another"
                 )
             _OWNERS[id(layer)] = self
 
     def _parameters(self) -> dict[str, Array]:
-        """The user's own dict, its values now arrays of the network's dtype, copied: the network will learn them."""
+        """The user's own dict, with copies of its values in the network's dtype: these will be learnt."""
         params = getattr(self.layer, "params", None)
         if params is None:
             return {}
@@ -594,7 +493,8 @@ class Guard:
             array = np.asarray(value)
             if array.dtype.kind not in "biuf":
                 raise TypeError(
-                    f"[{self.name}] params[{name!r}] must hold real numbers: expected floats, got {array.dtype}"
+                    f"[{self.name}] params[{name!r}] must hold real numbers: "
+                    f"expected floats, got {array.dtype}"
                 )
             if array.size == 0 or not np.isfinite(array).all():
                 raise ValueError(
@@ -620,7 +520,8 @@ class Guard:
         dx, grads = answer
         if grads.keys() != self.params.keys():
             raise ValueError(
-                f"[{self.name}] vjp: expected gradients of {listed(self.params)}, got {listed(grads) or 'none'}"
+                f"[{self.name}] vjp: expected gradients of {listed(self.params)}, "
+                f"got {listed(grads) or 'none'}"
             )
         return self._matrix("vjp", dx, x.shape), {
             name: self._matrix(f"vjp of parameter {name!r}", grads[name], value.shape)

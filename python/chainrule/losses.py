@@ -1,106 +1,26 @@
 # SPDX-License-Identifier: MIT
 """Losses: value and ∂L/∂f of one example from one formula, and what targets each of them takes.
 
-Losses work on the network's outputs f (B, n); y are the targets, w the sample weights (1 if there are none), and
-L = Σᵢ wᵢ Lᵢ / Σᵢ wᵢ for reduction="mean", Σᵢ wᵢ Lᵢ for "sum". "If we swap L, only ∂L/∂f changes": a loss of your own
-is any callable (f, y) -> (value, ∂L/∂f), and a built-in one can be called in the same way.
+Losses work on the network's outputs f (B, n); y are the targets, w the sample weights (1 without any), and
+L = Σᵢ wᵢ Lᵢ / Σᵢ wᵢ for reduction="mean", Σᵢ wᵢ Lᵢ for "sum". "If we swap L, only ∂L/∂f changes": a loss of
+your own is any callable (f, y) -> (value, ∂L/∂f), and a built-in one can be called in the same way.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
 from . import _core
-from .layers import Description, listed, one_of, real, short
+from .checks import Description, all_finite, converted, listed, one_of, real, real_array, refuse_rows, short
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
     Function = Callable[[Array, Array], tuple[Any, Array]]
-
-# ------------------------------------------------------------ arrays of numbers from whatever the user has
-
-
-def real_array(op: str, name: str, value: object) -> Array:
-    """`value` as an array of booleans, integers or floats; nothing else passes, and nothing is copied in vain."""
-    if type(value) is not np.ndarray:
-        value = _plain(op, name, value)
-    if value.dtype.kind not in "fiub":
-        raise TypeError(
-            f"[{op}] {name} must hold real numbers: expected floats, integers or booleans, got dtype {value.dtype}; "
-            f"{_CONVERSIONS.get(value.dtype.kind, 'convert it first')}"
-        )
-    return value
-
-
-_CONVERSIONS = {
-    "O": "a mixture, text or missing values: convert it to numbers first",
-    "U": "encode text as numbers first: np.unique(values, return_inverse=True)[1]",
-    "S": "encode text as numbers first: np.unique(values, return_inverse=True)[1]",
-    "c": "use .real and .imag as separate columns",
-    "M": "subtract a date and divide by a time unit first",
-    "m": "divide by a time unit first",
-}
-
-
-def _plain(op: str, name: str, value: Any) -> Array:
-    """np.asarray, with the three surprises it has for us taken out: masks, sparse matrices, nullable columns."""
-    if isinstance(value, np.ndarray) and np.any(getattr(value, "mask", False)):
-        raise ValueError(f"[{op}] {name} must hold no masked values: expected none, got some; use .filled(...)")
-    if hasattr(value, "toarray") and not isinstance(value, np.ndarray):
-        raise TypeError(f"[{op}] {name} must be dense: expected an array, got a sparse one; use .toarray()")
-    try:
-        array = np.asarray(value)
-        if array.dtype.kind == "O" and hasattr(value, "to_numpy") and _numeric_columns(value):
-            array = np.asarray(value.to_numpy(dtype=np.float64, na_value=np.nan))
-    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, tensors that cannot leave their device
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(
-            f"[{op}] {name} must be an array: expected rows of equal length, got {type(value).__name__} ({error})"
-        ) from error
-    return array
-
-
-def _numeric_columns(frame: Any) -> bool:
-    """Whether a pandas object holds numbers only; its nullable dtypes are objects to NumPy, although numeric."""
-    dtypes = frame.dtypes if hasattr(frame, "columns") else [frame.dtype]
-    return all(getattr(dtype, "kind", "O") in "fiub" for dtype in dtypes)
-
-
-def converted(op: str, name: str, array: Array, dtype: str) -> Array:
-    """A C-contiguous, aligned array of the network's dtype; a number too large for it is refused, never made inf."""
-    try:
-        with np.errstate(over="raise"):
-            return np.require(array, dtype, ["C", "A"])
-    except FloatingPointError:
-        limit = np.finfo(dtype).max
-        raise ValueError(
-            f"[{op}] {name} must fit in {dtype}: expected numbers up to {limit:.3g}, got larger ones; "
-            "scale it, or use dtype='float64'"
-        ) from None
-
-
-def all_finite(array: Array) -> bool:
-    """Whether no element of a contiguous float array is NaN or infinite.
-
-    x·x is finite only if all x are, and the product needs no temporary array; where it overflows, we look properly.
-    """
-    flat = array.reshape(-1)
-    return math.isfinite(np.vdot(flat, flat)) or bool(np.isfinite(flat).all())
-
-
-def _refuse_rows(op: str, name: str, expected: str, y: Array, bad: Array, hint: str = "") -> None:
-    """ValueError for the first row of `y` with an element where `bad` is true."""
-    if bad.any():
-        row = int(np.argmax(bad.reshape(len(y), -1).any(axis=1)))
-        value = y.reshape(len(y), -1)[row][bad.reshape(len(y), -1)[row]][0]
-        raise ValueError(f"[{op}] {name} must be in range: expected {expected}, got {value} in row {row}{hint}")
-
 
 # ------------------------------------------------------------ the base class
 
@@ -137,10 +57,11 @@ class Loss(Description):
         dtype = "float32" if outputs.dtype == np.float32 else "float64"
         if outputs.ndim != 2:
             raise ValueError(f"[{op}] f must be 2-D: expected (B, n), got shape {outputs.shape}")
-        targets = self.targets(op, y, *outputs.shape, dtype)
-        weight = weights(op, sample_weight, len(outputs), dtype)
-        function = converted(op, "f", outputs, dtype)
-        return _core.loss(self.name, function, targets.values, weight, self._param, self.reduction)
+        rows, columns = outputs.shape
+        targets = self.targets(op, y, rows, columns, dtype).values
+        weight = weights(op, sample_weight, rows, dtype)
+        outputs = converted(op, "f", outputs, dtype)
+        return _core.loss(self.name, outputs, targets, weight, self._param, self.reduction)
 
     def targets(self, op: str, y: object, rows: int, outputs: int, dtype: str, name: str = "y") -> Targets:
         """`y` checked for this loss: as many rows as X, the exact shape, finite, and in the loss's domain."""
@@ -148,14 +69,18 @@ class Loss(Description):
         width = self._width(op, outputs)
         if array.ndim > 2 or (array.shape[1] if array.ndim == 2 else 1) != width:
             expected = f"({rows}, {width})" + (f" or ({rows},)" if width == 1 else "")
-            hint = "; class labels need loss='cross_entropy'" if array.ndim == 1 and array.dtype.kind in "iub" else ""
+            hint = (
+                "; class labels need loss='cross_entropy'"
+                if array.ndim == 1 and array.dtype.kind in "iub"
+                else ""
+            )
             raise ValueError(
                 f"[{op}] {name} must have one column per output of the network: "
                 f"expected shape {expected}, got {array.shape}{hint}"
             )
         values = converted(op, name, array, dtype).reshape(rows, width)
         if not all_finite(values):
-            _refuse_rows(op, name, "finite numbers", values, ~np.isfinite(values))
+            refuse_rows(op, name, "finite numbers", values, ~np.isfinite(values))
         self._check_domain(op, name, values)
         return Targets(values, array.ndim == 1)
 
@@ -187,7 +112,7 @@ def weights(op: str, value: object, rows: int, dtype: str, name: str = "sample_w
         raise ValueError(f"[{op}] {name} must have one number per row: expected ({rows},), got {array.shape}")
     weight = converted(op, name, array, dtype)
     bad = ~(weight >= 0) | ~np.isfinite(weight)
-    _refuse_rows(op, name, "finite numbers ≥ 0", weight, bad)
+    refuse_rows(op, name, "finite numbers ≥ 0", weight, bad)
     total = float(weight.sum(dtype=np.float64))
     if rows and not 0 < total <= np.finfo(dtype).max:
         raise ValueError(f"[{op}] {name} must have a positive finite sum: expected > 0, got {total:g}")
@@ -318,14 +243,14 @@ class Poisson(Loss):
 
     def _check_domain(self, op: str, name: str, values: Array) -> None:
         if values.size and values.min() < 0:
-            _refuse_rows(op, name, "counts ≥ 0 for loss 'poisson'", values, values < 0)
+            refuse_rows(op, name, "counts ≥ 0 for loss 'poisson'", values, values < 0)
 
 
 @final
 class GaussianNLL(Loss):
     """The negative log-likelihood of a normal distribution whose mean and variance are both outputs.
 
-    Lᵢ = (1/k) Σⱼ ½ (sⱼ + (yⱼ − μⱼ)² exp(−sⱼ)) for f = [μ, s], s the logarithm of the variance; without ½ log 2π
+    Lᵢ = (1/k) Σⱼ ½ (sⱼ + (yⱼ − μⱼ)² exp(−sⱼ)) for f = [μ, s], s = log variance; without ½ log 2π
 
     Shapes: f (B, 2k), first the k means, then the k logarithms; y (B, k), or (B,) for k = 1.
     Gradient: ∂Lᵢ/∂μ = (μ − y) exp(−s)/k, ∂Lᵢ/∂s = ½ (1 − (y − μ)² exp(−s))/k.
@@ -351,7 +276,7 @@ class GaussianNLL(Loss):
 
 @final
 class Logistic(Loss):
-    """The logistic loss, also called binary cross-entropy, on logits f; each output is a yes or no of its own.
+    """The logistic loss, or binary cross-entropy, on logits f; each output is a yes or no of its own.
 
     Lᵢ = (1/n) Σⱼ (yⱼ log(1 + exp(−fⱼ)) + (1 − yⱼ) log(1 + exp(fⱼ)))
 
@@ -368,9 +293,7 @@ class Logistic(Loss):
     def _check_domain(self, op: str, name: str, values: Array) -> None:
         if values.size and (values.min() < 0 or values.max() > 1):
             hint = "; several classes need loss='cross_entropy'"
-            _refuse_rows(
-                op, name, "0 to 1 for loss 'logistic'", values, (values < 0) | (values > 1), hint
-            )
+            refuse_rows(op, name, "0 to 1 for loss 'logistic'", values, (values < 0) | (values > 1), hint)
 
 
 @final
@@ -393,22 +316,29 @@ class CrossEntropy(Loss):
         array = _with_rows(op, name, y, rows)
         if array.ndim != 1:
             if array.shape == (rows, 1) and outputs != 1:
-                raise ValueError(f"[{op}] {name} must be 1-D labels: expected ({rows},), got {array.shape}; use y.ravel()")
+                raise ValueError(
+                    f"[{op}] {name} must be 1-D labels: expected ({rows},), got {array.shape}; use y.ravel()"
+                )
             return super().targets(op, array, rows, outputs, dtype, name)
         if array.dtype.kind == "f":
             raise TypeError(
                 f"[{op}] {name} must be class labels: expected integers or booleans, got {array.dtype}; "
                 "use y.astype(int), or an own column of probabilities for each class"
             )
-        if array.size and (int(array.min()) < 0 or int(array.max()) >= outputs):  # int: no width overflows
+        if not _are_labels(array, outputs):
             hint = "; two classes with one output need loss='logistic'" if outputs == 1 else ""
             bad = array >= outputs if array.dtype.kind in "ub" else (array < 0) | (array >= outputs)
-            _refuse_rows(op, name, f"labels 0 to {outputs - 1}", array, bad, hint)
+            refuse_rows(op, name, f"labels 0 to {outputs - 1}", array, bad, hint)
         return Targets(np.require(array, np.int64, ["C", "A"]), True)
 
     def _check_domain(self, op: str, name: str, values: Array) -> None:
         if values.size and values.min() < 0:
-            _refuse_rows(op, name, "probabilities ≥ 0 for loss 'cross_entropy'", values, values < 0)
+            refuse_rows(op, name, "probabilities ≥ 0 for loss 'cross_entropy'", values, values < 0)
+
+
+def _are_labels(array: Array, outputs: int) -> bool:
+    """Whether all integers are in 0 … outputs − 1; compared as Python's, which no width overflows."""
+    return not array.size or (int(array.min()) >= 0 and int(array.max()) < outputs)
 
 
 # ------------------------------------------------------------ losses of the user's own
@@ -418,10 +348,11 @@ class CrossEntropy(Loss):
 class CustomLoss(Loss):
     """A loss of your own: a callable (f, y) -> (value, ∂L/∂f), with the f and y of one batch.
 
-    A scalar value is L of the batch and its gradient ∂L/∂f (B, n). Values (B,) are the Lᵢ and row i of the gradient
-    is ∂Lᵢ/∂f; sample weights and `reduction` are then applied for you.
+    A scalar value is L of the batch and its gradient ∂L/∂f (B, n). Values (B,) are the Lᵢ and row i of the
+    gradient is ∂Lᵢ/∂f; sample weights and `reduction` are then applied for you.
 
-    Shapes: f (B, n); y as you passed it to `fit`: any number of columns, or (B,); integers in (B,) stay int64.
+    Shapes: f (B, n); y as you passed it to `fit`, (B, k) or (B,), in the network's dtype; only labels,
+        integers 0 … n − 1 in (B,), come as int64, so that they can index.
     Raises: TypeError for what cannot be called; ValueError in training for an answer of the wrong shape.
 
     Example:
@@ -430,7 +361,7 @@ class CustomLoss(Loss):
         ...     d = f[:, 0] - y
         ...     return d**4, (4 * d**3)[:, None]
         >>> net = cr.Sequential(cr.Linear(2, 1))
-        >>> history = net.fit(np.eye(2), [0.0, 1.0], loss=quartic, epochs=3)  # CustomLoss(quartic) says the same
+        >>> history = net.fit(np.eye(2), [0.0, 1.0], loss=quartic, epochs=3)
         >>> len(history["loss"])
         3
     """
@@ -441,7 +372,10 @@ class CustomLoss(Loss):
     def __init__(self, function: Function, *, reduction: str = "mean") -> None:
         super().__init__(reduction=reduction)
         if not callable(function):
-            raise TypeError(f"[CustomLoss] function must be callable: expected (f, y) -> (value, dL/df), got {short(function)}")
+            raise TypeError(
+                "[CustomLoss] function must be callable: expected (f, y) -> (value, dL/df), "
+                f"got {short(function)}"
+            )
         self._set(function=function)
 
     def __call__(self, f: Any, y: Any, sample_weight: Any = None) -> tuple[Any, Array]:
@@ -452,14 +386,14 @@ class CustomLoss(Loss):
     def targets(self, op: str, y: object, rows: int, outputs: int, dtype: str, name: str = "y") -> Targets:
         array = _with_rows(op, name, y, rows)
         if array.ndim > 2 or array.size == 0 < rows:
-            raise ValueError(f"[{op}] {name} must be 1-D or 2-D: expected ({rows},) or ({rows}, k), got {array.shape}")
-        if array.ndim == 1 and array.dtype.kind in "iub":
-            if array.dtype.kind == "u" and array.size and int(array.max()) >= 2**63:
-                _refuse_rows(op, name, "integers below 2**63", array, array >= np.uint64(2**63))
+            raise ValueError(
+                f"[{op}] {name} must be 1-D or 2-D: expected ({rows},) or ({rows}, k), got {array.shape}"
+            )
+        if array.ndim == 1 and array.dtype.kind in "iub" and _are_labels(array, outputs):
             return Targets(np.require(array, np.int64, ["C", "A"]), True)
         values = converted(op, name, array, dtype).reshape(rows, -1 if rows else 1)
         if not all_finite(values):
-            _refuse_rows(op, name, "finite numbers", values, ~np.isfinite(values))
+            refuse_rows(op, name, "finite numbers", values, ~np.isfinite(values))
         return Targets(values, array.ndim == 1)
 
     def engine(self, flat: bool, weighted: bool) -> _core.Loss:
@@ -479,16 +413,23 @@ def _checked(answer: object, f: Array, weighted: bool) -> tuple[Any, Array]:
     try:
         value, grad = np.asarray(answer[0]), np.asarray(answer[1])
     except ValueError as error:
-        raise ValueError(f"[loss] your loss: expected arrays (value, dL/df), got ragged ones ({error})") from None
+        raise ValueError(
+            f"[loss] your loss: expected arrays (value, dL/df), got ragged ones ({error})"
+        ) from None
     if value.dtype.kind not in "biuf" or grad.dtype.kind not in "biuf":
-        raise ValueError(f"[loss] your loss: expected real numbers, got dtypes {value.dtype} and {grad.dtype}")
+        raise ValueError(
+            f"[loss] your loss: expected real numbers, got dtypes {value.dtype} and {grad.dtype}"
+        )
     if value.shape not in ((), (len(f),)):
-        raise ValueError(f"[loss] value of your loss: expected a number or shape ({len(f)},), got {value.shape}")
+        raise ValueError(
+            f"[loss] value of your loss: expected a number or shape ({len(f)},), got {value.shape}"
+        )
     if grad.shape != f.shape:
         raise ValueError(f"[loss] gradient of your loss: expected shape {f.shape}, got {grad.shape}")
     if weighted and value.shape == ():
         raise ValueError(
-            "[loss] value of your loss with weights: expected one value per example, shape (B,), got one number"
+            "[loss] value of your loss with weights: "
+            f"expected one value per example, shape ({len(f)},), got one number"
         )
     grad = np.require(grad, f.dtype, ["C", "A"])
     return (float(value) if value.shape == () else np.require(value, f.dtype, ["C", "A"])), grad
@@ -510,9 +451,12 @@ def resolve(op: str, loss: object) -> Loss:
     if isinstance(loss, str):
         return LOSSES[one_of(op, "loss", loss, LOSSES)]()
     if isinstance(loss, type) and issubclass(loss, Loss):
-        raise TypeError(f"[{op}] loss must be an object: expected {loss.__name__}(...), got the class {loss.__name__}")
+        raise TypeError(
+            f"[{op}] loss must be an object: expected {loss.__name__}(...), got the class {loss.__name__}"
+        )
     if callable(loss):
         return CustomLoss(loss)
     raise TypeError(
-        f"[{op}] loss must be a name, a loss or a callable: expected one of {listed(LOSSES)}, got {short(loss)}"
+        f"[{op}] loss must be a name, a loss or a callable: "
+        f"expected one of {listed(LOSSES)}, got {short(loss)}"
     )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Optimizers and learning-rate schedules: names, defaults and update rules are PyTorch's.
 
-w is a parameter, g = ∂L/∂w its gradient, λ the `weight_decay`. An optimizer object keeps its state (momenta, number of
-updates) for each network it has trained, so a second `fit` with the same object goes on where the first one stopped.
+w is a parameter, g = ∂L/∂w its gradient, λ the `weight_decay`. An optimizer object keeps its state (momenta,
+number of updates) for each network it has trained: a second `fit` with the same object goes on where the
+first one stopped.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from . import _core
-from .layers import Description, flag, listed, one_of, real, short, whole
+from .checks import Description, flag, listed, one_of, real, short, whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,7 +51,9 @@ class Optimizer(Description):
             super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.config()  # a copy starts afresh: state belongs to networks, and those are not copied along
+        return (
+            self.config()
+        )  # a copy starts afresh: state belongs to networks, and those are not copied along
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         self._set(**fields)
@@ -83,13 +86,18 @@ class Optimizer(Description):
         return {"step": engine.step_count, "slots": engine.get_state()}
 
     def load_state_dict(self, net: Network, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave; ValueError, and no change, if it is another network's or optimizer's."""
+        """Put back what `state_dict` gave; ValueError, and no change, if it does not fit."""
         op, engine = type(self).__name__, self.engine(net)
         if not isinstance(state, dict) or state.keys() != {"step", "slots"}:
-            raise ValueError(f"[{op}] state must be a state_dict: expected step and slots, got {short(state)}")
+            raise ValueError(
+                f"[{op}] state must be a state_dict: expected step and slots, got {short(state)}"
+            )
         step = whole(op, "step", state["step"], 0)
         current, slots = engine.get_state(), list(state["slots"])
-        expected, got = [(s.shape, s.dtype) for s in current], [(np.shape(s), np.asarray(s).dtype) for s in slots]
+        expected, got = (
+            [(s.shape, s.dtype) for s in current],
+            [(np.shape(s), np.asarray(s).dtype) for s in slots],
+        )
         if expected != got:
             raise ValueError(f"[{op}] slots must be of the same network: expected {expected}, got {got}")
         engine.set_state([np.ascontiguousarray(slot) for slot in slots])
@@ -129,7 +137,7 @@ class SGD(Optimizer):
 
     g ← g + λ w; v ← μ v + (1 − dampening) g, first v = g; w ← w − lr v, with `nesterov` w ← w − lr (g + μ v)
 
-    Raises: TypeError or ValueError for hyper-parameters out of range; Nesterov needs a momentum and no dampening.
+    Raises: TypeError or ValueError for hyper-parameters out of range; Nesterov needs momentum, no dampening.
 
     Example:
         >>> SGD(0.1, momentum=0.9)
@@ -174,7 +182,9 @@ class _AdamFamily(Optimizer):
 
     def _check(self, lr: object, betas: object, eps: object, weight_decay: object) -> None:
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise TypeError(f"[{type(self).__name__}] betas must be a pair: expected (β1, β2), got {short(betas)}")
+            raise TypeError(
+                f"[{type(self).__name__}] betas must be a pair: expected (β1, β2), got {short(betas)}"
+            )
         self._set(
             lr=self._real("lr", lr),
             betas=tuple(self._real(f"betas[{i}]", beta, below=1) for i, beta in enumerate(betas)),
@@ -292,7 +302,11 @@ def resolve(op: str, optimizer: object) -> Optimizer:
     if isinstance(optimizer, str):
         made: Optimizer = OPTIMIZERS[one_of(op, "optimizer", optimizer, OPTIMIZERS)]()
         return made
-    hint = f"{optimizer.__name__}(...), got the class" if isinstance(optimizer, type) else f"one of {listed(OPTIMIZERS)}, got"
+    hint = (
+        f"{optimizer.__name__}(...), got the class"
+        if isinstance(optimizer, type)
+        else f"one of {listed(OPTIMIZERS)}, got"
+    )
     raise TypeError(f"[{op}] optimizer must be a name or an optimizer: expected {hint} {short(optimizer)}")
 
 
@@ -308,7 +322,8 @@ class Schedule:
     def rates(self, lr: float, epoch: int, epochs: int, steps: int) -> Array:
         """Learning rates from `epoch` on, for `epochs` epochs of `steps` steps, `lr` being the optimizer's.
 
-        float64, one per epoch, or one per step as (epochs, steps). It may answer for fewer epochs, and is asked again.
+        float64, one per epoch, or one per step as (epochs, steps). It may answer for fewer epochs, and is
+        asked again.
         """
         raise NotImplementedError(f"[{type(self).__name__}] rates: expected a definition, got none")
 
@@ -328,7 +343,9 @@ class StepLR(Description, Schedule):
     gamma: float
 
     def __init__(self, step_size: int, gamma: float = 0.1) -> None:
-        self._set(step_size=whole("StepLR", "step_size", step_size), gamma=real("StepLR", "gamma", gamma, above=0))
+        self._set(
+            step_size=whole("StepLR", "step_size", step_size), gamma=real("StepLR", "gamma", gamma, above=0)
+        )
 
     def rates(self, lr: float, epoch: int, epochs: int, steps: int) -> Array:
         t = np.arange(epoch, epoch + epochs)
@@ -384,7 +401,8 @@ class CosineAnnealingLR(Description, Schedule):
 class WarmupLR(Description, Schedule):
     """A learning rate that rises with every step of the first epochs, then follows another schedule.
 
-    lr_s = lr (a + (1 − a) s/S) at step s = 1 … S of the warm-up, a = `start_factor`; then `after`, from its epoch 0
+    lr_s = lr (a + (1 − a) s/S) at step s = 1 … S of the warm-up, a = `start_factor`; then `after`, from its
+    epoch 0
 
     Example:
         >>> WarmupLR(1, after=ExponentialLR(0.5)).rates(1.0, 0, 3, 4)
@@ -407,7 +425,9 @@ class WarmupLR(Description, Schedule):
     def rates(self, lr: float, epoch: int, epochs: int, steps: int) -> Array:
         if epoch < self.epochs:
             rows = min(epochs, self.epochs - epoch)
-            s = np.arange(epoch * steps + 1, (epoch + rows) * steps + 1, dtype=np.float64).reshape(rows, steps)
+            s = np.arange(epoch * steps + 1, (epoch + rows) * steps + 1, dtype=np.float64).reshape(
+                rows, steps
+            )
             return np.asarray(lr * (self.start_factor + (1 - self.start_factor) * s / (self.epochs * steps)))
         if self.after is None:
             return np.full(epochs, lr)
@@ -416,7 +436,7 @@ class WarmupLR(Description, Schedule):
 
 @final
 class ReduceLROnPlateau(Description):
-    """The learning rate times `factor` whenever the monitored loss has not fallen for more than `patience` epochs.
+    """The learning rate times `factor` when a loss has not fallen for more than `patience` epochs.
 
     lr ← max(factor lr, min_lr)
 

@@ -57,7 +57,7 @@ class Table:
 
     @staticmethod
     def from_columns(columns: Any) -> Table:
-        """A table from a dict of sequences or a data frame (pandas, Polars); ValueError for unequal lengths."""
+        """A table from a dict of sequences or a data frame; ValueError for columns of unequal length."""
         names = list(columns.columns) if hasattr(columns, "columns") else list(columns)
         found = {str(name): to_column(columns[name]) for name in names}
         lengths = {len(column) for column in found.values()}

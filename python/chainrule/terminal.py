@@ -12,8 +12,8 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-_ASCII = {"→": "->", "·": "-", "×": "x", "²": "2", "µ": "u", "…": "...", "✓": "ok", "│": "|", "┤": "+", "└": "+",
-          "─": "-", "—": "-", "ℝ": "R"}  # fmt: skip
+_ASCII = {"→": "->", "↓": "v", "×": "x", "²": "2", "µ": "u", "…": "...", "✓": "ok",
+          "│": "|", "┤": "+", "└": "+", "─": "-"}  # fmt: skip
 _BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # the dot at row, column of a 4 × 2 cell
 _SHADES = " .:-=+*#%@"
 
@@ -26,11 +26,11 @@ class Screen:
     '64 -> 10, 3 us'
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None) -> None:  # None: nothing is shown
         self.stream = stream
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
         self.unicode = _can_encode("→²▀█⣿┤", self.encoding)
-        shown = stream.isatty() and os.environ.get("TERM") != "dumb"
+        shown = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
         self.colour = shown and not os.environ.get("NO_COLOR")
         self.width = min(shutil.get_terminal_size((80, 24)).columns, 100) if shown else 80
 
@@ -42,7 +42,8 @@ class Screen:
 
     def line(self, text: str = "") -> None:
         """Write one line."""
-        self.stream.write(self.plain(text).rstrip() + "\n")
+        if self.stream is not None:
+            self.stream.write(self.plain(text).rstrip() + "\n")
 
     def bold(self, text: str) -> str:
         return f"\x1b[1m{text}\x1b[22m" if self.colour else text
@@ -87,7 +88,9 @@ def curve(values: Sequence[float], screen: Screen, name: str, height: int = 8) -
     columns = max(16, min(screen.width - 14, 64))
     across, down = (2, 4) if screen.unicode else (1, 1)
     dots = _trace(heights, columns * across, height * down)
-    cells = _braille(dots) if screen.unicode else ["".join(" *"[dot] for dot in row) for row in dots]
+    cells = (
+        _braille(dots) if screen.unicode else ["".join("*" if dot else " " for dot in row) for row in dots]
+    )
     low, high = f"{series.min():.3g}", f"{series.max():.3g}"
     labels = [high, *[""] * (height - 2), low]
     lines = [f"  {label:>8} {'┤' if label else '│'}{row}" for label, row in zip(labels, cells, strict=True)]
@@ -97,7 +100,7 @@ def curve(values: Sequence[float], screen: Screen, name: str, height: int = 8) -
 
 
 def _trace(heights: NDArray[Any], columns: int, rows: int) -> NDArray[np.bool_]:
-    """Dots (rows, columns) of the line through the heights, the largest in row 0, without gaps between columns."""
+    """Dots (rows, columns) of the line through the heights, the largest in row 0, without gaps."""
     places = np.linspace(0, len(heights) - 1, columns)
     sampled = np.interp(places, np.arange(len(heights)), heights)
     span = float(heights.max() - heights.min())
@@ -116,11 +119,11 @@ def _braille(dots: NDArray[np.bool_]) -> list[str]:
     for r, bits in enumerate(_BRAILLE):
         for c, bit in enumerate(bits):
             codes += bit * dots[r::4, c::2]
-    return ["".join(map(chr, row)) for row in codes]
+    return ["".join(map(chr, row)).replace("\u2800", " ") for row in codes]  # some fonts draw the empty cell
 
 
 def picture(image: NDArray[Any], screen: Screen) -> list[str]:
-    """A grey image (H, W), values 0 to 1, H even, as lines of text: two pixels a character, or ten shades in ASCII.
+    """A grey image (H, W), values 0 to 1, H even, as text: two pixels a character, or shades in ASCII.
 
     >>> import io
     >>> picture(np.array([[1, 0], [1, 1]]), Screen(io.StringIO()))
@@ -134,7 +137,24 @@ def picture(image: NDArray[Any], screen: Screen) -> list[str]:
     upper, lower = image[0::2], image[1::2]
     if screen.colour:
         return ["".join(map(_grey, *pair)) + "\x1b[0m" for pair in zip(upper, lower, strict=True)]
-    return ["".join(_half(*pixels) for pixels in zip(*pair, strict=True)) for pair in zip(upper, lower, strict=True)]
+    return [
+        "".join(_half(*pixels) for pixels in zip(*pair, strict=True))
+        for pair in zip(upper, lower, strict=True)
+    ]
+
+
+def enlarged(image: NDArray[Any], size: int) -> NDArray[np.float64]:
+    """A square image drawn with size × size pixels, interpolated linearly.
+
+    >>> enlarged(np.array([[0.0, 1.0], [1.0, 2.0]]), 3)
+    array([[0. , 0.5, 1. ],
+           [0.5, 1. , 1.5],
+           [1. , 1.5, 2. ]])
+    """
+    old = np.arange(len(image))
+    new = np.linspace(0, len(image) - 1, size)
+    rows = np.array([np.interp(new, old, row) for row in image])
+    return np.array([np.interp(new, old, column) for column in rows.T]).T
 
 
 def _half(upper: float, lower: float) -> str:
@@ -147,11 +167,6 @@ def _grey(upper: float, lower: float) -> str:
     return f"\x1b[38;5;{front};48;5;{back}m▀"
 
 
-def columns_of(cells: Sequence[Sequence[str]], widths: int, gap: str) -> list[str]:
-    """Blocks of equally many lines side by side; `widths` is the width of each as a reader sees it."""
-    return [gap.join(f"{cell:<{widths}}" for cell in row) for row in zip(*cells, strict=True)]
-
-
 def clip(text: str, width: int) -> str:
     """The text in at most `width` characters.
 
@@ -162,7 +177,7 @@ def clip(text: str, width: int) -> str:
 
 
 def confusion_lines(counts: NDArray[Any], classes: Sequence[str], width: int) -> list[str]:
-    """A confusion table as text, rows true and columns predicted; the worst mistakes alone where it is too wide.
+    """A confusion table, rows true and columns predicted; where it is too wide, the worst mistakes alone.
 
     >>> for line in confusion_lines(np.array([[9, 1], [0, 10]]), ["no", "yes"], 80): print(line)
       true ↓  predicted →  no  yes
@@ -176,7 +191,9 @@ def confusion_lines(counts: NDArray[Any], classes: Sequence[str], width: int) ->
         head = "".join(f"  {name:>{size}}" for name, size in zip(names, sizes, strict=True))
         lines = [f"  {'true ↓  predicted →':<{first}}{head}"]
         for name, row in zip(names, counts, strict=True):
-            lines.append(f"  {name:<{first}}" + "".join(f"  {n:>{size}}" for n, size in zip(row, sizes, strict=True)))
+            lines.append(
+                f"  {name:<{first}}" + "".join(f"  {n:>{size}}" for n, size in zip(row, sizes, strict=True))
+            )
         return lines
     wrong = counts * (1 - np.eye(len(names), dtype=counts.dtype))
     worst = [divmod(int(k), len(names)) for k in np.argsort(-wrong, axis=None, kind="stable")[:10]]

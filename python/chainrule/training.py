@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`fit`: from the user's arguments to calls of the engine, and back to a History.
 
-Everything is checked before anything is changed. Where nobody looks between epochs, a whole fit is one engine call.
+Everything is checked before anything is changed. Where nobody looks between epochs, a fit is one engine call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 import numpy as np
 
 from . import _core, losses, optim
-from .layers import Description, flag, one_of, real, short, whole
+from .checks import Description, all_finite, converted, flag, one_of, real, real_array, short, whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,7 +37,7 @@ class Network(Protocol):
 
 def as_matrix(op: str, X: Any, features: int, dtype: str, *, name: str = "X", finite: bool = True) -> Array:
     """X as a C-contiguous (rows, features) matrix of the dtype; a view where it is one already."""
-    array = losses.real_array(op, name, X)
+    array = real_array(op, name, X)
     if array.ndim != 2:
         raise ValueError(
             f"[{op}] {name} must be 2-D: expected (rows, {features}), got shape {array.shape}; "
@@ -48,8 +48,8 @@ def as_matrix(op: str, X: Any, features: int, dtype: str, *, name: str = "X", fi
             f"[{op}] {name} must have one column per input of the network: "
             f"expected {features} columns, got {array.shape[1]}"
         )
-    matrix = losses.converted(op, name, array, dtype)
-    if finite and not losses.all_finite(matrix):
+    matrix = converted(op, name, array, dtype)
+    if finite and not all_finite(matrix):
         row, column = (int(i) for i in np.argwhere(~np.isfinite(matrix))[0])
         label = f" ({short(X.columns[column])})" if hasattr(X, "columns") else ""
         raise ValueError(
@@ -81,7 +81,7 @@ class Data(NamedTuple):
 
 
 def take(
-    op: str, net: Network, loss: losses.Loss, X: Any, y: Any, sample_weight: Any = None, where: str = ""
+    op: str, net: Network, loss: losses.Loss, X: Any, y: Any, sample_weight: Any = None, *, where: str = ""
 ) -> Data:
     """The user's X, y and weights, checked; `where` is put before their names in messages."""
     dtype = net.dtype
@@ -99,34 +99,49 @@ def _split(data: Data, fraction: float) -> tuple[Data, Data]:
     last = math.ceil(rows * fraction - 1e-9)  # a little less, so that 0.1 of 10 rows is 1 row and not 2
     if last >= rows:
         raise ValueError(
-            f"[fit] validation_split must leave rows to train on: expected fewer than {rows} for validation, got {last}"
+            "[fit] validation_split must leave rows to train on: "
+            f"expected fewer than {rows} rows for validation, got {last}"
         )
     return data.rows(0, rows - last), data.rows(rows - last, rows)
 
 
-def _class_weights(loss: losses.Loss, data: Data, class_weight: Any) -> Array:
-    """Sample weights times the weight of each row's class."""
-    if not isinstance(loss, (losses.CrossEntropy, losses.Logistic)) or (data.y.ndim == 2 and data.y.shape[1] != 1):
+def _class_weights(net: Network, loss: losses.Loss, data: Data, class_weight: Any) -> Array | None:
+    """Sample weights times the weight of each row's class; a class without a weight has 1."""
+    classes = net.out_features if isinstance(loss, losses.CrossEntropy) else 2
+    one_label = data.y.ndim == 1 or data.y.shape[1] == 1
+    if not (isinstance(loss, (losses.CrossEntropy, losses.Logistic)) and one_label):
         raise ValueError(
-            f"[fit] class_weight needs one label per row: expected loss 'cross_entropy' with integer labels or "
-            f"'logistic' with 0 and 1, got {loss!r} and {data.y.ndim}-D targets"
+            "[fit] class_weight needs one label per row: expected loss 'cross_entropy' with integer labels "
+            f"or 'logistic' with 0 and 1, got {loss!r} and targets of shape {data.y.shape}"
         )
-    labels, inverse, counts = np.unique(data.y, return_inverse=True, return_counts=True)
-    if isinstance(loss, losses.Logistic) and not np.isin(labels, (0, 1)).all():
-        raise ValueError(f"[fit] class_weight needs labels 0 and 1: expected no others, got {short(labels.tolist())}")
-    if isinstance(class_weight, str):
+    labels, place, counts = np.unique(data.y, return_inverse=True, return_counts=True)
+    if not np.isin(labels, np.arange(classes)).all():
+        raise ValueError(
+            f"[fit] class_weight needs labels: expected only 0 and 1, got {short(labels.tolist())}"
+        )
+    if isinstance(class_weight, dict):
+        named = {_label(key, classes): _weight(key, value) for key, value in class_weight.items()}
+        of_label = np.array([named.get(int(label), 1.0) for label in labels])
+    elif isinstance(class_weight, str):
         one_of("fit", "class_weight", class_weight, ("balanced",))
-        of_class = len(data.y) / (len(labels) * counts)
-    elif isinstance(class_weight, dict):
-        named = {_label(key): value for key, value in class_weight.items()}
-        of_class = np.array([
-            real("fit", f"class_weight[{int(label)}]", named.get(int(label), 1.0), least=0) for label in labels
-        ])
+        of_label = len(data.y) / (len(labels) * counts)
     else:
-        raise TypeError(f"[fit] class_weight must be a dict or 'balanced': expected {{label: weight}}, got {short(class_weight)}")
-    weight = of_class[inverse.reshape(-1)]
-    return losses.weights("fit", weight if data.weight is None else weight * data.weight, len(weight),
-                          str(data.X.dtype), "class_weight times sample_weight")  # fmt: skip
+        raise TypeError(
+            "[fit] class_weight must be a dict or 'balanced': "
+            f"expected {{label: weight}}, got {short(class_weight)}"
+        )
+    weight = of_label[place.reshape(-1)]
+    if data.weight is not None:
+        weight = weight * data.weight
+    return losses.weights("fit", weight, len(weight), net.dtype, "class_weight times sample_weight")
+
+
+def _label(key: Any, classes: int) -> int:
+    return whole("fit", "a label in class_weight", int(key) if isinstance(key, bool) else key, 0, classes - 1)
+
+
+def _weight(key: Any, value: Any) -> float:
+    return real("fit", f"class_weight[{key!r}]", value, least=0)
 
 
 # ------------------------------------------------------------ what fit gives back
@@ -169,9 +184,9 @@ class History:
 
 @final
 class EarlyStopping(Description):
-    """Stops a `fit` when the monitored value has not improved for `patience` epochs, and puts the best weights back.
+    """Stops a `fit` when a value has not improved for `patience` epochs, and puts the best weights back.
 
-    monitor is "val_loss" or "loss"; an improvement is one by more than `min_delta` (downwards for mode="min").
+    monitor is "val_loss" or "loss"; to improve is to fall (mode="max": to rise) by more than `min_delta`.
 
     Example:
         >>> import chainrule as cr
@@ -241,7 +256,9 @@ class _Callbacks:
         if callbacks is None:
             callbacks = ()
         if not isinstance(callbacks, (list, tuple)):
-            raise TypeError(f"[fit] callbacks must be a list: expected [callback, ...], got {short(callbacks)}")
+            raise TypeError(
+                f"[fit] callbacks must be a list: expected [callback, ...], got {short(callbacks)}"
+            )
         for callback in callbacks:
             usable = callable(callback) or any(hasattr(callback, hook) for hook in _HOOKS)
             if isinstance(callback, type) or not usable:
@@ -265,10 +282,14 @@ class _Callbacks:
     @staticmethod
     def _one(callback: Any, epoch: int, logs: dict[str, float]) -> bool:
         if hasattr(callback, "on_epoch_end"):
-            return callback.on_epoch_end(epoch, dict(logs)) is True
-        if any(hasattr(callback, hook) for hook in _HOOKS):
+            answer = callback.on_epoch_end(epoch, dict(logs))
+        elif any(hasattr(callback, hook) for hook in _HOOKS):
             return False
-        return callback(epoch, dict(logs)) is True
+        else:
+            answer = callback(epoch, dict(logs))
+        return isinstance(answer, (bool, np.bool_)) and bool(
+            answer
+        )  # a number, as file.write gives, is no wish
 
     def end(self, net: Network) -> None:
         for callback in self.all:
@@ -289,13 +310,13 @@ def _check_monitor(watcher: Any, measured: Iterable[str]) -> None:
 
 
 class _Progress:
-    """verbose=1: a tqdm bar or a line rewritten in place on a terminal, a line every tenth elsewhere; 2: every epoch.
+    """verbose=1: a bar or one changing line on a terminal, a line every tenth elsewhere; 2: every epoch.
 
     All of it goes to stderr, so stdout stays the user's.
     """
 
     def __init__(self, verbose: int, epochs: int) -> None:
-        self.verbose, self.epochs, self.shown = verbose, epochs, 0
+        self.verbose, self.epochs, self.shown, self.moment = verbose, epochs, 0, -math.inf
         self.terminal = _is_terminal()
         self.bar = self._tqdm() if verbose == 1 and self.terminal else None
 
@@ -316,8 +337,14 @@ class _Progress:
             self.bar.update(done - self.shown)
             self.shown = done
         elif self.verbose == 1 and self.terminal:
-            print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
-        elif self.verbose == 2 or done == self.epochs or 10 * done // self.epochs > 10 * self.shown // self.epochs:
+            if done == self.epochs or time.perf_counter() > self.moment + 0.1:
+                print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
+                self.moment = time.perf_counter()
+        elif (
+            self.verbose == 2
+            or done == self.epochs
+            or 10 * done // self.epochs > 10 * self.shown // self.epochs
+        ):
             print(line, file=sys.stderr, flush=True)
             self.shown = done
 
@@ -350,12 +377,13 @@ class Plan(NamedTuple):
     seed: int
     verbose: int
     penalties: tuple[float, float, float, float]  # l1, l2, clip_value, clip_norm; 0 is off
+    measured: tuple[str, ...]  # what the history will hold
 
 
 def plan(
-    net: Network, X: Any, y: Any, *, loss: Any, optimizer: Any, batch_size: Any, epochs: Any, shuffle: Any, seed: Any,
-    validation_data: Any, validation_split: Any, callbacks: Any, verbose: Any, sample_weight: Any, class_weight: Any,
-    schedule: Any, l1: Any, l2: Any, clip_value: Any, clip_norm: Any,
+    net: Network, X: Any, y: Any, *, loss: Any, optimizer: Any, batch_size: Any, epochs: Any, shuffle: Any,
+    seed: Any, validation_data: Any, validation_split: Any, callbacks: Any, verbose: Any, sample_weight: Any,
+    class_weight: Any, schedule: Any, l1: Any, l2: Any, clip_value: Any, clip_norm: Any,
 ) -> Plan:  # fmt: skip
     """The arguments of `fit`, checked, with everything converted; changes nothing."""
     rule, how = losses.resolve("fit", loss), optim.resolve("fit", optimizer)
@@ -368,17 +396,19 @@ def plan(
         0.0 if clip_norm is None else real("fit", "clip_norm", clip_norm, above=0),
     )
     data = take("fit", net, rule, X, y, sample_weight)
-    if class_weight is not None:
-        data = data._replace(weight=_class_weights(rule, data, class_weight))
     data, validation = _with_validation(net, rule, data, validation_data, validation_split)
+    if class_weight is not None:
+        data = data._replace(weight=_class_weights(net, rule, data, class_weight))
     measured = ("loss", "lr") if validation is None else ("loss", "val_loss", "lr")
     if schedule is not None and not isinstance(schedule, (optim.Schedule, optim.ReduceLROnPlateau)):
-        raise TypeError(f"[fit] schedule must be a schedule: expected StepLR(...) or the like, got {short(schedule)}")
+        raise TypeError(
+            f"[fit] schedule must be a schedule: expected StepLR(...) or the like, got {short(schedule)}"
+        )
     _check_monitor(schedule, measured)
     return Plan(
         data, validation, rule, how, schedule, _Callbacks(callbacks, measured),
         len(data.X) if how.whole_batch else min(batch_size, len(data.X)),
-        epochs, shuffle and not how.whole_batch, seed, _verbosity(verbose), penalties,
+        epochs, shuffle and not how.whole_batch, seed, _verbosity(verbose), penalties, measured,
     )  # fmt: skip
 
 
@@ -393,11 +423,14 @@ def _with_validation(
         for name, part in (("training", data), ("validation", validation)):
             if part.weight is not None and not part.weight.any():
                 raise ValueError(
-                    f"[fit] sample_weight must not be all 0 in the {name} part: expected a positive sum, got 0"
+                    f"[fit] sample_weight must not be all 0 in the {name} part: "
+                    "expected a positive sum, got 0"
                 )
         return data, validation
     if fraction:
-        raise ValueError("[fit] validation comes from one place: expected validation_data or validation_split, got both")
+        raise ValueError(
+            "[fit] validation comes from one place: expected validation_data or validation_split, got both"
+        )
     if not isinstance(validation_data, (tuple, list)) or len(validation_data) not in (2, 3):
         raise TypeError(
             f"[fit] validation_data must be a tuple: expected (X, y) or (X, y, sample_weight), "
@@ -415,107 +448,111 @@ def _verbosity(verbose: Any) -> int:
 
 def fit(net: Network, X: Any, y: Any, **arguments: Any) -> History:
     """Train `net`; the arguments are those of Sequential.fit."""
-    p = plan(net, X, y, **arguments)
-    double = net.dtype == "float64"
-    weighted = p.data.weight is not None
-    engine = p.optimizer.engine(net)
-    trainer = (_core.Trainer64 if double else _core.Trainer32)(
-        net._core, engine, p.loss.engine(p.data.flat, weighted), p.data.X, p.data.y, p.data.weight,
-        p.batch_size, p.shuffle, p.seed, *p.penalties,
-    )  # fmt: skip
-    before = net._core.snapshot()
-    state = (engine.step_count, engine.get_state()) if engine.step_count else None
-    history = History(("loss", "lr") if p.validation is None else ("loss", "val_loss", "lr"))
-    try:
-        _loop(net, p, trainer, history)
-    except FloatingPointError:
-        net._core.restore(before)
-        if state is None:
-            p.optimizer.forget(net)
+    return _Run(net, plan(net, X, y, **arguments)).run()
+
+
+class _Run:
+    """One `fit` under way: the engine's objects, and what is needed to undo it."""
+
+    def __init__(self, net: Network, plan: Plan) -> None:
+        self.net, self.plan, data = net, plan, plan.data
+        self.engine = plan.optimizer.engine(net)
+        kind = _core.Trainer64 if net.dtype == "float64" else _core.Trainer32
+        self.trainer: Any = kind(
+            net._core, self.engine, plan.loss.engine(data.flat, data.weight is not None), *data[:3],
+            plan.batch_size, plan.shuffle, plan.seed, *plan.penalties,
+        )  # fmt: skip
+        self.before = net._core.snapshot()
+        steps = self.engine.step_count
+        self.state = (steps, self.engine.get_state()) if steps else None
+        self.history = History(plan.measured)
+
+    def run(self) -> History:
+        plan, history = self.plan, self.history
+        progress = _Progress(plan.verbose, plan.epochs)
+        try:
+            plan.callbacks.begin(self.net)
+            for rates in self._chunks():
+                self._record(rates, self.trainer.run(history.epochs, rates))
+                logs = history.logs()
+                progress.show(history.epochs, logs)
+                if plan.callbacks.epoch(history.epochs - 1, logs):
+                    history.stopped_epoch = history.epochs - 1
+                    break
+            self._check_parameters()
+            plan.callbacks.end(self.net)
+        finally:
+            progress.close()
+        return history
+
+    def _chunks(self) -> Iterator[Array]:
+        """Rates for the epochs of the next engine call: all, 0.1 s of them, or one, if somebody looks."""
+        plan, history = self.plan, self.history
+        watched = plan.callbacks.all or plan.validation is not None or plan.verbose == 2
+        plateau = None
+        if isinstance(plan.schedule, optim.ReduceLROnPlateau):
+            plateau = plan.schedule.start(plan.optimizer.lr)
+        count = 1 if watched or plateau or plan.verbose else plan.epochs
+        while history.epochs < plan.epochs:
+            start, done = time.perf_counter(), history.epochs
+            yield self._rates(plateau, min(count, plan.epochs - done))
+            if plateau is not None:
+                plateau.see(history[plan.schedule.monitor][-1])
+            elif plan.verbose and not watched:
+                seconds = (time.perf_counter() - start) / (history.epochs - done)
+                count = max(1, min(10 * count, int(0.1 / max(seconds, 1e-9))))
+
+    def _rates(self, plateau: optim.Plateau | None, epochs: int) -> Array:
+        plan = self.plan
+        if plan.schedule is None or plateau is not None:
+            return np.full(epochs, plateau.lr if plateau else plan.optimizer.lr)
+        steps = -(-len(plan.data.X) // plan.batch_size)
+        answer = plan.schedule.rates(plan.optimizer.lr, self.history.epochs, epochs, steps)
+        rates = np.ascontiguousarray(answer, dtype=np.float64)
+        shaped = rates.ndim in (1, 2) and 0 < len(rates) <= epochs and rates.shape[1:] in ((), (steps,))
+        if not (shaped and (rates >= 0).all() and np.isfinite(rates).all()):
+            raise ValueError(
+                f"[fit] rates of {type(plan.schedule).__name__}: expected finite numbers ≥ 0 of shape "
+                f"({epochs},) or ({epochs}, {steps}), got {short(answer)} of shape {rates.shape}"
+            )
+        return rates
+
+    def _record(self, rates: Array, values: Array) -> None:
+        """Append what the epochs just trained have measured; raise if training has diverged."""
+        plan, history = self.plan, self.history
+        last = rates if rates.ndim == 1 else rates[:, -1]
+        history["loss"].extend(values.tolist())
+        history["lr"].extend(last[: len(values)].tolist())
+        if not math.isfinite(history["loss"][-1]):
+            raise self._diverged("loss", str(history["loss"][-1]))
+        if plan.validation is not None:
+            history["val_loss"].append(_evaluate(self.net, plan.loss, plan.validation))
+
+    def _check_parameters(self) -> None:
+        """The last update of all may overflow after the last loss was finite."""
+        core = self.net._core
+        if not all(all_finite(core.get_parameter(k)) for k in range(len(core.parameters))):
+            raise self._diverged("parameters", "NaN or infinity")
+
+    def _diverged(self, what: str, got: str) -> FloatingPointError:
+        """Put network and optimizer back to where they were; the error that says so."""
+        self.net._core.restore(self.before)
+        if self.state is None:
+            self.plan.optimizer.forget(self.net)
         else:
-            engine.step_count = state[0]
-            engine.set_state(state[1])
-        raise
-    return history
-
-
-def _loop(net: Network, p: Plan, trainer: Any, history: History) -> None:
-    progress = _Progress(p.verbose, p.epochs)
-    try:
-        p.callbacks.begin(net)
-        for rates in _chunks(p, history):
-            _record(p, history, rates, trainer.run(history.epochs, rates))
-            if p.validation is not None:
-                history["val_loss"].append(_evaluate(net, p.loss, p.validation))
-            logs = history.logs()
-            progress.show(history.epochs, logs)
-            if p.callbacks.epoch(history.epochs - 1, logs):
-                history.stopped_epoch = history.epochs - 1
-                break
-        _check_parameters(net, p, history)
-        p.callbacks.end(net)
-    finally:
-        progress.close()
-
-
-def _chunks(p: Plan, history: History) -> Iterator[Array]:
-    """Learning rates for the epochs of the next engine call: all, or 0.1 s of them, or one, as somebody looks."""
-    watched = p.callbacks.all or p.validation is not None or p.verbose == 2
-    plateau = p.schedule.start(p.optimizer.lr) if isinstance(p.schedule, optim.ReduceLROnPlateau) else None
-    count = 1 if watched or plateau or p.verbose == 1 else p.epochs
-    while history.epochs < p.epochs:
-        start, done = time.perf_counter(), history.epochs
-        yield _rates(p, plateau, done, min(count, p.epochs - done))
-        if plateau is not None:
-            plateau.see(history[p.schedule.monitor][-1])
-        elif p.verbose == 1 and not watched:
-            seconds = (time.perf_counter() - start) / max(1, history.epochs - done)
-            count = max(1, min(10 * count, int(0.1 / max(seconds, 1e-9))))
-
-
-def _rates(p: Plan, plateau: optim.Plateau | None, epoch: int, epochs: int) -> Array:
-    if plateau is not None:
-        return np.full(epochs, plateau.lr)
-    if p.schedule is None:
-        return np.full(epochs, p.optimizer.lr)
-    steps = -(-len(p.data.X) // p.batch_size)
-    rates = np.ascontiguousarray(p.schedule.rates(p.optimizer.lr, epoch, epochs, steps), dtype=np.float64)
-    shaped = rates.ndim in (1, 2) and 0 < len(rates) <= epochs and rates.shape[1:] in ((), (steps,))
-    if not (shaped and (rates >= 0).all() and np.isfinite(rates).all()):
-        raise ValueError(
-            f"[fit] rates of {type(p.schedule).__name__}: expected finite numbers ≥ 0 of shape ({epochs},) or "
-            f"({epochs}, {steps}), got {short(rates)} of shape {rates.shape}"
+            self.engine.step_count = self.state[0]
+            self.engine.set_state(self.state[1])
+        return FloatingPointError(
+            f"[fit] {what} must stay finite: expected numbers, got {got} in epoch {self.history.epochs} of "
+            f"{self.plan.epochs} at learning rate {self.history['lr'][-1]:g}; the weights are those from "
+            "before this fit. Lower lr, scale X and y to about unit size, or set clip_norm=1.0"
         )
-    return rates
-
-
-def _record(p: Plan, history: History, rates: Array, values: Array) -> None:
-    """Append the losses and rates of the epochs just trained; FloatingPointError if training has diverged."""
-    last = rates if rates.ndim == 1 else rates[:, -1]
-    history["loss"].extend(values.tolist())
-    history["lr"].extend(last[: len(values)].tolist())
-    if not math.isfinite(history["loss"][-1]):
-        raise _diverged("loss", history, p)
-
-
-def _check_parameters(net: Network, p: Plan, history: History) -> None:
-    """The last update of all may overflow after the last loss was finite."""
-    for k in range(len(net._core.parameters)):
-        if not losses.all_finite(net._core.get_parameter(k)):
-            raise _diverged("parameters", history, p)
-
-
-def _diverged(what: str, history: History, p: Plan) -> FloatingPointError:
-    got = f"{history['loss'][-1]}" if what == "loss" else "NaN or infinity"
-    return FloatingPointError(
-        f"[fit] {what} must stay finite: expected numbers, got {got} in epoch {history.epochs} of {p.epochs} at "
-        f"learning rate {history['lr'][-1]:g}; the weights are those from before this fit. "
-        "Lower lr, scale X and y to about unit size, or set clip_norm=1.0"
-    )
 
 
 def _evaluate(net: Network, loss: losses.Loss, data: Data) -> float:
-    return float(net._core.evaluate(data.X, data.y, data.weight, loss.engine(data.flat, data.weight is not None)))
+    return float(
+        net._core.evaluate(data.X, data.y, data.weight, loss.engine(data.flat, data.weight is not None))
+    )
 
 
 def evaluate(net: Network, X: Any, y: Any, *, loss: Any, sample_weight: Any) -> float:

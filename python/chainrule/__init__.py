@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""Fast small neural networks: dense networks trained by the chain rule, on a C++ engine of our own.
+
+>>> import numpy as np, chainrule as cr
+>>> X = np.random.default_rng(0).normal(size=(200, 2))
+>>> net = cr.mlp([2, 16, 1], seed=0)
+>>> history = net.fit(X, X[:, 0] * X[:, 1] > 0, loss="logistic", epochs=100, batch_size=20)
+>>> bool(history["loss"][-1] < 0.2 < history["loss"][0])
+True
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ._core import __version__
+from .layers import (
+    ELU,
+    GELU,
+    Dropout,
+    Identity,
+    Layer,
+    LeakyReLU,
+    Linear,
+    LogSoftmax,
+    ReLU,
+    Sigmoid,
+    SiLU,
+    Softmax,
+    Softplus,
+    Tanh,
+)
+from .losses import (
+    MAE,
+    MSE,
+    CrossEntropy,
+    CustomLoss,
+    GaussianNLL,
+    Huber,
+    LeastSquares,
+    Logistic,
+    Pinball,
+    Poisson,
+)
+from .model import Sequential, get_num_threads, info, mlp, set_num_threads, threads
+from .optim import (
+    GD,
+    SGD,
+    Adam,
+    AdamW,
+    CosineAnnealingLR,
+    ExponentialLR,
+    ReduceLROnPlateau,
+    RMSprop,
+    Schedule,
+    StepLR,
+    WarmupLR,
+)
+from .training import EarlyStopping, History
+
+if TYPE_CHECKING:
+    from .io import load
+
+__all__ = [
+    "ELU", "GD", "GELU", "MAE", "MSE", "SGD", "Adam", "AdamW", "CosineAnnealingLR", "CrossEntropy",
+    "CustomLoss", "Dropout", "EarlyStopping", "ExponentialLR", "GaussianNLL", "History", "Huber", "Identity",
+    "Layer", "LeakyReLU", "LeastSquares", "Linear", "LogSoftmax", "Logistic", "Pinball", "Poisson", "RMSprop",
+    "ReLU", "ReduceLROnPlateau", "Schedule", "Sequential", "SiLU", "Sigmoid", "Softmax", "Softplus", "StepLR",
+    "Tanh", "WarmupLR", "__version__", "get_num_threads", "info", "load", "mlp", "set_num_threads", "threads",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Modules that training does not need are imported when they are first asked for."""
+    from importlib import import_module
+
+    if name == "load":
+        return import_module(".io", __name__).load
+    if name in ("data", "io", "reference"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

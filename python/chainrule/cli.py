@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: MIT
+"""The commands behind `chainrule train`, `predict`, `demo` and `info`; `__main__` reads their options.
+
+A command takes the parsed options, writes to standard output and returns nothing; what the user got wrong is
+raised as ValueError, OSError or ImportError and becomes one line on standard error there.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import os
+import platform
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core, metrics
+from .data import Preprocessor, TableModel, infer_task, outputs_for, split_rows
+from .io import require_suffix
+from .losses import LOSSES
+from .model import mlp
+from .optim import GD, OPTIMIZERS
+from .tables import Table, as_text, is_missing, read_table
+from .terminal import Screen, confusion_lines, curve, duration, enlarged, picture
+from .training import EarlyStopping
+
+OPTIMIZER_NAMES = ("gd", *OPTIMIZERS)
+ACTIVATIONS = tuple(name for kind, name, _ in _core.ops() if kind == "elementwise")
+REGRESSION_LOSSES = tuple(name for name in LOSSES if name not in {"cross_entropy", "logistic", "bce"})
+
+
+# ------------------------------------------------------------ train
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of the table, and what the network sees of them."""
+
+    table: Table
+    x: NDArray[Any]
+    y: NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
+def train(args: Namespace) -> None:
+    """Train on a table, measure on rows held out, write one model file."""
+    screen = Screen(None if args.quiet else sys.stdout)
+    _check_output(args.output)
+    if args.threads:
+        _core.set_num_threads(args.threads)
+    table, notes = _labelled(read_table(args.data), args.target)
+    loss = _loss(args, table)
+    preprocessor, test, validation, training = _prepare(args, table, loss)
+    sizes = [preprocessor.width, *args.hidden, outputs_for(preprocessor, loss)]
+    net = mlp(sizes, activation=args.activation, dropout=args.dropout, seed=args.seed, dtype=args.dtype)
+    model = TableModel(net, preprocessor, loss)
+    screen.line(
+        screen.bold(f"chainrule {_core.__version__}: {args.target} from {os.path.basename(args.data)}")
+    )
+    screen.line()
+    screen.facts(_plan(args, model, sizes, [training, validation, test]))
+    screen.facts([("note", note) for note in (*table.notes, *notes, *preprocessor.notes)])
+    _fit(args, model, training, validation, screen)
+    if len(test):
+        screen.heading(f"On the {len(test):,} rows held out")
+        _show_scores(model, test, Screen(sys.stdout))
+    model.save(args.output)
+    screen.heading(f"Saved as {args.output}. To use it:")
+    _show_usage(args, screen)
+
+
+def _check_output(path: str) -> None:
+    """Before training, not after it."""
+    require_suffix("save", path)
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise ValueError(f"[save] --output: expected a folder that exists, got {folder!r}; make it first")
+
+
+def _labelled(table: Table, target: str) -> tuple[Table, list[str]]:
+    """The rows that have a target, and a note about the others."""
+    missing = is_missing(table.column(target))
+    if not missing.any():
+        return table, []
+    return table.take(~missing), [f"{missing.sum():,} rows left out: no value in {target!r}"]
+
+
+def _loss(args: Namespace, table: Table) -> str:
+    args.inferred = args.task is None
+    args.task = args.task or infer_task(table.column(args.target))
+    known = ("cross_entropy",) if args.task == "classification" else REGRESSION_LOSSES
+    loss = str(args.loss or ("cross_entropy" if args.task == "classification" else "mse"))
+    if loss not in known:
+        raise ValueError(f"[train] --loss of a {args.task}: expected one of {', '.join(known)}, got {loss!r}")
+    return loss
+
+
+def _prepare(args: Namespace, table: Table, loss: str) -> tuple[Preprocessor, Part, Part, Part]:
+    """The parts test, validation and training; everything is learnt from the last."""
+    labels = as_text(table.column(args.target)) if args.task == "classification" else None
+    shares = [args.test_size, (1 - args.test_size) * args.validation_size]
+    rows = split_rows(len(table), shares, args.seed, labels)
+    tables = [table.take(part) for part in rows]
+    ignored = _names(args.ignore, table)
+    preprocessor = Preprocessor.fit(tables[-1], args.target, args.task, ignored, loss != "poisson")
+    parts = [Part(t, preprocessor.transform(t, args.dtype), preprocessor.targets(t)) for t in tables]
+    return preprocessor, parts[0], parts[1], parts[2]
+
+
+def _names(given: Iterable[str], table: Table) -> list[str]:
+    """Column names from options like "id,name"; a name that itself holds a comma is found first."""
+    return [n for item in given for n in ([item] if item in table.columns else item.split(","))]
+
+
+def _plan(
+    args: Namespace, model: TableModel, sizes: Sequence[int], parts: Sequence[Part]
+) -> list[tuple[str, str]]:
+    p = model.preprocessor
+    text = len(p.text_columns)
+    counts = (
+        f"{len(p.features) - text} numeric" if len(p.features) > text else "",
+        f"{text} text" if text else "",
+    )
+    shown = [
+        f"{len(part):,} {name}"
+        for part, name in zip(parts, ("to train", "to validate", "held out"), strict=True)
+    ]
+    task = f"classification of {len(p.classes)} classes" if p.classes else "regression"
+    other = "regression" if p.classes else "classification"
+    weights = sum(o * (i + 1) for i, o in itertools.pairwise(sizes))
+    return [
+        ("rows", ", ".join(shown)),
+        ("columns", f"{', '.join(filter(None, counts))} → {p.width} inputs"),
+        ("task", task + (f" (inferred; --task {other} overrides)" if args.inferred else "")),
+        ("network", f"{' → '.join(map(str, sizes))}, {args.activation}, {weights:,} weights, {args.dtype}"),
+        (
+            "training",
+            f"{model.loss}, {args.optimizer} at learning rate {args.lr:g}, batches of {args.batch_size}",
+        ),
+    ]
+
+
+def _fit(args: Namespace, model: TableModel, training: Part, validation: Part, screen: Screen) -> None:
+    stopping = len(validation) > 0 and args.patience > 0
+    whole = args.optimizer == "gd"
+    start = time.perf_counter()
+    history = model.net.fit(
+        training.x,
+        training.y,
+        loss=model.loss,
+        optimizer=GD(args.lr) if whole else OPTIMIZERS[args.optimizer](lr=args.lr),
+        batch_size=len(training) if whole else args.batch_size,
+        epochs=args.epochs,
+        seed=args.seed,
+        validation_data=(validation.x, validation.y) if len(validation) else None,
+        callbacks=[EarlyStopping(patience=args.patience)] if stopping else [],
+        l2=args.l2,
+        verbose=0 if args.quiet else "auto",
+    )
+    seconds = time.perf_counter() - start
+    epochs = len(history["loss"])
+    taken = f"{epochs} epochs in {duration(seconds)}"
+    if stopping:
+        best = int(np.argmin(history["val_loss"])) + 1
+        taken += f"; the weights of epoch {best}, the best on the validation rows, are kept"
+    screen.facts([("trained", taken)])
+
+
+def _show_scores(model: TableModel, part: Part, screen: Screen) -> None:
+    f = model.net.predict(part.x)
+    p = model.preprocessor
+    answers = model.decode(f)
+    if p.task == "regression":
+        y = part.table.column(p.target)
+        predicted = answers[p.target]
+        screen.facts(
+            [
+                ("RMSE", f"{metrics.rmse(y, predicted):.5g}"),
+                ("MAE", f"{metrics.mae(y, predicted):.5g}"),
+                ("R²", f"{metrics.r2(y, predicted):.4f}" if len(y) > 1 else "needs two rows"),
+            ]
+        )
+        return
+    best = f.argmax(axis=1)
+    probabilities = np.stack([answers[f"p_{label}"] for label in p.classes], axis=1)
+    counts = metrics.confusion(part.y, best, len(p.classes))
+    usual = counts.sum(axis=1).max() / len(part)
+    accuracy = metrics.accuracy(part.y, best)
+    screen.facts(
+        [
+            ("accuracy", f"{100 * accuracy:.1f} %   (the most frequent class alone: {100 * usual:.1f} %)"),
+            ("log-loss", f"{metrics.log_loss(part.y, probabilities):.4f}"),
+        ]
+    )
+    screen.line()
+    for line in confusion_lines(counts, p.classes, screen.width):
+        screen.line(line)
+
+
+def _show_usage(args: Namespace, screen: Screen) -> None:
+    suffix = os.path.splitext(args.data)[1] or ".csv"
+    screen.line(f"  chainrule predict {args.output} new{suffix}")
+    screen.line()
+    screen.line("  from chainrule.data import TableModel")
+    screen.line(f"  model = TableModel.load({args.output!r})")
+    screen.line(f'  print(model.predict("new{suffix}"))')
+
+
+# ------------------------------------------------------------ predict
+
+
+def predict(args: Namespace) -> None:
+    """Write one line of answers for each row of a table, as CSV."""
+    if args.output and os.path.exists(args.output) and os.path.samefile(args.output, args.data):
+        raise ValueError(f"[predict] --output: expected another file than the data, got {args.output!r}")
+    answers = TableModel.load(args.model).answers(args.data)
+    with (
+        open(args.output, "w", encoding="utf-8", newline="")
+        if args.output
+        else nullcontext(sys.stdout) as file
+    ):
+        _write_csv(file, answers)
+
+
+def _write_csv(file: TextIO, columns: dict[str, NDArray[Any]]) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+    texts = [
+        column if column.dtype == object else [f"{v:.8g}" for v in column] for column in columns.values()
+    ]
+    writer.writerows(zip(*texts, strict=True))
+
+
+# ------------------------------------------------------------ demo
+
+
+def demo(args: Namespace) -> None:
+    """Train on handwritten digits and show what happened."""
+    screen = Screen(sys.stdout)
+    if args.threads:
+        _core.set_num_threads(args.threads)
+    images, labels = _digits()
+    test, training = split_rows(len(images), [0.25], args.seed, labels)
+    x = images.reshape(len(images), -1)
+    mean, std = x[training].mean(axis=0), x[training].std(axis=0)
+    x = ((x - mean) / np.where(std > 0, std, 1)).astype(np.float32)
+    net = mlp([64, 100, 10], activation="relu", seed=args.seed)
+    screen.line(screen.bold(f"chainrule {_core.__version__}: reading handwritten digits"))
+    screen.line()
+    screen.facts(
+        [
+            (
+                "data",
+                f"{len(x):,} scans of 8 × 8 pixels (UCI); {len(training):,} to train, {len(test)} held out",
+            ),
+            ("network", "64 → 100 → 10, relu, 7,510 weights, float32"),
+            ("training", f"cross_entropy, adam, {args.epochs} epochs in batches of 32"),
+        ]
+    )
+    start = time.perf_counter()
+    history = net.fit(
+        x[training], labels[training], loss="cross_entropy", batch_size=32, epochs=args.epochs, seed=args.seed
+    )
+    seconds = time.perf_counter() - start
+    predicted = net.predict(x[test]).argmax(axis=1)
+    screen.line()
+    for line in curve(history["loss"], screen, "training loss"):
+        screen.line(line)
+    screen.line()
+    right = int((predicted == labels[test]).sum())
+    steps = args.epochs * -(-len(training) // 32)
+    accuracy = f"{100 * right / len(test):.1f} % of the digits held out, {right} of {len(test)}"
+    screen.facts(
+        [
+            ("accuracy", screen.bold(accuracy)),
+            ("time", f"{duration(seconds)} of training, {duration(seconds / steps)} per step of 32 images"),
+            ("engine", f"{_core.isa()}, {_threads()}"),
+        ]
+    )
+    screen.line()
+    _show_digits(images[test] / 16, labels[test], predicted, screen)
+    _show_next(screen)
+
+
+def _digits() -> tuple[NDArray[Any], NDArray[Any]]:
+    """Images (1797, 8, 8) with values 0 to 16, and their labels."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        wanted = 'expected scikit-learn, which brings them, got no such module; pip install "chainrule[demo]"'
+        raise ImportError(f"[demo] digits: {wanted}") from None
+    digits = load_digits()
+    return digits.images, digits.target.astype(np.int64)
+
+
+def _show_digits(images: NDArray[Any], labels: NDArray[Any], predicted: NDArray[Any], screen: Screen) -> None:
+    """One row of scans with what the network read, a mistake among them if there is one."""
+    size, width = (12, 12) if screen.unicode else (8, 16)
+    count = min(6, (screen.width - 2) // (width + 3))
+    wrong = np.flatnonzero(predicted != labels)[:1]
+    right = np.flatnonzero(predicted == labels)
+    _, first = np.unique(labels[right], return_index=True)  # different digits tell more than equal ones
+    chosen = np.concatenate([np.sort(right[first])[: count - len(wrong)], wrong])
+    drawn = [picture(enlarged(images[k], size), screen) for k in chosen]
+    for row in zip(*drawn, strict=True):
+        screen.line("  " + "   ".join(row))
+    read = [f"{predicted[k]} {'✓' if predicted[k] == labels[k] else f'is a {labels[k]}'}" for k in chosen]
+    screen.line("  " + "   ".join(f"{text:^{width}}" for text in read))
+
+
+def _show_next(screen: Screen) -> None:
+    screen.heading("The same in Python, and what to run next:")
+    for line in (
+        "import chainrule as cr",
+        "net = cr.mlp([64, 100, 10])",
+        'net.fit(X, y, loss="cross_entropy", epochs=40)',
+        "",
+        "chainrule train data.csv --target column    a network for your own table",
+        "chainrule train --help                      all its options",
+    ):
+        screen.line(f"  {line}")
+
+
+# ------------------------------------------------------------ info
+
+
+def info(args: Namespace) -> None:
+    """What this installation is and what it runs on."""
+    others = [name for name in _core.isas() if name != _core.isa()]
+    Screen(sys.stdout).facts(
+        [
+            ("chainrule", _core.__version__),
+            ("engine", _core.isa() + (f" (this machine also runs {', '.join(others)})" if others else "")),
+            ("threads", _threads()),
+            ("GPU", _core.cuda_state()),
+            ("NumPy", np.__version__),
+            ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ]
+    )
+
+
+def _threads() -> str:
+    count = _core.num_threads()
+    return f"{count} thread" + ("s" if count != 1 else "")

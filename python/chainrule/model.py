@@ -1,0 +1,633 @@
+# SPDX-License-Identifier: MIT
+"""Sequential: a chain of layers with its weights, and what can be done with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from . import _core, losses, training
+from .checks import converted, flag, listed, one_of, real_array, short, whole
+from .layers import BUILT_IN, Dropout, Guard, Identity, Layer, Linear, _BuiltIn, initial
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .optim import Optimizer
+
+    Array = NDArray[Any]
+
+
+class Trace(NamedTuple):
+    """The activations of one forward pass: phi[0] = X, phi[l] the output of the l-th layer, phi[-1] = f."""
+
+    phi: list[Array]
+
+
+class Sequential:
+    """A chain of layers f = gᴸ(… g¹(x)), with weights drawn from `seed`.
+
+    φ⁰ = X, φˡ = gˡ(φˡ⁻¹), f = φᴸ
+
+    Shapes: X (B, I), f (B, O); B is any number of rows, and a row's output does not depend on the others.
+    Parameters are named as in PyTorch: "0.weight" is the weight of the layer number 0.
+
+    Args:
+        layers: Linear, activations, Dropout, or layers of your own (see Layer).
+        seed: of the first weights; the same seed gives the same weights on every machine.
+        dtype: "float32" or "float64", of weights, activations and results.
+        device: "cpu"; this build has no other.
+
+    Raises: TypeError for what is no layer; ValueError for widths that do not fit or an unknown device.
+
+    Example:
+        >>> import numpy as np, chainrule as cr
+        >>> net = cr.Sequential(cr.Linear(2, 3), cr.Tanh(), cr.Linear(3, 1), seed=0)
+        >>> net
+        Sequential(Linear(2, 3), Tanh(), Linear(3, 1))
+        >>> net(np.zeros((5, 2))).shape
+        (5, 1)
+    """
+
+    layers: tuple[Layer, ...]
+    in_features: int
+    out_features: int
+    dtype: str
+    seed: int
+    device: str
+
+    def __init__(self, *layers: Layer, seed: int = 0, dtype: Any = "float32", device: str = "cpu") -> None:
+        seed = whole("Sequential", "seed", seed, 0, 2**64 - 1)
+        self._build(layers, seed, _dtype(dtype), _device(device))
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, Linear):
+                weight, bias = initial(layer, _activation_after(self.layers, index), seed, index)
+                self._put({f"{index}.weight": weight} | ({f"{index}.bias": bias} if layer.bias else {}))
+
+    def _build(self, layers: Sequence[Layer], seed: int, dtype: str, device: str) -> None:
+        widths = _widths(layers)
+        rows = [_row(layer, i, o, dtype) for layer, i, o in zip(layers, widths, widths[1:], strict=False)]
+        self.layers, self.seed, self.dtype, self.device = tuple(layers), seed, dtype, device
+        self.in_features, self.out_features, self._widths = widths[0], widths[-1], widths
+        self._core: Any = (_core.Network64 if dtype == "float64" else _core.Network32)(rows)
+        self._places = {f"{layer}.{name}": k for k, (layer, name, _) in enumerate(self._core.parameters)}
+        self._steppers: dict[tuple[int, int], training.Stepper] = {}
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.layers[index]
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __repr__(self) -> str:
+        parts = [repr(layer) for layer in self.layers]
+        parts += [f"seed={self.seed}"] if self.seed else []
+        parts += [f"dtype={self.dtype!r}"] if self.dtype != "float32" else []
+        line = f"Sequential({', '.join(parts)})"
+        return line if len(line) <= 100 else "Sequential(\n    " + ",\n    ".join(parts) + ",\n)"
+
+    # -------------------------------------------------------- forward
+
+    def predict(self, X: Any) -> Array:
+        """The outputs f for rows X; dropout is off, and a row with NaN spoils its own output only.
+
+        Shapes: X (B, I) to f (B, O), B may be 0; a single row (I,) to (O,).
+        Raises: TypeError or ValueError for what is no such matrix.
+
+        Example:
+            >>> import chainrule as cr
+            >>> cr.Sequential(cr.Linear(2, 1, init="zeros")).predict([1.0, 2.0])
+            array([0.], dtype=float32)
+        """
+        array = real_array("predict", "X", X)
+        if array.ndim == 1 and len(array) == self.in_features:
+            return np.asarray(self._core.predict(self._matrix("predict", array[None, :]))[0])
+        return np.asarray(self._core.predict(self._matrix("predict", array)))
+
+    __call__ = predict
+
+    def _matrix(self, op: str, X: Any) -> Array:
+        return training.as_matrix(op, X, self.in_features, self.dtype, finite=False)
+
+    def trace(self, X: Any) -> Trace:
+        """Every activation on the way from X to f.
+
+        Example:
+            >>> import chainrule as cr
+            >>> [phi.shape for phi in cr.mlp([2, 3, 1]).trace([[1.0, 2.0]]).phi]
+            [(1, 2), (1, 3), (1, 3), (1, 1)]
+        """
+        matrix = self._matrix("trace", X)
+        return Trace([matrix.copy(), *self._core.trace(matrix)])
+
+    # -------------------------------------------------------- training
+
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        *,
+        loss: Any,
+        optimizer: Any = "adam",
+        batch_size: int = 32,
+        epochs: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+        validation_data: Any = None,
+        validation_split: float = 0.0,
+        callbacks: Any = (),
+        verbose: Any = "auto",
+        sample_weight: Any = None,
+        class_weight: Any = None,
+        schedule: Any = None,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        clip_value: float | None = None,
+        clip_norm: float | None = None,
+    ) -> training.History:
+        """Train the network on rows X (n, I) and targets y.
+
+        L = mean loss + l1 Σ|w| + ½ l2 Σw², over the weights w of Linear layers
+
+        Args:
+            loss: a name ("least_squares", "mse", "mae", "huber", "pinball", "poisson", "gaussian_nll",
+                "logistic", "cross_entropy"), a loss object, or your own callable (f, y) -> (value, ∂L/∂f).
+            optimizer: a name ("sgd", "adam", "adamw", "rmsprop") or an object; an object keeps its state for
+                the next fit, a name starts afresh.
+            batch_size: rows per update; the last batch of an epoch takes what is left.
+            epochs: how often to go through all rows.
+            shuffle: whether the rows come in a new order, drawn from `seed`, in every epoch.
+            validation_data: (X, y) or (X, y, sample_weight) for history["val_loss"].
+            validation_split: the last fraction of the rows, cut off before shuffling, instead.
+            callbacks: a list of objects with any of on_train_begin(net), on_epoch_end(epoch, logs) and
+                on_train_end(net), or callables f(epoch, logs), epochs from 0; True from one of them stops.
+            verbose: 0 silent, 1 one progress display, 2 a line per epoch; "auto" is 1 on a terminal, else 0.
+            sample_weight: (n,) numbers ≥ 0.
+            class_weight: {label: weight}, or "balanced" for n / (classes · count).
+            schedule: StepLR, ExponentialLR, CosineAnnealingLR, WarmupLR or ReduceLROnPlateau.
+            clip_value, clip_norm: limits for every element, and for the norm, of the gradient; in this order.
+
+        Returns: a History of "loss" (mean over the epoch's batches as they come), "val_loss" and "lr".
+
+        Raises: TypeError or ValueError for bad arguments, before anything changes; FloatingPointError if the
+            loss does not stay finite, with the weights put back. Ctrl-C and the errors of callbacks, and of
+            layers and losses of your own, come through and leave the weights as trained so far.
+
+        Example:
+            >>> import numpy as np, chainrule as cr
+            >>> X = np.linspace(-1, 1, 50)[:, None]
+            >>> net = cr.mlp([1, 16, 1], activation="tanh", seed=0)
+            >>> history = net.fit(X, X[:, 0] ** 2, loss="mse", optimizer=cr.Adam(lr=0.01), epochs=200)
+            >>> bool(history["loss"][-1] < 0.01)
+            True
+        """
+        return training.fit(
+            self, X, y, loss=loss, optimizer=optimizer, batch_size=batch_size, epochs=epochs, shuffle=shuffle,
+            seed=seed, validation_data=validation_data, validation_split=validation_split,
+            callbacks=callbacks, verbose=verbose, sample_weight=sample_weight, class_weight=class_weight,
+            schedule=schedule, l1=l1, l2=l2, clip_value=clip_value, clip_norm=clip_norm,
+        )  # fmt: skip
+
+    def train_step(
+        self, X: Any, y: Any, *, loss: Any, optimizer: Optimizer, sample_weight: Any = None
+    ) -> float:
+        """One update on exactly these rows; the loss before it.
+
+        For loops of your own: make loss and optimizer once, before the loop. A loss that is not finite is
+        returned, not raised.
+
+        Example:
+            >>> import chainrule as cr
+            >>> net, opt = cr.Sequential(cr.Linear(1, 1, init="zeros")), cr.SGD(lr=0.5)
+            >>> [net.train_step([[1.0]], [1.0], loss="least_squares", optimizer=opt) for _ in range(2)]
+            [0.5, 0.0]
+        """
+        stepper = self._steppers.get((id(loss), id(optimizer)))
+        if stepper is None:
+            if len(self._steppers) >= 8:  # somebody makes a new loss for every step: keep none for ever
+                self._steppers.clear()
+            stepper = training.Stepper(self, loss, optimizer)
+            self._steppers[id(loss), id(optimizer)] = stepper
+        return stepper.step(self, X, y, sample_weight)
+
+    def value_and_grad(
+        self, X: Any, y: Any, *, loss: Any, sample_weight: Any = None
+    ) -> tuple[float, dict[str, Array]]:
+        """The loss and its gradient in every parameter, keyed like `state_dict`; dropout is off.
+
+        Shapes: a gradient ∂L/∂W has the shape of W.
+
+        Example:
+            >>> import chainrule as cr
+            >>> net = cr.Sequential(cr.Linear(1, 1, init="zeros"))
+            >>> value, grads = net.value_and_grad([[2.0]], [1.0], loss="least_squares")
+            >>> value, grads["0.weight"]
+            (0.5, array([[-2.]], dtype=float32))
+        """
+        rule = losses.resolve("value_and_grad", loss)
+        data = training.take("value_and_grad", self, rule, X, y, sample_weight)
+        engine = rule.engine(data.flat, data.weight is not None)
+        value, grads = self._core.value_and_grad(data.X, data.y, data.weight, engine)
+        return value, dict(zip(self._places, grads, strict=True))
+
+    def evaluate(self, X: Any, y: Any, *, loss: Any, sample_weight: Any = None) -> float:
+        """The loss over all rows, without penalties; dropout is off.
+
+        Example:
+            >>> import chainrule as cr
+            >>> cr.Sequential(cr.Linear(1, 1, init="zeros")).evaluate([[2.0]], [3.0], loss="mse")
+            9.0
+        """
+        return training.evaluate(self, X, y, loss=loss, sample_weight=sample_weight)
+
+    # -------------------------------------------------------- weights
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the network learns."""
+        return sum(int(np.prod(shape)) for _, _, shape in self._core.parameters)
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of all parameters by name; a Linear layer's weight is (O, I), as in PyTorch.
+
+        Example:
+            >>> import chainrule as cr
+            >>> list(cr.mlp([2, 3, 1]).state_dict())
+            ['0.weight', '0.bias', '2.weight', '2.bias']
+        """
+        return {name: self._core.get_parameter(k) for name, k in self._places.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> tuple[list[str], list[str]]:
+        """Take over parameters by name; all are checked before any is changed.
+
+        Args:
+            strict: whether names that are missing or too many are errors.
+
+        Returns: the names that were missing, and those that were too many.
+
+        Raises: TypeError or ValueError that lists all names and shapes that do not fit.
+
+        Example:
+            >>> import chainrule as cr
+            >>> net, other = cr.mlp([2, 3, 1], seed=1), cr.mlp([2, 3, 1], seed=2)
+            >>> net.load_state_dict(other.state_dict())
+            ([], [])
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"[load_state_dict] state must be a dict: expected {{name: array}}, got {short(state)}"
+            )
+        missing = [name for name in self._places if name not in state]
+        unexpected = [name for name in state if name not in self._places]
+        arrays = {
+            name: real_array("load_state_dict", name, state[name]) for name in self._places if name in state
+        }
+        wrong = [
+            f"{name}: expected shape {shape}, got {arrays[name].shape}"
+            for name, shape in self._shapes().items()
+            if name in arrays and arrays[name].shape != shape
+        ]
+        if flag("load_state_dict", "strict", strict):
+            wrong += [f"missing: {listed(missing)}"] if missing else []
+            wrong += [f"unexpected: {listed(unexpected)}"] if unexpected else []
+        if wrong:
+            raise ValueError(
+                f"[load_state_dict] parameters must be those of {type(self).__name__}: {'; '.join(wrong)}"
+            )
+        self._put(arrays)
+        return missing, unexpected
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(self._core.parameters[k][2]) for name, k in self._places.items()}
+
+    def _put(self, arrays: Mapping[str, Array]) -> None:
+        ready = {
+            name: converted("load_state_dict", name, array, self.dtype) for name, array in arrays.items()
+        }
+        for name, array in ready.items():
+            self._core.set_parameter(self._places[name], array)
+
+    # -------------------------------------------------------- description, files, copies
+
+    def config(self) -> dict[str, Any]:
+        """The architecture as plain data: `Sequential.from_config` makes a network of it.
+
+        Example:
+            >>> import chainrule as cr
+            >>> cr.Sequential(cr.Linear(2, 1), cr.LeakyReLU()).config()["layers"][1]
+            {'class': 'LeakyReLU', 'negative_slope': 0.01}
+        """
+        return {
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "layers": [_layer_config(layer) for layer in self.layers],
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Sequential:
+        """A network of this architecture with first weights; layers of your own are found by class name.
+
+        Raises: TypeError or ValueError for what `config` does not give.
+
+        Example:
+            >>> import chainrule as cr
+            >>> cr.Sequential.from_config(cr.mlp([2, 1]).config())
+            Sequential(Linear(2, 1))
+        """
+        if not isinstance(config, Mapping) or not isinstance(config.get("layers"), (list, tuple)):
+            raise ValueError(
+                f"[from_config] config must hold layers: expected {{'layers': [...]}}, got {short(config)}"
+            )
+        layers = [_layer_from_config(layer) for layer in config["layers"]]
+        return cls(*layers, seed=config.get("seed", 0), dtype=config.get("dtype", "float32"))
+
+    def save(self, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None) -> None:
+        """Write weights and architecture to a `.safetensors` file, whole or not at all; `cr.load` reads it.
+
+        Args:
+            extra: texts of your own to travel along.
+
+        Raises: ValueError for another suffix; TypeError for a layer of your own without config(); OSError.
+
+        Example:
+            >>> import chainrule as cr, tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     cr.mlp([2, 1]).save(f"{folder}/net.safetensors")
+            ...     cr.load(f"{folder}/net.safetensors")
+            Sequential(Linear(2, 1))
+        """
+        from .io import save
+
+        save(self, path, dict(extra or {}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "layers": self.layers, "seed": self.seed, "dtype": self.dtype, "device": self.device,
+            "weights": self.state_dict(),
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._build(state["layers"], state["seed"], state["dtype"], state["device"])
+        self._put(state["weights"])
+
+    def __copy__(self) -> Sequential:
+        from copy import deepcopy
+
+        return deepcopy(self)  # a network that shared its weights with another would be a trap
+
+    def summary(self) -> str:
+        """A table of the layers: outputs, parameters, and multiplications per row in the forward pass.
+
+        Example:
+            >>> import chainrule as cr
+            >>> print(cr.mlp([64, 100, 10]).summary())
+               layer            output     parameters     multiplies
+            0  Linear(64, 100)     100          6,500          6,400
+            1  ReLU()              100              0              0
+            2  Linear(100, 10)      10          1,010          1,000
+               total                            7,510          7,400
+        """
+        counts = [0] * len(self.layers)
+        for index, _, shape in self._core.parameters:
+            counts[index] += int(np.prod(shape))
+        products = [
+            layer.in_features * layer.out_features if isinstance(layer, Linear) else 0
+            for layer in self.layers
+        ]
+        names = [
+            repr(layer) if isinstance(layer, _BuiltIn) else f"{type(layer).__name__}()"
+            for layer in self.layers
+        ]
+        wide, digits = max(14, *map(len, names)), len(str(len(names) - 1))
+
+        def line(number: object, name: str, out: object, *numbers: object) -> str:
+            return f"{number:>{digits}}  {name:<{wide}} {out:>7}" + "".join(f"{n:>15}" for n in numbers)
+
+        rows = [line("", "layer", "output", "parameters", "multiplies")]
+        for i, name in enumerate(names):
+            rows.append(line(i, name, self._widths[i + 1], f"{counts[i]:,}", f"{products[i]:,}"))
+        return "\n".join([*rows, line("", "total", "", f"{sum(counts):,}", f"{sum(products):,}")])
+
+
+# ------------------------------------------------------------ construction
+
+
+def mlp(
+    sizes: Sequence[int],
+    activation: str | Layer | None = "relu",
+    output_activation: str | Layer | None = None,
+    dropout: float = 0.0,
+    init: str | None = None,
+    seed: int = 0,
+    dtype: Any = "float32",
+) -> Sequential:
+    """A multilayer perceptron: Linear layers of these sizes, an activation after all but the last.
+
+    Args:
+        sizes: inputs, hidden widths, outputs.
+        activation: a name such as "relu", "tanh", "gelu", or a layer; None for none.
+        output_activation: the same, after the last Linear. Losses on logits want none.
+        dropout: share of the hidden activations to drop in training.
+        init: of all Linear layers, see Linear.
+
+    Raises: TypeError or ValueError as Sequential and Linear do.
+
+    Example:
+        >>> import chainrule as cr
+        >>> cr.mlp([64, 100, 10], dropout=0.2)
+        Sequential(Linear(64, 100), ReLU(), Dropout(p=0.2), Linear(100, 10))
+    """
+    if isinstance(sizes, (str, bytes)) or not hasattr(sizes, "__len__") or len(sizes) < 2:
+        raise ValueError(
+            f"[mlp] sizes must name inputs and outputs: expected at least two, got {short(sizes)}"
+        )
+    widths = [whole("mlp", f"sizes[{i}]", size) for i, size in enumerate(sizes)]
+    drop = Dropout(dropout)
+    layers: list[Layer] = []
+    for i, (inputs, outputs) in enumerate(pairwise(widths)):
+        last = i == len(widths) - 2
+        layers.append(Linear(inputs, outputs, init="auto" if init is None else init))
+        layers += _activation(
+            "output_activation" if last else "activation", output_activation if last else activation
+        )
+        layers += [drop] if drop.p and not last else []
+    return Sequential(*layers, seed=seed, dtype=dtype)
+
+
+_ACTIVATIONS = {layer.op: layer for layer in BUILT_IN.values() if layer not in (Linear, Dropout)}
+
+
+def _activation(name: str, value: str | Layer | None) -> list[Layer]:
+    if value is None:
+        return []
+    return [value if isinstance(value, Layer) else _ACTIVATIONS[one_of("mlp", name, value, _ACTIVATIONS)]()]
+
+
+def _activation_after(layers: Sequence[Layer], index: int) -> Layer | None:
+    following = (layer for layer in layers[index + 1 :] if not isinstance(layer, (Dropout, Identity)))
+    return next(following, None)
+
+
+def _widths(layers: Sequence[Any]) -> list[int]:
+    """The width before every layer and after the last, proven to fit together."""
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, Layer):
+            hint = f"{layer.__name__}(...), got the class" if isinstance(layer, type) else "a Layer, got"
+            raise TypeError(f"[Sequential] layer {index} must be a layer: expected {hint} {short(layer)}")
+    width = next(
+        (whole("Sequential", "in_features", x.in_features) for x in layers if hasattr(x, "in_features")), None
+    )
+    if width is None:
+        raise ValueError(
+            "[Sequential] the number of inputs must be known: expected a Linear layer or an in_features, "
+            f"got {len(layers)} layers without"
+        )
+    widths = [width]
+    for index, layer in enumerate(layers):
+        if getattr(layer, "in_features", width) != width:
+            raise ValueError(
+                f"[Sequential] layer {index}, {layer!r}, must fit the layers before it: "
+                f"expected in_features={width}, got {layer.in_features}"
+            )
+        out = layer.out_features
+        width = (
+            out
+            if isinstance(layer, Linear)
+            else whole(type(layer).__name__, "out_features", out(width) if callable(out) else out)
+        )
+        widths.append(width)
+    return widths
+
+
+def _row(layer: Layer, inputs: int, outputs: int, dtype: str) -> tuple[str, int, int, float, bool, Any]:
+    """A layer as the engine's constructor takes it."""
+    if isinstance(layer, _BuiltIn):
+        return layer.op, inputs, outputs, layer._param, isinstance(layer, Linear) and layer.bias, None
+    for name in ("forward", "vjp"):
+        if getattr(type(layer), name) is getattr(Layer, name):
+            raise TypeError(f"[{type(layer).__name__}] {name} must be defined: expected a method, got none")
+    return "external", inputs, outputs, 0.0, False, Guard(layer, inputs, outputs, dtype)
+
+
+def _dtype(dtype: Any) -> str:
+    try:
+        name = str(np.dtype(dtype).name)
+    except TypeError:
+        name = short(dtype)
+    if dtype is None or name not in ("float32", "float64"):
+        raise ValueError(
+            f"[Sequential] dtype must be a float type: expected 'float32' or 'float64', got {short(dtype)}"
+        )
+    return name
+
+
+def _device(device: Any) -> str:
+    if device != "cpu":
+        raise ValueError(
+            f"[Sequential] device must be known: expected 'cpu', got {short(device)}; "
+            "this build has no CUDA support"
+        )
+    return "cpu"
+
+
+def _layer_config(layer: Layer) -> dict[str, Any]:
+    kind = type(layer).__name__
+    if not hasattr(layer, "config"):
+        raise TypeError(
+            f"[save] layer {kind} must describe itself: expected a method config() that gives its "
+            "constructor's arguments as a dict, got none"
+        )
+    config = layer.config()
+    if not isinstance(config, dict) or "class" in config or (kind in BUILT_IN) != isinstance(layer, _BuiltIn):
+        raise TypeError(
+            f"[save] config() of {kind}: expected a dict of the arguments without 'class', for a class whose "
+            f"name is not a built-in layer's, got {short(config)}"
+        )
+    return {"class": kind, **config}
+
+
+def _layer_from_config(config: Any) -> Layer:
+    if not isinstance(config, Mapping) or not isinstance(config.get("class"), str):
+        raise ValueError(
+            f"[from_config] a layer must name its class: expected {{'class': ...}}, got {short(config)}"
+        )
+    arguments = {name: value for name, value in config.items() if name != "class"}
+    name = config["class"]
+    known: dict[str, Any] = {**_own_layers(Layer), **BUILT_IN}
+    if name not in known:
+        raise ValueError(
+            f"[from_config] class must be a known layer: expected one of {listed(known)}, got {name!r}; "
+            "import the module that defines it first"
+        )
+    layer: Layer = known[name](**arguments)
+    return layer
+
+
+def _own_layers(base: type[Layer]) -> dict[str, type[Layer]]:
+    """The classes below `base` that can be made from a config."""
+    found: dict[str, type[Layer]] = {}
+    for kind in base.__subclasses__():
+        found |= _own_layers(kind)
+        if hasattr(kind, "config") and not issubclass(kind, _BuiltIn):
+            found[kind.__name__] = kind
+    return found
+
+
+# ------------------------------------------------------------ the machine
+
+
+def info() -> dict[str, Any]:
+    """What runs here: version, instruction set in use and available, threads, CUDA.
+
+    Example:
+        >>> sorted(info())
+        ['cuda', 'isa', 'isas', 'threads', 'version']
+    """
+    return {
+        "version": _core.__version__,
+        "isa": _core.isa(),
+        "isas": _core.isas(),
+        "threads": _core.num_threads(),
+        "cuda": _core.cuda_state(),
+    }
+
+
+def get_num_threads() -> int:
+    """How many threads the engine may use."""
+    return _core.num_threads()
+
+
+def set_num_threads(n: int) -> None:
+    """Let the engine use up to n threads; results do not depend on it.
+
+    Raises: TypeError or ValueError for what is no int from 1 to 1024.
+
+    Example:
+        >>> set_num_threads(get_num_threads())
+    """
+    _core.set_num_threads(whole("set_num_threads", "n", n, 1, 1024))
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Up to n threads inside a with block.
+
+    Example:
+        >>> with threads(1):
+        ...     get_num_threads()
+        1
+    """
+    before = get_num_threads()
+    set_num_threads(n)
+    try:
+        yield
+    finally:
+        set_num_threads(before)

@@ -1,0 +1,569 @@
+# SPDX-License-Identifier: MIT
+"""Tables: what is read, how it becomes numbers, and that nothing is learnt outside the training rows."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+import chainrule as cr
+from chainrule import io, metrics, tables
+from chainrule.data import Feature, Preprocessor, TableModel, infer_task, softmax, split_rows
+from chainrule.tables import MISSING, Table, read_table
+
+
+def write(path, text, encoding="utf-8"):
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def assert_table(table, expected):
+    assert list(table.columns) == list(expected)
+    for name, values in expected.items():
+        column = table.columns[name]
+        kind = object if any(isinstance(v, str) for v in values) else float
+        assert column.dtype == kind, name
+        same = [a == b or (a != a and b != b) for a, b in zip(column, values, strict=True)]
+        assert all(same), (name, column)
+
+
+NAN = float("nan")
+
+
+# ------------------------------------------------------------ CSV
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a,b\n1,2\n3,4\n", {"a": [1, 3], "b": [2, 4]}),
+        ("a,b\n1,2\n3,4", {"a": [1, 3], "b": [2, 4]}),
+        ("a,b\r\n1,2\r\n3,4\r\n", {"a": [1, 3], "b": [2, 4]}),
+        ("a;b\n1;x,y\n3;z\n", {"a": [1, 3], "b": ["x,y", "z"]}),
+        ("a\tb\n1\tx y\n", {"a": [1], "b": ["x y"]}),
+        ("a|b\n1|2\n", {"a": [1], "b": [2]}),
+        ("a\n1\n2\n", {"a": [1, 2]}),
+        ("\ufeffa,b\n1,2\n", {"a": [1], "b": [2]}),
+        ('"a, first",b\n"1","x ""y"""\n', {"a, first": [1], "b": ['x "y"']}),
+        ('a,b\n1,"two\nlines"\n', {"a": [1], "b": ["two\nlines"]}),
+        ('a, b\n 1 , "x, y"\n', {"a": [1], "b": ["x, y"]}),
+        ("a,b\n\n1,2\n   \n3,4\n\n", {"a": [1, 3], "b": [2, 4]}),
+        ("a,b\n1,x\n,?\n", {"a": [1, NAN], "b": ["x", None]}),
+        ("a,b\n-1.5e3,+2\n.5,NaN\n", {"a": [-1500, 0.5], "b": [2, NAN]}),
+        ("a,b\n1_000,2\n5,2\n", {"a": ["1_000", "5"], "b": [2, 2]}),
+        ("a,b\n,1\n,2\n", {"a": [NAN, NAN], "b": [1, 2]}),
+        ("a,b\n", {"a": [], "b": []}),
+        ("größe,名前\n1,猫\n", {"größe": [1], "名前": ["猫"]}),
+    ],
+)
+def test_csv(tmp_path, text, expected):
+    assert_table(read_table(write(tmp_path / "t.csv", text)), expected)
+
+
+@pytest.mark.parametrize("marker", sorted(MISSING))
+def test_every_missing_marker(tmp_path, marker):
+    table = read_table(write(tmp_path / "t.csv", f"n,t\n1,x\n{marker},{marker}\n"))
+    assert_table(table, {"n": [1, NAN], "t": ["x", None]})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected column names, got an empty file"),
+        ("\n\n", "expected column names, got an empty file"),
+        (",,\n1,2,3\n", "expected column names, got only empty ones"),
+        ("1,2\n3,4\n", "expected column names, got numbers"),
+        ("a,b,a\n1,2,3\n", "expected different names, got 'a' more than once"),
+        ("a,b\n1,2\n3\n5,6\n", "line 3 of .*expected 2 cells as in the header, got 1"),
+        ("a,b\n1,2\n\n3,4,5\n", "line 4 of .*expected 2 cells as in the header, got 3"),
+        ('a,b\n1,"x\ny"\n3\n', "line 4 of .*expected 2 cells"),
+        ('a,b\n1,"x\n2,3\n', "line 3 of .*well-formed CSV.*is a quote unclosed"),
+        ('a,b\n"x"y,3\n', "line 2 of .*well-formed CSV"),
+        ("a,b\n1," + "x" * 200_000 + "\n", "line 2 of .*well-formed CSV.*field larger"),
+    ],
+)
+def test_what_is_no_table_is_refused_by_line(tmp_path, text, message):
+    with pytest.raises(ValueError, match=rf"\[read\].*{message}") as caught:
+        read_table(write(tmp_path / "bad.csv", text))
+    assert "bad.csv" in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_other_encodings_are_refused(tmp_path, encoding):
+    path = write(tmp_path / "bad.csv", "größe,name\n1,é\n", encoding)
+    with pytest.raises(ValueError, match=r"bad\.csv.*expected UTF-8 text, got byte 0x.*save it as UTF-8"):
+        read_table(path)
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.csv"):
+        read_table(tmp_path / "none.csv")
+    with pytest.raises(IsADirectoryError):
+        read_table(tmp_path)
+
+
+def test_columns_without_a_name_are_left_out_with_a_note(tmp_path):
+    table = read_table(write(tmp_path / "t.csv", ",a,\n0,5,\n1,6,\n"))
+    assert_table(table, {"a": [5, 6]})
+    assert table.notes == tuple(f"column {k} left out: it has no name (row numbers?)" for k in (1, 3))
+
+
+def test_a_column_may_turn_out_to_be_text_late_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "_CHUNK", 4)
+    for rows in range(3, 14):
+        for late in range(rows):
+            cells = [f"{k}.50" for k in range(rows)]
+            cells[late] = "x"
+            text = "a,b\n" + "".join(f"{cell},{k}\n" for k, cell in enumerate(cells))
+            assert_table(read_table(write(tmp_path / "t.csv", text)), {"a": cells, "b": range(rows)})
+
+
+def test_columns_can_be_kept_as_text(tmp_path):
+    path = write(tmp_path / "t.csv", "zip,n\n01069,1\n,2\n")
+    assert_table(read_table(path, text=["zip"]), {"zip": ["01069", None], "n": [1, 2]})
+
+
+def test_any_table_survives_a_trip_through_csv(tmp_path):
+    """Cells of every awkward kind, in every delimiter."""
+    draw = np.random.default_rng(0)
+    awkward = [
+        "plain",
+        "a,b",
+        "a;b",
+        'say "x"',
+        "two\nlines",
+        "tab\there",
+        "bar|bar",
+        "ä €",
+        "x" * 500,
+        "1,5",
+        "'",
+    ]
+    for delimiter in ",;\t|":
+        rows = [[awkward[draw.integers(len(awkward))], f"{draw.normal():.17g}"] for _ in range(60)]
+        with open(tmp_path / "t.csv", "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, delimiter=delimiter).writerows([["text", "number"], *rows])
+        table = read_table(tmp_path / "t.csv")
+        assert_table(table, {"text": [t for t, _ in rows], "number": [float(n) for _, n in rows]})
+
+
+# ------------------------------------------------------------ Parquet and columns in memory
+
+
+def test_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pa.table(
+        {
+            "i": pa.array([1, None, 3]),
+            "f": pa.array([0.5, 1.5, None], pa.float32()),
+            "t": pa.array(["x", None, "?"]),
+            "b": pa.array([True, None, False]),
+            "c": pa.array(["u", "v", "u"]).dictionary_encode(),
+            "d": pa.array([1, 2, 3], pa.timestamp("ms")),
+        }
+    )
+    parquet.write_table(arrow, tmp_path / "t.parquet")
+    table = read_table(tmp_path / "t.parquet", text=["i"])
+    expected = {
+        "i": ["1", None, "3"],
+        "f": [0.5, 1.5, NAN],
+        "t": ["x", None, None],
+        "b": ["True", None, "False"],
+    }
+    assert_table(table, {**expected, "c": ["u", "v", "u"]})
+    assert table.notes == ("column 'd' left out: timestamp[ms] is neither number, text nor boolean",)
+    with pytest.raises(ValueError, match=r"bad\.parquet.*expected a Parquet file"):
+        read_table(write(tmp_path / "bad.parquet", "a,b\n1,2\n"))
+    with pytest.raises(FileNotFoundError):
+        read_table(tmp_path / "none.parquet")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r'pip install "chainrule\[parquet\]"'):
+        read_table(tmp_path / "t.parquet")
+
+
+def test_columns_in_memory():
+    table = Table.from_columns(
+        {"i": [1, 2], "b": [True, False], "o": [None, "x"], "n": np.array([None, 2.5])}
+    )
+    assert_table(table, {"i": [1, 2], "b": ["True", "False"], "o": [None, "x"], "n": [NAN, 2.5]})
+    with pytest.raises(ValueError, match=r"expected one length for all, got \[1, 2\]"):
+        Table.from_columns({"a": [1], "b": [1, 2]})
+    with pytest.raises(ValueError, match="got no columns"):
+        Table.from_columns({})
+    with pytest.raises(ValueError, match="expected one dimension, got 2"):
+        Table.from_columns({"a": [[1]]})
+
+
+def test_a_pandas_frame(tmp_path):
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"a": pd.array([1, None], dtype="Int64"), "t": ["x", None], "f": [0.5, np.nan]})
+    assert_table(Table.from_columns(frame), {"a": [1, NAN], "t": ["x", None], "f": [0.5, NAN]})
+
+
+# ------------------------------------------------------------ splitting
+
+
+@pytest.mark.parametrize("labels", [None, np.array(list("aab") * 40)])
+def test_parts_are_disjoint_complete_sized_and_seeded(labels):
+    test, validation, training = split_rows(120, [0.2, 0.1], 3, labels)
+    assert (len(test), len(validation), len(training)) == (24, 12, 84)
+    assert sorted([*test, *validation, *training]) == list(range(120))
+    again = split_rows(120, [0.2, 0.1], 3, labels)
+    assert all(np.array_equal(a, b) for a, b in zip([test, validation, training], again, strict=True))
+    assert not np.array_equal(test, split_rows(120, [0.2, 0.1], 4, labels)[0])
+
+
+def test_a_stratified_split_keeps_the_shares_and_the_rare():
+    labels = np.array(["often"] * 90 + ["seldom"] * 10 + ["once"])
+    test, training = split_rows(101, [0.2], 0, labels)
+    assert {label: int((labels[test] == label).sum()) for label in np.unique(labels)} == {
+        "often": 18,
+        "seldom": 2,
+        "once": 0,
+    }
+    assert "once" in labels[training]
+
+
+@pytest.mark.parametrize("shares", [[1.0], [0.6, 0.5], [-0.1], [float("nan")]])
+def test_impossible_shares(shares):
+    with pytest.raises(ValueError, match=r"\[split\] shares"):
+        split_rows(10, shares, 0)
+
+
+def test_parts_that_would_be_empty():
+    with pytest.raises(ValueError, match=r"\[split\] rows: expected enough.*got 2"):
+        split_rows(2, [0.1], 0)
+    with pytest.raises(ValueError, match=r"\[split\] rows"):
+        split_rows(3, [0.2], 0, np.array(["a", "b", "c"]))
+    test, training = split_rows(2, [0.0], 0)
+    assert len(test) == 0 and len(training) == 2
+
+
+# ------------------------------------------------------------ preprocessing
+
+
+def test_the_stated_rules_by_hand():
+    table = Table.from_columns(
+        {
+            "n": [1.0, 3.0, None, 8.0],
+            "constant": [0.1, 0.1, 0.1, 0.1],
+            "t": ["b", "a", "a", None],
+            "nothing": [None, None, None, None],
+            "id": ["p", "q", "r", "s"],
+            "y": [1.5, 2.5, 3.5, 4.5],
+        }
+    )
+    p = Preprocessor.fit(table, "y")
+    assert p.notes == (
+        "column 'nothing' left out: it has no values",
+        "column 'id' left out: its text never repeats (an id?)",
+    )
+    n = np.array([1, 3, 3, 8.0])
+    expected = np.stack(
+        [(n - n.mean()) / n.std(), [0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0], [1, 0, 0, 0]], axis=1
+    )
+    np.testing.assert_allclose(p.transform(table), expected, rtol=1e-15, atol=1e-15)
+    new = Table.from_columns({"t": ["a", "z"], "n": [None, 5.0], "constant": [None, 0.2]})
+    got = p.transform(new, np.float32)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got[:, 3:], [[1, 0], [0, 0]])
+    np.testing.assert_allclose(got[:, 1], [1, 0])
+    np.testing.assert_allclose(got[:, 2], [0, 0.1], rtol=1e-6)
+    assert p.text_columns == ("t",)
+    np.testing.assert_allclose(p.targets(table), (np.arange(4) - 1.5) / np.arange(4).std())
+
+
+def test_the_same_matrix_as_a_scikit_learn_pipeline():
+    pytest.importorskip("sklearn")
+    from sklearn.compose import make_column_transformer
+    from sklearn.impute import SimpleImputer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    draw = np.random.default_rng(1)
+    numbers = draw.normal(3, 20, (50, 3))
+    numbers[draw.random(numbers.shape) < 0.1] = np.nan
+    text = np.array([["a", "b", "c", "d"][k] for k in draw.integers(0, 4, 50)], dtype=object)
+    table = Table.from_columns(
+        {"x0": numbers[:, 0], "x1": numbers[:, 1], "x2": numbers[:, 2], "t": text, "y": draw.random(50)}
+    )
+    train, new = table.take(np.arange(30)), table.take(np.arange(30, 50))
+    p = Preprocessor.fit(train, "y")
+
+    def frame(t):
+        return np.stack([t.columns[name] for name in ("x0", "x1", "x2", "t")], axis=1)
+
+    theirs = make_column_transformer(
+        (make_pipeline(SimpleImputer(strategy="median"), StandardScaler()), [0, 1, 2]),
+        (OneHotEncoder(handle_unknown="ignore", sparse_output=False), [3]),
+    ).fit(frame(train))
+    got = p.transform(new)
+    indicators = np.array([feature.indicator for feature in p.features[:3]])
+    kept = [0, 1 + indicators[0], 2 + indicators[:2].sum(), *range(got.shape[1] - 4, got.shape[1])]
+    np.testing.assert_allclose(got[:, kept], theirs.transform(frame(new)), rtol=1e-12, atol=1e-12)
+
+
+def test_rows_outside_the_training_part_teach_nothing():
+    draw = np.random.default_rng(2)
+    columns = {"n": draw.normal(size=40), "t": draw.choice(["a", "b"], 40), "y": draw.normal(size=40)}
+    changed = {**columns, "n": columns["n"].copy(), "t": columns["t"].copy(), "y": columns["y"].copy()}
+    changed["n"][30:], changed["t"][30:], changed["y"][30:] = 1e6, "z", -1e6
+    rows = np.arange(30)
+    first, second = (Preprocessor.fit(Table.from_columns(c).take(rows), "y") for c in (columns, changed))
+    assert first == second
+
+
+def test_at_most_fifty_categories_the_most_frequent():
+    cells = [f"c{k:02}" for k in range(60) for _ in range(1 + (k >= 10))]
+    table = Table.from_columns({"t": cells, "y": np.arange(len(cells)) / 7})
+    p = Preprocessor.fit(table, "y")
+    assert p.features[0].categories == tuple(f"c{k:02}" for k in range(10, 60))
+    assert p.notes == ("column 't': 60 different texts, the 50 most frequent count",)
+    assert p.transform(table).sum() == 100
+
+
+@pytest.mark.parametrize(
+    ("values", "task"),
+    [
+        (["a", "b"], "classification"),
+        ([True, False], "classification"),
+        ([0, 1, 1, 2], "classification"),
+        ([0, None, 1], "classification"),
+        (range(20), "classification"),
+        (range(21), "regression"),
+        ([0.5, 1.0], "regression"),
+        ([1e300, 2.5], "regression"),
+    ],
+)
+def test_the_task_is_inferred_from_the_target(values, task):
+    assert infer_task(Table.from_columns({"y": values}).columns["y"]) == task
+
+
+def test_classes_sort_as_numbers_and_are_written_as_integers():
+    table = Table.from_columns({"x": np.arange(8.0), "y": [10, 9, 10, 9, -1, 10, -1, 9]})
+    p = Preprocessor.fit(table, "y")
+    assert p.classes == ("-1", "9", "10")
+    assert p.targets(table).tolist() == [2, 1, 2, 1, 0, 2, 0, 1]
+
+
+GOOD = {
+    "x": [1.0, 2.0, 3.0, 4.0],
+    "t": ["a", "b", "a", "b"],
+    "y": [0.5, 1.0, 2.0, 3.0],
+    "k": ["u", "v", "u", "v"],
+}
+
+
+@pytest.mark.parametrize(
+    ("columns", "arguments", "message"),
+    [
+        (GOOD, {"target": "z"}, "column 'z': expected one of 'x', 't', 'y', 'k'"),
+        (GOOD, {"target": "y", "ignore": ["z"]}, "column 'z': expected one of"),
+        (GOOD, {"target": "y", "ignore": ["x", "t", "k"]}, "expected at least one to predict from"),
+        (GOOD, {"target": "y", "task": "clustering"}, "expected 'classification' or 'regression'"),
+        (GOOD, {"target": "t", "task": "regression"}, "target 't': expected numbers.*text such as 'a'"),
+        (
+            GOOD,
+            {"target": "y", "task": "classification"},
+            "expected labels that repeat.*an id, or a quantity",
+        ),
+        ({**GOOD, "k": ["u"] * 4}, {"target": "k"}, "expected at least 2 classes, got 1"),
+        ({**GOOD, "x": [1, 2, 3, np.inf]}, {"target": "y"}, "column 'x': expected finite numbers, got inf"),
+        ({**GOOD, "x": [0, 0, 0, 1e308]}, {"target": "y"}, "column 'x': expected a finite spread"),
+        ({**GOOD, "y": [1, 2, 3, np.nan]}, {"target": "y", "task": "regression"}, "a value in every row"),
+        ({**GOOD, "k": ["u", "v", "u", None]}, {"target": "k"}, "a value in every row"),
+        (
+            {**GOOD, "t": ["1,5", "2,5", "1,5", "-3,25"]},
+            {"target": "y"},
+            "expected a decimal point, got '1,5'",
+        ),
+        ({name: [] for name in GOOD}, {"target": "y"}, "rows: expected at least one"),
+    ],
+)
+def test_what_cannot_be_learnt_is_refused_by_name(columns, arguments, message):
+    with pytest.raises(ValueError, match=rf"\[table\].*{message}"):
+        Preprocessor.fit(Table.from_columns(columns), **arguments)
+
+
+def test_new_tables_must_match():
+    p = Preprocessor.fit(Table.from_columns(GOOD), "y")
+    with pytest.raises(ValueError, match=r"expected also 't', 'k', got 'x'"):
+        p.transform(Table.from_columns({"x": [1.0]}))
+    with pytest.raises(ValueError, match=r"column 'x': expected numbers as in training, got 'red' in row 2"):
+        p.transform(Table.from_columns({**GOOD, "x": ["1", "red", "2", "blue"]}))
+    with pytest.raises(ValueError, match=r"column 'x': expected finite numbers, got -inf"):
+        p.transform(Table.from_columns({**GOOD, "x": [1, 2, -np.inf, 3]}))
+    with pytest.raises(ValueError, match=r"column 'x': expected moderate numbers.*float32"):
+        p.transform(Table.from_columns({**GOOD, "x": [1, 2, 1e300, 3]}), np.float32)
+    q = Preprocessor.fit(Table.from_columns(GOOD), "k")
+    with pytest.raises(ValueError, match=r"target 'k': expected one of 'u', 'v', got 'w'"):
+        q.targets(Table.from_columns({**GOOD, "k": ["u", "w", "v", "v"]}))
+
+
+def test_categories_that_look_like_numbers_are_found_again():
+    table = Table.from_columns({"t": ["1", "2", "x", "1", "2", "x"], "y": [1.5, 2, 3, 4, 5, 6]})
+    p = Preprocessor.fit(table, "y")
+    assert p.features[0].categories == ("1", "2", "x")
+    np.testing.assert_array_equal(
+        p.transform(Table.from_columns({"t": [2.0, 1, np.nan]})), [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
+    )
+
+
+def test_an_empty_table_makes_an_empty_matrix():
+    p = Preprocessor.fit(Table.from_columns(GOOD), "y")
+    assert p.transform(Table.from_columns({name: [] for name in GOOD})).shape == (0, p.width)
+
+
+# ------------------------------------------------------------ the model file
+
+
+def trained(target, loss, **changes):
+    draw = np.random.default_rng(0)
+    columns = {"x": draw.normal(size=60), "t": draw.choice(["a", "b", "1"], 60)}
+    columns["y"] = columns["x"] * 3 + 10
+    columns["k"] = np.where(columns["x"] > 0, "up", "down")
+    table = Table.from_columns(columns)
+    p = Preprocessor.fit(table, target, ignore=[{"y": "k", "k": "y"}[target]], **changes)
+    net = cr.mlp([p.width, 8, len(p.classes) or (2 if loss == "gaussian_nll" else 1)], seed=0)
+    net.fit(p.transform(table), p.targets(table), loss=loss, epochs=60, optimizer=cr.Adam(lr=1e-2))
+    return TableModel(net, p, loss), table
+
+
+def test_a_model_file_answers_as_the_model_did(tmp_path):
+    model, table = trained("k", "cross_entropy")
+    model.save(tmp_path / "m.safetensors")
+    again = TableModel.load(tmp_path / "m.safetensors")
+    assert again.preprocessor == model.preprocessor
+    expected = model.answers(table)
+    assert list(expected) == ["k", "p_down", "p_up"]
+    for name, column in again.answers(table).items():
+        np.testing.assert_array_equal(column, expected[name])
+    assert np.mean(again.predict(table) == table.columns["k"]) > 0.9
+    np.testing.assert_allclose(again.predict_proba(table).sum(axis=1), 1)
+    np.testing.assert_array_equal(again.predict_proba(table)[:, 1], expected["p_up"])
+
+
+def test_answers_for_a_file_a_dict_and_a_table_are_the_same(tmp_path):
+    model, table = trained("y", "mse")
+    columns = {"t": table.columns["t"][:5], "x": table.columns["x"][:5]}
+    with open(tmp_path / "new.csv", "w", newline="") as file:
+        csv.writer(file).writerows([columns, *zip(*columns.values(), strict=True)])
+    expected = model.predict(table)[:5]
+    np.testing.assert_array_equal(model.predict(tmp_path / "new.csv"), expected)
+    np.testing.assert_array_equal(model.predict(columns), expected)
+    np.testing.assert_allclose(expected, table.columns["y"][:5], atol=3)
+    with pytest.raises(ValueError, match="expected a classification"):
+        model.predict_proba(columns)
+
+
+def test_answers_are_in_the_targets_own_unit():
+    model, table = trained("y", "gaussian_nll")
+    answers = model.answers(table)
+    assert list(answers) == ["y", "y_std"]
+    f = model.outputs(table).astype(float)
+    np.testing.assert_allclose(answers["y"], f[:, 0] * model.preprocessor.std + model.preprocessor.mean)
+    np.testing.assert_allclose(answers["y_std"], np.exp(f[:, 1] / 2) * model.preprocessor.std)
+    counts = TableModel(model.net, model.preprocessor, "poisson")
+    np.testing.assert_allclose(counts.answers(table)["y"], np.exp(f[:, 0]))
+
+
+def test_forged_preprocessing_is_refused(tmp_path):
+    model, _ = trained("k", "cross_entropy")
+    path = tmp_path / "m.safetensors"
+    good = json.loads(json.dumps(model.preprocessor.to_dict()))
+    feature = good["features"][0]
+
+    def load(document):
+        text = document if isinstance(document, str) else json.dumps(document)
+        io.save(model.net, path, {"chainrule.table": text})
+        return TableModel.load(path)
+
+    def forged(**fields):
+        return {"format": 1, "loss": "cross_entropy", "preprocessor": {**good, **fields}}
+
+    assert load(forged()).preprocessor == model.preprocessor
+    for document in [
+        "",
+        "[]",
+        "[" * 100_000,
+        "{}",
+        {"format": 2},
+        {"format": 1},
+        {"format": 1, "preprocessor": 3},
+        forged(task="clustering"),
+        forged(task="regression"),
+        forged(target=3),
+        forged(classes=["up", 3]),
+        forged(classes=["up"]),
+        forged(classes=["up", "down", "sideways"]),
+        forged(features=3),
+        forged(features=[]),
+        forged(features=[3]),
+        forged(features=[{**feature, "std": 0}]),
+        forged(features=[{**feature, "mean": "3"}]),
+        forged(features=[{**feature, "indicator": 1}]),
+        forged(features=[{**feature, "code": "x"}]),
+        forged(features=[feature]),
+        forged(surprise=1),
+    ]:
+        with pytest.raises(ValueError, match=r"\[load\] preprocessing"):
+            load(document)
+
+
+def test_a_network_alone_is_no_table_model(tmp_path):
+    io.save(cr.mlp([2, 2]), tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match=r"expected a file of `chainrule train`, got only a network"):
+        TableModel.load(tmp_path / "net.safetensors")
+    io.write_safetensors(tmp_path / "a.safetensors", {})
+    with pytest.raises(ValueError, match="an architecture"):
+        TableModel.load(tmp_path / "a.safetensors")
+
+
+# ------------------------------------------------------------ metrics
+
+
+def test_metrics_agree_with_scikit_learn():
+    sk = pytest.importorskip("sklearn.metrics")
+    draw = np.random.default_rng(3)
+    y, best = draw.integers(0, 4, 50), draw.integers(0, 4, 50)
+    p = softmax(draw.normal(size=(50, 4)))
+    assert metrics.accuracy(y, best) == sk.accuracy_score(y, best)
+    assert metrics.log_loss(y, p) == pytest.approx(sk.log_loss(y, p), rel=1e-14)
+    np.testing.assert_array_equal(
+        metrics.confusion(y, best, 4), sk.confusion_matrix(y, best, labels=range(4))
+    )
+    target, predicted = draw.normal(size=50), draw.normal(size=50)
+    assert metrics.rmse(target, predicted) == pytest.approx(
+        sk.root_mean_squared_error(target, predicted), rel=1e-14
+    )
+    assert metrics.mae(target, predicted) == pytest.approx(
+        sk.mean_absolute_error(target, predicted), rel=1e-14
+    )
+    assert metrics.r2(target, predicted) == pytest.approx(sk.r2_score(target, predicted), rel=1e-14)
+
+
+def test_metrics_refuse_what_would_broadcast():
+    column = np.zeros((3, 1))
+    for metric in (metrics.accuracy, metrics.rmse, metrics.mae, metrics.r2):
+        with pytest.raises(ValueError, match=r"expected \(B,\) twice.*\(3,\) and \(3, 1\)"):
+            metric(np.zeros(3), column)
+        with pytest.raises(ValueError, match="B ≥ 1"):
+            metric([], [])
+    for labels in ([-1, 0], [0, 2]):
+        with pytest.raises(ValueError, match=r"labels: expected 0 to 1"):
+            metrics.log_loss(labels, [[0.5, 0.5], [0.5, 0.5]])
+        with pytest.raises(ValueError, match=r"labels: expected 0 to 1"):
+            metrics.confusion(labels, [0, 1], 2)
+    assert np.isnan(metrics.r2([1.0, 1.0], [1.0, 2.0]))
+    assert np.isfinite(metrics.log_loss([0], [[0.0, 1.0]]))
+
+
+def test_a_feature_of_one_constant_has_spread_one():
+    """np.std of fifty times 0.1 is 1e-17, and division by it would blow rounding up to the size of a signal."""
+    feature = Feature.fit("x", np.full(50, 0.1))
+    assert (feature.mean, feature.std) == (0.1, 1.0)
