@@ -7,7 +7,9 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
+#include <chrono>
 #include <cmath>
+#include <thread>
 
 #include "random.hpp"
 #include "train.hpp"
@@ -19,6 +21,45 @@ namespace {
 
 template <class T>
 using NumpyArray = py::array_t<T, py::array::c_style>;
+
+// ---- the interpreter lock -------------------------------------------------------------------------------------------
+
+// Python ends a daemon thread that asks for the lock after the interpreter has gone by unwinding its stack, which C++
+// destructors must not let through: the process would abort. Such a thread waits here for the process's end instead.
+[[noreturn]] void wait_for_exit() {
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+}
+
+class Unlocked {  // inside, other Python threads run
+   public:
+    Unlocked() : state_(PyEval_SaveThread()) {}
+    ~Unlocked() {
+        try {
+            PyEval_RestoreThread(state_);
+        } catch (...) { wait_for_exit(); }
+    }
+    Unlocked(const Unlocked&) = delete;
+    Unlocked& operator=(const Unlocked&) = delete;
+
+   private:
+    PyThreadState* state_;
+};
+
+class Locked {  // inside an Unlocked, Python again
+   public:
+    Locked() : state_(acquire()) {}
+    ~Locked() { PyGILState_Release(state_); }
+    Locked(const Locked&) = delete;
+    Locked& operator=(const Locked&) = delete;
+
+   private:
+    static PyGILState_STATE acquire() {
+        try {
+            return PyGILState_Ensure();
+        } catch (...) { wait_for_exit(); }
+    }
+    PyGILState_STATE state_;
+};
 
 std::string shape_text(const py::array& array) { return py::str(array.attr("shape")); }
 
@@ -187,13 +228,13 @@ class PythonLayer final : public ExternalLayer<T> {
                         static_cast<T*>(const_cast<void*>(arrays_[i].second.request().ptr)));
     }
     void forward(MatrixView<const T> x, MatrixView<T> y) override {
-        const py::gil_scoped_acquire lock;
+        const Locked lock;
         publish();
         fill(y, returned<T>(layer_.attr("forward")(copy_of(x)), name_ + ".forward", {y.rows, y.cols}));
     }
     void vjp(MatrixView<const T> x, MatrixView<const T> y, MatrixView<const T> dy, MatrixView<T> dx,
              T* const* gradients) override {
-        const py::gil_scoped_acquire lock;
+        const Locked lock;
         py::object result = layer_.attr("vjp")(copy_of(x), copy_of(y), copy_of(dy));
         py::object dx_result = result;
         if (!arrays_.empty()) {
@@ -230,7 +271,7 @@ class PythonLoss final : public ExternalLoss<T> {
     explicit PythonLoss(py::object function) : function_(std::move(function)) {}
     double value_grad(MatrixView<const T> f, const Targets<T>& y, Index target_cols, const T* weight, T scale,
                       MatrixView<T> df) override {
-        const py::gil_scoped_acquire lock;
+        const Locked lock;
         py::object targets;
         if (y.labels) {
             NumpyArray<std::int64_t> labels(f.rows);
@@ -551,7 +592,7 @@ NumpyArray<T> predict(const PyNetwork<T>& self, const py::object& X) {
     const T* from = x.data();
     T* to = f.mutable_data();
     const Index rows = x.shape(0);
-    const py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     self.net.predict(rows, from, to);
     return f;
 }
@@ -583,7 +624,7 @@ py::tuple value_and_grad(PyNetwork<T>& self, const py::object& X, const py::obje
     double value;
     const T* gradient;
     {
-        const py::gil_scoped_release unlocked;
+        const Unlocked unlocked;
         value = step.sweep(data.view, nullptr, data.view.rows, Noise{});
         gradient = step.gradient();
     }
@@ -596,7 +637,7 @@ double evaluate_loss(PyNetwork<T>& self, const py::object& X, const py::object& 
     const Data<T> data(self.net, X, y, weight);
     const Loss<T> loss = spec.build<T>();
     data.suits(self.net, loss);
-    const py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     return evaluate(self.net, loss, data.view);
 }
 
@@ -656,9 +697,9 @@ class PyTrainer {
         std::vector<double> losses;
         {
             const Published published(network_);
-            const py::gil_scoped_release unlocked;
+            const Unlocked unlocked;
             losses = trainer_.run(first_epoch, epochs, rates.data(), stride, [] {
-                const py::gil_scoped_acquire locked;
+                const Locked locked;
                 if (PyErr_CheckSignals() != 0) throw py::error_already_set();
             });
         }
@@ -672,7 +713,7 @@ class PyTrainer {
         batch.suits(network_.net, loss_);
         const TrainingLock<T> lock(network_);
         const Published published(network_);
-        const py::gil_scoped_release unlocked;
+        const Unlocked unlocked;
         return trainer_.step(batch.view, lr);
     }
 
@@ -806,7 +847,7 @@ PYBIND11_MODULE(_core, m) {
             if (n < 1)
                 throw py::value_error("[set_num_threads] threads are counted from 1: expected ≥ 1, got " +
                                       std::to_string(n));
-            const py::gil_scoped_release unlocked;
+            const Unlocked unlocked;
             set_thread_count(n);
         },
         py::arg("n"));

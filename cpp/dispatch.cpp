@@ -103,14 +103,16 @@ Hyper<T> prepare_step(const OptimizerSettings& settings, double lr, std::int64_t
             break;
         case OptimizerOp::rmsprop:
             h.alpha = t(v[0]);
+            h.rest_alpha = t(1 - v[0]);
             h.eps = t(v[1]);
             h.weight_decay = t(v[2]);
             h.momentum = t(v[3]);
             h.centered = t(v[4]);
             break;
         default:  // adam, adamw
-            h.beta1 = t(v[0]);
+            h.rest1 = t(1 - v[0]);
             h.beta2 = t(v[1]);
+            h.rest2 = t(1 - v[1]);
             h.eps = t(v[2]);
             h.weight_decay = t(v[3]);
             h.step_size = t(lr / (1 - std::pow(v[0], static_cast<double>(step))));

@@ -38,13 +38,14 @@ struct Targets {
     Index stride;
 };
 
-// The hyper-parameters of one step, with what depends on the step's number already worked out (see prepare_step).
+// The hyper-parameters of one step, with what depends on the step's number already worked out (see prepare_step). The
+// complements 1 - β are taken in double: in float32 they would be off by 6e-6, and so would every step.
 template <class T>
 struct Hyper {
     T lr, weight_decay;
-    T momentum, undamped, nesterov;              // sgd; rmsprop uses momentum
-    T beta1, beta2, eps, step_size, root_scale;  // adam, adamw
-    T alpha, centered;                           // rmsprop
+    T momentum, undamped, nesterov;                     // sgd; rmsprop uses momentum
+    T rest1, beta2, rest2, eps, step_size, root_scale;  // adam, adamw: rest = 1 - β
+    T alpha, rest_alpha, centered;                      // rmsprop
 };
 
 constexpr int kSlots = 3;  // the most state arrays that a rule keeps

@@ -40,8 +40,8 @@ struct AdamRule {
         else
             g = fma(Vec<T>{} + h.weight_decay, w, g);
         Vec<T> m = load(s.slot[0] + i);
-        m = fma(Vec<T>{} + (1 - h.beta1), g - m, m);
-        const Vec<T> v = fma((1 - h.beta2) * g, g, h.beta2 * load(s.slot[1] + i));
+        m = fma(Vec<T>{} + h.rest1, g - m, m);
+        const Vec<T> v = fma(h.rest2 * g, g, h.beta2 * load(s.slot[1] + i));
         store(s.slot[0] + i, m);
         store(s.slot[1] + i, v);
         return fma(Vec<T>{} - h.step_size, m / fma(sqrt(v), Vec<T>{} + h.root_scale, Vec<T>{} + h.eps), w);
@@ -55,14 +55,14 @@ struct RmsProp {
     template <class T>
     CHAINRULE_INLINE Vec<T> update(Index i, Vec<T> w, Vec<T> g, const State<T>& s, const Hyper<T>& h) {
         g = fma(Vec<T>{} + h.weight_decay, w, g);
-        const Vec<T> v = fma((1 - h.alpha) * g, g, h.alpha * load(s.slot[0] + i));
+        const Vec<T> v = fma(h.rest_alpha * g, g, h.alpha * load(s.slot[0] + i));
         store(s.slot[0] + i, v);
         Vec<T> spread = v;
         if (h.centered != 0) {
             Vec<T> mean = load(s.slot[2] + i);
-            mean = fma(Vec<T>{} + (1 - h.alpha), g - mean, mean);
+            mean = fma(Vec<T>{} + h.rest_alpha, g - mean, mean);
             store(s.slot[2] + i, mean);
-            spread = fma(-mean, mean, v);
+            spread = max(fma(-mean, mean, v), Vec<T>{});  // a variance, which rounding may take below 0
         }
         Vec<T> step = g / (sqrt(spread) + h.eps);
         if (h.momentum != 0) {

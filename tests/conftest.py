@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What all tests share: seeds that a failure prints, instruction sets, thread counts, and distances in units of rounding."""
+"""What all tests share: seeds that failures print, instruction sets, threads, distances in roundings."""
 
 import itertools
 import os
@@ -16,7 +16,7 @@ FUSED = [isa for isa in _core.isas() if isa != "baseline"]
 
 @pytest.fixture
 def rng(request):
-    """A generator seeded by the test's name, so that every test draws its own numbers, the same in each run."""
+    """A generator seeded by the test's name: every test draws its own numbers, the same in each run."""
     seed = zlib.crc32(request.node.nodeid.encode()) + int(os.environ.get("CHAINRULE_TEST_SEED", "0"))
     print(f"np.random.default_rng({seed})")  # pytest shows it with a failure
     return np.random.default_rng(seed)
@@ -92,7 +92,9 @@ def assert_within(got, expected, bound, what=""):
     excess = np.where(got == expected, -np.inf, np.where(np.isnan(excess), np.inf, excess))
     if got.size and excess.max() > 0:
         worst = tuple(int(i) for i in np.unravel_index(np.argmax(excess), excess.shape))
-        pytest.fail(f"{what}{worst}: got {got[worst]!r}, expected {expected[worst]!r} within {bound[worst]:.3g}")
+        pytest.fail(
+            f"{what}{worst}: got {got[worst]!r}, expected {expected[worst]!r} within {bound[worst]:.3g}"
+        )
 
 
 def assert_same_bits(a, b, what=""):
@@ -102,16 +104,20 @@ def assert_same_bits(a, b, what=""):
     if a.tobytes() != b.tobytes():
         differ = np.flatnonzero((a != b) | (np.signbit(a) != np.signbit(b)))
         i = differ[0] if len(differ) else 0
-        pytest.fail(f"{what}: {len(differ)} of {a.size} differ, first at {i}: {a.flat[i]!r} and {b.flat[i]!r}")
+        pytest.fail(
+            f"{what}: {len(differ)} of {a.size} differ, first at {i}: {a.flat[i]!r} and {b.flat[i]!r}"
+        )
 
 
-# ---- networks: the same chain in the engine and in reference.py ---------------------------------------------
+# ---- networks: the same chain in the engine and in reference.py --------------------------------------------
 
 
 def layers_of(sizes, *ops, bias=True):
-    """The engine's list of layers: Linear sizes[0] → sizes[1], ops[0], Linear …; an op is a name or (name, parameter).
+    """The engine's list of layers: Linear sizes[0] → sizes[1], ops[0], Linear …; an op is a name or (name,
+    parameter).
 
-    The last op stands behind the last Linear if there are as many ops as Linears; () and None stand for no op.
+    The last op stands behind the last Linear if there are as many ops as Linears; () and None stand for no
+    op.
     """
     layers = []
     for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
@@ -126,7 +132,9 @@ def engine(layers, dtype, rng):
     """A network of the engine with weights N(0, 1/inputs) and biases N(0, 1)."""
     net = typed("Network", dtype)(layers)
     for k, (_, _, shape) in enumerate(net.parameters):
-        net.set_parameter(k, (rng.standard_normal(shape) / np.sqrt(shape[-1] if len(shape) > 1 else 1)).astype(dtype))
+        net.set_parameter(
+            k, (rng.standard_normal(shape) / np.sqrt(shape[-1] if len(shape) > 1 else 1)).astype(dtype)
+        )
     return net
 
 

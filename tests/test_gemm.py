@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Matrix products: exact where integers leave nothing to rounding, bounded where they do, independent of tiling."""
+"""Matrix products: exact where integers leave nothing to rounding, bounded elsewhere, whatever the tiling."""
 
 import itertools
 
 import numpy as np
 import pytest
-from conftest import assert_same_bits, assert_within, eps
 
 from chainrule import _core
+from conftest import assert_same_bits, assert_within, eps
 
 FORMS = pytest.mark.parametrize("form", ["nn", "tn"])
 
 
 def product(form, a, b, bias=None):
-    """a b (+ bias) by the engine. "nn" is the layer's product X Wᵀ + b; "tn", the gradient's dZᵀ X, is handed aᵀ."""
+    """a b (+ bias) by the engine: "nn" is the layer's X Wᵀ + b; "tn", the gradient's dZᵀ X, is handed aᵀ."""
     return _core.gemm(form, np.ascontiguousarray(a.T if form == "tn" else a), np.ascontiguousarray(b), bias)
 
 
 def poison(form, dtype):
-    """Leaves NaN in every buffer that the engine keeps: what is read without having been written shows afterwards."""
+    """Leaves NaN in every buffer that the engine keeps: what is read but never written shows afterwards."""
     product(form, np.full((300, 300), np.nan, dtype), np.full((300, 300), np.nan, dtype))
 
 
@@ -28,13 +28,17 @@ def integers(rng, shape, dtype, top):
 
 @FORMS
 def test_every_shape_to_40_is_exact(form, isa, dtype, rng):
-    """Any index that is off by one, in any tile and tail: 64 000 shapes, integers, not the smallest error allowed.
+    """Any index that is off by one, in any tile and tail: 64 000 shapes, integers, not the smallest error
+    allowed.
 
-    Sums stay below 40 · 64 · 128 + 128 < 2²⁴, where float32 has every integer. prefix[K] is the product of the first K.
+    Sums stay below 40 · 64 · 128 + 128 < 2²⁴, where float32 has every integer. prefix[K] is the product of
+    the first K.
     """
     poison(form, dtype)
     a, b, bias = (integers(rng, s, dtype, t) for s, t in (((40, 40), 64), ((40, 40), 128), (40, 128)))
-    prefix = np.concatenate([np.zeros((1, 40, 40)), np.cumsum(a.T[:, :, None] * b[:, None, :], axis=0)]).astype(dtype)
+    prefix = np.concatenate(
+        [np.zeros((1, 40, 40)), np.cumsum(a.T[:, :, None] * b[:, None, :], axis=0)]
+    ).astype(dtype)
     for m, k in itertools.product(range(1, 41), repeat=2):
         left = np.ascontiguousarray(a[:m, :k].T if form == "tn" else a[:m, :k])
         for n in range(1, 41):
@@ -42,16 +46,21 @@ def test_every_shape_to_40_is_exact(form, isa, dtype, rng):
             expected = prefix[k, :m, :n] if add is None else prefix[k, :m, :n] + add
             got = _core.gemm(form, left, np.ascontiguousarray(b[:k, :n]), add)
             if not (got.shape == (m, n) and (got == expected).all()):
-                pytest.fail(f"{form} {m}×{k} by {k}×{n}, bias {add is not None}: error {np.abs(got - expected).max()}")
+                pytest.fail(
+                    f"{form} {m}×{k} by {k}×{n}, bias {add is not None}: error {np.abs(got - expected).max()}"
+                )
 
 
 EDGES = [1, 2, 7, 31, 33, 63, 65, 95, 97, 127, 129, 191, 193, 255, 257]
-SKINNY = [(1, 257, 257), (257, 1, 257), (257, 257, 1), (1, 1, 4099), (4099, 1, 1), (1, 4099, 1), (3, 2, 10007), (2, 5003, 3)]
+SKINNY = [
+    (1, 257, 257), (257, 1, 257), (257, 257, 1), (1, 1, 4099), (4099, 1, 1), (1, 4099, 1), (3, 2, 10007),
+    (2, 5003, 3),
+]  # fmt: skip
 
 
 @FORMS
 def test_odd_sizes_and_skinny_shapes_are_exact(form, isa, dtype, rng):
-    """The edges of cache blocks, where the first block is right and the second is not. Sums < 10007 · 64 < 2²⁴."""
+    """The edges of cache blocks, where the first is right and the second is not. Sums < 10007 · 64 < 2²⁴."""
     poison(form, dtype)
     for m, n, k in SKINNY + [tuple(rng.choice(EDGES, 3)) for _ in range(60)]:
         a, b, bias = (integers(rng, s, dtype, 8) for s in ((m, k), (k, n), n))
@@ -64,7 +73,8 @@ def test_odd_sizes_and_skinny_shapes_are_exact(form, isa, dtype, rng):
 @FORMS
 @pytest.mark.parametrize("m, n, k", [(1000, 777, 501), (129, 1030, 2049), (33, 7, 4096)])
 def test_large_products_by_projection(form, m, n, k, isa, dtype, rng):
-    """Freivalds' check, in extended precision: C v = A (B v) for a random v, without a second matrix product to trust.
+    """Freivalds' check, in extended precision: C v = A (B v) for a random v, without a second matrix product
+    to trust.
 
     Bound: an element sums K products in order with one rounding each (two in the baseline): K eps |A||B|.
     """
@@ -73,7 +83,7 @@ def test_large_products_by_projection(form, m, n, k, isa, dtype, rng):
     exact = (a.astype(np.longdouble) * (b.astype(np.longdouble) * v).sum(axis=1)).sum(axis=1)
     got = (product(form, a, b).astype(np.longdouble) * v).sum(axis=1)
     bound = (k + 1) * eps(dtype) * (np.abs(a).astype(float) @ np.abs(b).astype(float).sum(axis=1))
-    # Signs of the N elements' errors are independent, so that their sum is about √N of one: N would hide a wrong element.
+    # Errors have independent signs: N of them are about √N of one; a bound of N could hide a wrong element.
     assert_within(got, exact, bound * 8 / np.sqrt(n), f"{form} ")
 
 
@@ -112,7 +122,7 @@ def test_empty_sides(form, m, n, k, isa, dtype):
 
 @FORMS
 def test_bits_do_not_depend_on_the_tile(form, isa, dtype, rng):
-    """Rows or columns at the end of a tile done in another order than those inside: seen as soon as the shape changes."""
+    """Rows or columns at the end of a tile done in another order than those inside it."""
     a, b = rng.standard_normal((97, 70)).astype(dtype), rng.standard_normal((70, 131)).astype(dtype)
     whole = product(form, a, b)
     for m in (1, 2, 5, 6, 7, 96):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The chain as a whole: every φˡ, every gradient, rows that know nothing of their batch, and dropout's masks."""
+"""The chain as a whole: every φˡ, every gradient, rows that know nothing of their batch, dropout's masks."""
 
 import numpy as np
 import pytest
-from conftest import assert_same_bits, assert_within, engine, eps, layers_of, twin, typed, values
 
 from chainrule import _core, reference
+from conftest import assert_same_bits, assert_within, engine, eps, layers_of, twin, typed, values
 
 WIDTHS = [1, 2, 3, 7, 16, 17, 64, 65]
 OPS = [name for kind, name, _ in _core.ops() if kind in ("elementwise", "rowwise")]
@@ -18,13 +18,15 @@ def with_parameter(name):
 
 
 def random_chain(rng, first, names=OPS):
-    """Depth 1 to 6, the op `first` somewhere in it, the others drawn; some layers without bias, some ops doubled."""
+    """Depth 1 to 6, the op `first` somewhere in it, others drawn; some without bias, some ops doubled."""
     depth = int(rng.integers(1, 7))
     sizes = rng.choice(WIDTHS, depth + 1).tolist()
     ops = [with_parameter(str(name)) for name in rng.choice(names, depth)]
     ops[int(rng.integers(depth))] = with_parameter(first)
     layers = layers_of(sizes, *ops, bias=bool(rng.integers(2)))
-    if rng.integers(2):  # an op behind an op, and one in front of all: each shares or saves buffers in its own way
+    if rng.integers(
+        2
+    ):  # an op behind an op, and one in front of all: each shares or saves buffers in its own way
         name, n = with_parameter(str(rng.choice(names))), layers[-1][2]
         layers.append((name[0], n, n, name[1], False, None))
         layers.insert(0, ("tanh", sizes[0], sizes[0], 0.0, False, None))
@@ -40,8 +42,8 @@ def data(rng, layers, rows, dtype):
 def sizes_of_terms(layers, net, phi, c):
     """The sweeps over absolute values: how large the terms are of which each φˡ and each gradient is a sum.
 
-    |slope| < 1.2 for every op; a row-wise op adds the row's sum. A rounding anywhere moves a result by at most its own
-    size along all paths, so the error is a small multiple of eps times these.
+    |slope| < 1.2 for every op; a row-wise op adds the row's sum. A rounding anywhere moves a result by at
+    most its own size along all paths, so the error is a small multiple of eps times these.
     """
     up, cotangents, grads = [np.abs(phi[0])], np.abs(c), []
     for (name, *_), link, y in zip(layers, net.layers, phi[1:], strict=True):
@@ -76,28 +78,30 @@ def test_trace_and_gradients_equal_reference(first, isa, dtype, rng):
         x, y = data(rng, layers, int(rng.choice([1, 3, 8, 33])), dtype)
         phi = own.forward(x.astype(float))
         value, grads = own.value_and_grad(x.astype(float), y.astype(float), "least_squares")
-        up, sizes = sizes_of_terms(layers, own, phi, reference.loss("least_squares", phi[-1], y.astype(float))[1])
+        df = reference.loss("least_squares", phi[-1], y.astype(float))[1]
+        up, sizes = sizes_of_terms(layers, own, phi, df)
         step = eps(dtype) * (8 * len(layers) + max(layer[1] for layer in layers) + len(x))
         trace = net.trace(x)
         assert len(trace) == len(layers)
-        for l, got in enumerate(trace):
-            assert_within(got, phi[l + 1], step * up[l + 1], f"φ{l + 1} of {layers} ")
+        for k, got in enumerate(trace, start=1):
+            assert_within(got, phi[k], step * up[k], f"φ{k} of {layers} ")
         assert_same_bits(trace[-1], net.predict(x))
         got, got_grads = net.value_and_grad(x, y, None, _core.Loss("least_squares", 0.0, "mean", None))
         size_of_value = ((up[-1] + np.abs(y)) ** 2).sum() / len(x)
         assert_within(np.array(got), np.array(value), step * size_of_value)
-        for (l, name, shape), ours, theirs, size in zip(net.parameters, got_grads, grads, sizes, strict=True):
+        for (k, name, shape), ours, theirs, size in zip(net.parameters, got_grads, grads, sizes, strict=True):
             assert ours.shape == shape and ours.dtype == dtype
-            assert_within(ours, theirs, 4 * step * size, f"{l}.{name} of {layers} ")
+            assert_within(ours, theirs, 4 * step * size, f"{k}.{name} of {layers} ")
 
 
 @pytest.mark.parametrize("first", SMOOTH)
 @pytest.mark.parametrize("loss", ["least_squares", "logistic", "poisson"])
 def test_gradient_is_that_of_the_loss(first, loss, isa, rng):
-    """What engine and reference both have wrong: (L(θ + hu) − L(θ − hu)) / 2h for a random direction u of all parameters.
+    """What engine and reference both have wrong: (L(θ + hu) − L(θ − hu)) / 2h for a random direction u of all
+    parameters.
 
-    Errors: h² times third derivatives, and the rounding of L over h. Both are measured against the length of the gradient
-    in the bound 1e-6; a wrong factor or sign anywhere is of order 1.
+    Errors: h² times third derivatives, and the rounding of L over h. Both are measured against the length of
+    the gradient in the bound 1e-6; a wrong factor or sign anywhere is of order 1.
     """
     h = 1e-5
     layers = random_chain(rng, first, SMOOTH)
@@ -115,13 +119,17 @@ def test_gradient_is_that_of_the_loss(first, loss, isa, rng):
         losses.append(net.evaluate(x, y, weight, how))
     slope = sum((g * u).sum() for g, u in zip(grads, direction, strict=True))
     length = np.sqrt(sum((g * g).sum() for g in grads))
-    assert slope == pytest.approx((losses[0] - losses[1]) / (2 * h), rel=0, abs=1e-6 * (length + abs(value) + 1))
+    assert slope == pytest.approx(
+        (losses[0] - losses[1]) / (2 * h), rel=0, abs=1e-6 * (length + abs(value) + 1)
+    )
 
 
 def test_gradients_add_over_the_batch(isa, dtype, rng):
-    """A batch whose tail is summed twice or not at all: the gradient of a sum of losses is the sum over any parts.
+    """A batch whose tail is summed twice or not at all: the gradient of a sum of losses is the sum over any
+    parts.
 
-    Bound: the two sides differ in the order of 200 additions, of terms no larger than the sum of their absolute values.
+    Bound: the two sides differ in the order of 200 additions, of terms no larger than the sum of their
+    absolute values.
     """
     layers = layers_of([7, 17, 3], "tanh")
     net = engine(layers, dtype, rng)
@@ -170,10 +178,10 @@ def test_large_batches_do_not_depend_on_threads(isa, dtype, rng, on_threads):
 
 
 def test_parameters_come_back_as_they_went_in(dtype, rng):
-    """Weights packed for the kernels and unpacked wrongly, at widths around the panels; snapshots that alias the network."""
+    """Weights packed or unpacked wrongly, at widths around the panels; snapshots that alias the network."""
     for n_in, n_out in [(1, 1), (3, 2), (17, 65), (65, 17), (130, 129)]:
         net = engine(layers_of([n_in, n_out, 2], "tanh"), dtype, rng)
-        assert [(l, name, shape) for l, name, shape in net.parameters] == [
+        assert net.parameters == [
             (0, "weight", (n_out, n_in)), (0, "bias", (n_out,)), (2, "weight", (2, n_out)), (2, "bias", (2,)),
         ]  # fmt: skip
         snapshot, before = net.snapshot(), [net.get_parameter(k) for k in range(4)]
@@ -189,7 +197,7 @@ def test_parameters_come_back_as_they_went_in(dtype, rng):
             assert_same_bits(net.get_parameter(k), p)
 
 
-# ---- dropout ----------------------------------------------------------------------------------------------------
+# ---- dropout -----------------------------------------------------------------------------------------------
 
 
 def mask(rows, columns, p=0.5, seed=1, layer=0, step=0, dtype=np.float64):
@@ -205,7 +213,7 @@ def test_dropout_keeps_the_mean(p, isa, dtype):
 
 
 def test_dropout_is_a_function_of_seed_layer_step_and_place(isa, dtype, rng):
-    """Masks that repeat, or that depend on the shape of the batch: equal calls agree, all others are independent."""
+    """Masks that repeat or depend on the batch's shape: equal calls agree, all others are independent."""
     base = mask(60, 70, dtype=dtype)
     assert_same_bits(mask(60, 70, dtype=dtype), base)
     for other in ({"seed": 2}, {"layer": 1}, {"step": 1}, {"seed": 2**40 + 1}, {"step": 2**33}):
@@ -224,10 +232,11 @@ def test_dropout_masks_are_the_same_for_both_types():
 
 
 def test_backward_uses_the_mask_of_forward(isa, rng):
-    """Two sweeps with different masks: the update, measured, must be the slope of the loss under the very same mask.
+    """Two sweeps with different masks: the update, measured, must be the slope of the loss under the very
+    same mask.
 
-    `step` returns the loss before its update, so with lr = 0 it is L(θ) for the mask of that step number, nothing moved.
-    Error bound as in test_gradient_is_that_of_the_loss.
+    `step` returns the loss before its update, so with lr = 0 it is L(θ) for the mask of that step number,
+    nothing moved. Error bound as in test_gradient_is_that_of_the_loss.
     """
     h, lr = 1e-5, 1e-3
     layers = layers_of([9, 17, 17, 2], "tanh", "dropout")

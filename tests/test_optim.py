@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Update rules, penalties, clipping, schedules and whole fits: the trajectories of reference.py, step by step."""
+"""Update rules, penalties, clipping, schedules and whole fits: the trajectories of reference.py."""
 
 import math
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import assert_same_bits, assert_within, engine, layers_of, twin, typed, values
 
 import chainrule as cr
 from chainrule import _core, reference
+from conftest import assert_same_bits, assert_within, engine, layers_of, twin, typed, values
 
 
 class Rule(NamedTuple):
@@ -52,25 +52,27 @@ LAYERS = layers_of([5, 17, 9, 2], "tanh", "silu")
 class Pair:
     """One training in the engine and its twin in reference.py, from the same weights on the same data."""
 
-    def __init__(self, rng, rule, dtype=np.float64, loss="least_squares", weighted=False, rows=37, batch_size=None,
-                 shuffle=False, l1=0.0, l2=0.0, clip_value=0.0, clip_norm=0.0, layers=LAYERS):  # fmt: skip
-        self.x, self.y = rng.standard_normal((rows, 5)).astype(dtype), rng.standard_normal((rows, 2)).astype(dtype)
-        self.weight = (rng.random(rows) + 0.1).astype(dtype) if weighted else None
+    def __init__(self, rng, rule, dtype=np.float64, weighted=False, batch_size=37, shuffle=False,
+                 l1=0.0, l2=0.0, clip_value=0.0, clip_norm=0.0, layers=LAYERS):  # fmt: skip
+        self.x, self.y = (rng.standard_normal((37, k)).astype(dtype) for k in (5, 2))
+        self.weight = (rng.random(37) + 0.1).astype(dtype) if weighted else None
         self.net, self.lr = engine(layers, dtype, rng), rule.lr
         self.optimizer = typed("Optimizer", dtype)(self.net, rule.name, rule.engine_hyper())
         self.trainer = typed("Trainer", dtype)(
-            self.net, self.optimizer, _core.Loss(loss, 0.0, "mean", None), self.x, self.y, self.weight,
-            batch_size or rows, shuffle, 11, l1, l2, clip_value, clip_norm,
+            self.net, self.optimizer, _core.Loss("least_squares", 0.0, "mean", None),
+            self.x, self.y, self.weight, batch_size, shuffle, 11, l1, l2, clip_value, clip_norm,
         )  # fmt: skip
         self.reference = reference.Trainer(
-            twin(layers, self.net), loss, rule.name, l1=l1, l2=l2, clip_value=clip_value or math.inf,
-            clip_norm=clip_norm or math.inf, **rule.hyper,
+            twin(layers, self.net), "least_squares", rule.name, l1=l1, l2=l2,
+            clip_value=clip_value or math.inf, clip_norm=clip_norm or math.inf, **rule.hyper,
         )  # fmt: skip
 
     def assert_steps_equal(self, steps, rel):
-        """Steps on the whole batch. The reference starts each where the engine stands, but keeps a memory of its own.
+        """Steps on the whole batch. The reference starts each where the engine stands, but keeps a memory of
+        its own.
 
-        (Training doubles any difference again and again: two trajectories would measure that and not the rule.)
+        (Training doubles any difference again and again: two trajectories would measure that and not the
+        rule.)
         """
         for step in range(steps):
             for mine, theirs in zip(self.reference.net.params, values(self.net), strict=True):
@@ -91,8 +93,9 @@ class Pair:
 def test_fifty_steps_follow_reference(rule, isa, rng):
     """A wrong rule, a state that is not kept, a bias correction with the wrong step number.
 
-    Bound: some 100 roundings of 1e-16 in a gradient, a hundred times as much where the adaptive rules divide it by its
-    own size and it is what is left of terms a hundred times as large; all times a rate of at most 0.1.
+    Bound: some 100 roundings of 1e-16 in a gradient, a hundred times as much where the adaptive rules divide
+    it by its own size and it is what is left of terms a hundred times as large; all times a rate of at most
+    0.1.
     """
     pair = Pair(rng, rule)
     pair.assert_steps_equal(50, 1e-12)
@@ -107,11 +110,11 @@ def test_float32_follows_too(rule, isa, rng):
 
 @pytest.mark.parametrize("rule", RULES[::3], ids=lambda rule: rule.name)
 @pytest.mark.parametrize("treatment", [
-    {"l1": 0.03}, {"l2": 0.2}, {"l1": 0.01, "l2": 0.1}, {"clip_value": 0.02}, {"clip_norm": 0.1}, {"clip_norm": 1e3},
-    {"l1": 0.01, "l2": 0.1, "clip_value": 0.05, "clip_norm": 0.1},
+    {"l1": 0.03}, {"l2": 0.2}, {"l1": 0.01, "l2": 0.1}, {"clip_value": 0.02}, {"clip_norm": 0.1},
+    {"clip_norm": 1e3}, {"l1": 0.01, "l2": 0.1, "clip_value": 0.05, "clip_norm": 0.1},
 ], ids=str)  # fmt: skip
 def test_penalties_and_clipping_follow_reference(rule, treatment, isa, rng):
-    """Done in another order than data + penalty, value, norm; to the biases too; or left out of the reported loss."""
+    """Done in another order than data + penalty, value, norm; to the biases too; or missing from the loss."""
     Pair(rng, rule, weighted=True, **treatment).assert_steps_equal(50, 1e-12)
 
 
@@ -131,7 +134,7 @@ def test_fit_follows_reference(rule, shuffle, rng):
 
 
 def test_a_rate_for_each_step(rng):
-    """Rates of an array (epochs, steps) used in another order, or only the first of an epoch; l2 in every batch's loss."""
+    """Rates of an array (epochs, steps) in another order, or only the first of each epoch."""
     rates = np.array([[0.1, 0.0, 0.02], [0.05, 0.2, 0.01]])
     pair = Pair(rng, RULES[2], batch_size=16, shuffle=True, l2=0.1)
     got = pair.trainer.run(3, rates)
@@ -144,7 +147,7 @@ def test_a_rate_for_each_step(rng):
 
 
 def test_dropout_follows_reference(rng):
-    """A mask of another layer, step or row than `_core.dropout` names for it: then nothing here would agree."""
+    """A mask of another layer, step or row than `_core.dropout` names for it: nothing here would agree."""
     layers = layers_of([5, 17, 9, 2], "tanh", "silu")
     layers.insert(2, ("dropout", 17, 17, 0.4, False, None))
     layers.insert(0, ("dropout", 5, 5, 0.2, False, None))
@@ -158,13 +161,15 @@ def test_dropout_follows_reference(rng):
                 pair.reference.net.layers[k].a = _core.dropout(ones, layers[k][3], 11, k, step)
             losses.append(pair.reference.step(pair.x[i : i + 8], pair.y[i : i + 8], 0.01))
             step += 1
-    np.testing.assert_allclose(got, [np.average(losses[e : e + 5], weights=[8, 8, 8, 8, 5]) for e in (0, 5, 10)])
+    np.testing.assert_allclose(
+        got, [np.average(losses[e : e + 5], weights=[8, 8, 8, 8, 5]) for e in (0, 5, 10)]
+    )
     pair.assert_equal(1e-11)
 
 
 @each_rule
 def test_seeing_the_gradient_first_changes_no_bit(rule, isa, dtype, rng):
-    """The fused update and the one behind a stored gradient are two codes: a norm that never clips selects the second."""
+    """The fused update and that of a stored gradient differ: a norm that never clips selects the second."""
     state = rng.bit_generator.state
     results = []
     for clip_norm in (0.0, 1e30):
@@ -185,7 +190,11 @@ def test_state_resumes_bit_for_bit(rule, dtype, rng):
     rng.bit_generator.state = state
     first = Pair(rng, rule, dtype, batch_size=8, shuffle=True)
     first.trainer.run(0, np.full(2, rule.lr))
-    saved = [slot.copy() for slot in first.optimizer.get_state()], first.optimizer.step_count, first.net.snapshot()
+    saved = (
+        [slot.copy() for slot in first.optimizer.get_state()],
+        first.optimizer.step_count,
+        first.net.snapshot(),
+    )
     rng.bit_generator.state = state
     second = Pair(rng, rule, dtype, batch_size=8, shuffle=True)
     second.optimizer.set_state(saved[0])
@@ -197,7 +206,7 @@ def test_state_resumes_bit_for_bit(rule, dtype, rng):
 
 
 def test_centered_rmsprop_survives_a_constant_gradient(isa, dtype):
-    """v − m² of a gradient that never changes is 0, and −1e-17 after rounding: no NaN may come of its root."""
+    """v − m² of a gradient that never changes is 0, or −1e-17 once rounded: its root must not be NaN."""
     net = typed("Network", dtype)([("linear", 3, 1, 0.0, False, None)])
     optimizer = typed("Optimizer", dtype)(net, "rmsprop", [0.9, 1e-8, 0.0, 0.0, 1.0])
     x, y = np.array([[0.1, 0.7, 1.3]], dtype), np.array([[1e6]], dtype)
@@ -206,14 +215,15 @@ def test_centered_rmsprop_survives_a_constant_gradient(isa, dtype):
     assert np.isfinite(trainer.run(0, np.full(1000, 1e-9))).all()
 
 
-# ---- schedules: on a loss whose gradient is always −1, the weight is the sum of all rates ------------------------
+# ---- schedules: on a loss whose gradient is always −1, the weight is the sum of all rates ------------------
 
 
 def rates_of(schedule, epochs, rows=1, lr=0.1):
     """history["lr"], and the sum of the rates that the steps really took."""
     net = cr.Sequential(cr.Linear(1, 1, bias=False, init="zeros"), dtype="float64")
     X, y = np.ones((rows, 1)), np.full(rows, 1e6)
-    history = net.fit(X, y, loss="mae", optimizer=cr.SGD(lr), batch_size=1, epochs=epochs, schedule=schedule, verbose=0)
+    how = {"loss": "mae", "optimizer": cr.SGD(lr), "batch_size": 1, "epochs": epochs, "verbose": 0}
+    history = net.fit(X, y, schedule=schedule, **how)
     return np.array(history["lr"]), float(net.state_dict()["0.weight"][0, 0])
 
 
@@ -223,13 +233,18 @@ CLOSED_FORMS = [
     (lambda: cr.StepLR(2), lambda t: 0.1 * 0.1 ** (t // 2)),
     (lambda: cr.ExponentialLR(0.9), lambda t: 0.1 * 0.9**t),
     (lambda: cr.CosineAnnealingLR(8), lambda t: 0.05 * (1 + math.cos(math.pi * t / 8))),
-    (lambda: cr.CosineAnnealingLR(10, eta_min=0.02), lambda t: 0.02 + 0.04 * (1 + math.cos(math.pi * t / 10))),
+    (
+        lambda: cr.CosineAnnealingLR(10, eta_min=0.02),
+        lambda t: 0.02 + 0.04 * (1 + math.cos(math.pi * t / 10)),
+    ),
 ]
 
 
-@pytest.mark.parametrize("schedule, closed_form", CLOSED_FORMS, ids=lambda v: repr(v()) if v.__code__.co_argcount == 0 else "")
+@pytest.mark.parametrize(
+    "schedule, closed_form", CLOSED_FORMS, ids=[repr(schedule()) for schedule, _ in CLOSED_FORMS]
+)
 def test_schedules_have_their_closed_forms(schedule, closed_form):
-    """An epoch late or early, rates in the history that no step took. Bound: a few roundings of numbers below 1e6."""
+    """An epoch late or early; rates in the history that no step took. Bound: a few roundings of a sum."""
     rates, moved = rates_of(schedule(), 10, rows=3)
     expected = np.array([closed_form(t) for t in range(10)])
     np.testing.assert_allclose(rates, expected, rtol=1e-14, atol=1e-17)
@@ -250,14 +265,24 @@ def test_warm_up_rises_with_every_step(start):
 
 
 def test_plateau_waits_then_lowers():
-    """patience counted one too many or few: the loss of 10⁶ falls by 10⁻⁷ of itself an epoch, which is no fall."""
+    """patience one too many or few: a loss of 10⁶ that falls by 10⁻⁷ of itself an epoch does not fall."""
     rates, moved = rates_of(cr.ReduceLROnPlateau("loss", factor=0.5, patience=2, min_lr=0.03), 9)
-    expected = [0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.03, 0.03]  # 1 best, 3 without a fall, lowered; 3 more; the floor
+    expected = [
+        0.1,
+        0.1,
+        0.1,
+        0.1,
+        0.05,
+        0.05,
+        0.05,
+        0.03,
+        0.03,
+    ]  # the best, 3 without a fall; 3 more; the floor
     np.testing.assert_allclose(rates, expected, rtol=1e-14)
     assert moved == pytest.approx(sum(expected), rel=1e-12)
 
 
-# ---- the order of the rows, and random numbers ------------------------------------------------------------------
+# ---- the order of the rows, and random numbers -------------------------------------------------------------
 
 
 def test_permutations_are_permutations():
@@ -270,15 +295,16 @@ def test_permutations_are_permutations():
 
 
 def test_permutations_are_fair():
-    """A shuffle that favours some orders: 6000 of three rows, each of the six orders within five standard deviations."""
-    orders, counts = np.unique([_core.permutation(3, 2, epoch) for epoch in range(6000)], axis=0, return_counts=True)
+    """A shuffle that favours some orders: 6000 of three rows, each order within five standard deviations."""
+    drawn = [_core.permutation(3, 2, epoch) for epoch in range(6000)]
+    orders, counts = np.unique(drawn, axis=0, return_counts=True)
     assert len(orders) == 6
     assert np.abs(counts - 1000).max() < 5 * math.sqrt(1000 * 5 / 6)
 
 
 @pytest.mark.parametrize("stream", [0, 1, 2**40])
 def test_random_numbers_have_their_distribution(stream):
-    """Moments within five standard deviations of 10⁵ draws, and neighbours that know nothing of each other."""
+    """Moments within five standard deviations of 10⁵ draws, and neighbours that are uncorrelated."""
     n = 100_000
     for numbers, mean, variance, fourth in (
         (_core.random_uniform(n, 3, stream), 1 / 2, 1 / 12, 1 / 80),

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-# What float32 rounding may do to a correct contender over the verified epochs: (losses, weights).
+# What float32 rounding may do to a correct contender over the verified epochs: (losses, weights). Sharp
+# enough to have caught an Adam whose 1 - beta2 was rounded in float32 (1.3e-5 off): 2.4e-3 in the weights of
+# "mnist".
 ROUNDING = (1e-4, 2e-3)
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 

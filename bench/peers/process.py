@@ -32,8 +32,7 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                cwd=BENCH,
-                env=os.environ | _thread_settings(threads),
+                env=os.environ | _settings(threads),
             )
         self.pending = b""
         self.hello = self._reply()
@@ -85,12 +84,13 @@ class Process:
         return lines[-1] if lines else f"exit status {self.child.poll()}"
 
 
-def _thread_settings(threads: int) -> dict[str, str]:
-    """Every library's own way of being told; each reads its variables once, at import."""
+def _settings(threads: int) -> dict[str, str]:
+    """Every library's own way of being told its threads, read once at import; and where `peers` is."""
     settings = {
         name: str(threads)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PJRT_NPROC")
     }
+    settings["PYTHONPATH"] = os.pathsep.join(filter(None, (str(BENCH), os.environ.get("PYTHONPATH"))))
     settings["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of idle compiler processes
     if threads == 1:
         settings["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"

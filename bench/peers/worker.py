@@ -10,14 +10,16 @@ off to denormals or saturated units while another does not.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -143,8 +145,15 @@ class Worker:
         return {}
 
 
+def _die_with_parent() -> None:
+    """A stopped worker cannot notice that its parent was killed; Linux can end it for us."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def main() -> None:
     """Serve commands until the pipe closes."""
+    _die_with_parent()
     # Libraries may print: keep the real stdout for answers and send everything else to stderr.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -162,11 +171,6 @@ def main() -> None:
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
-
-
-def problem_path(folder: Path, workload: str) -> Path:
-    """Where parent and workers meet."""
-    return folder / f"{workload}.npz"
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ from typing import Any
 
 from . import _core, cli
 from .tables import listed
-
-_WIDTH_OF_OPTIONS = 28
+from .terminal import Screen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,114 +54,101 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int = 1) -> int:
-    line = " ".join(f"chainrule: error: {message}".split())
-    sys.stderr.write(
-        line.encode(sys.stderr.encoding or "utf-8", "replace").decode(sys.stderr.encoding or "utf-8") + "\n"
-    )
+    Screen(sys.stderr).line(" ".join(f"chainrule: error: {message}".split()))
     return code
 
 
 # ------------------------------------------------------------ options
 
 
-def _parser() -> argparse.ArgumentParser:
-    def layout(prog: str) -> argparse.HelpFormatter:
-        return argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=_WIDTH_OF_OPTIONS)
+class _Layout(argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults that say something."""
 
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, **{"max_help_position": 28, **options})
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_something = type(action.default) in (str, int, float) and action.default != argparse.SUPPRESS
+        return f"{action.help} (%(default)s)" if says_something else action.help
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="chainrule",
         description="Fast small neural networks, for tables and from Python.",
+        epilog="Begin with `chainrule demo`; `chainrule train --help` shows the options of a command.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"chainrule {_core.__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
-
-    def command(run: Callable[[argparse.Namespace], None], line: str) -> argparse.ArgumentParser:
-        found = commands.add_parser(
-            run.__name__, help=line, description=f"{line[0].upper()}{line[1:]}.", formatter_class=layout,
-            allow_abbrev=False,
-        )  # fmt: skip
-        found.set_defaults(command=run)
-        return found
-
-    _train_options(command(cli.train, "train a network on a CSV or Parquet file"))
-    predict = command(cli.predict, "answer for the rows of a file with a trained network")
-    predict.add_argument("model", help="a file of `chainrule train`")
+    _train_options(_command(commands, cli.train, "data.csv --target COLUMN", "train a network on a table"))
+    predict = _command(commands, cli.predict, "model.safetensors data.csv", "answer for the rows of a table")
+    predict.add_argument("model", help="a file that `chainrule train` wrote")
     predict.add_argument("data", help="a CSV or Parquet file with the same columns")
-    predict.add_argument("--output", metavar="FILE", help="write CSV there", default=argparse.SUPPRESS)
-    predict.set_defaults(output=None)
-    demo = command(cli.demo, "train on handwritten digits and show what happened")
-    demo.add_argument("--epochs", type=_whole(1), default=40, help="passes over the training images")
+    predict.add_argument("--output", metavar="FILE", help="write the answers there as CSV, not to the screen")
+    demo = _command(commands, cli.demo, "", "read handwritten digits: a first look, no file needed")
+    demo.add_argument("--epochs", type=_whole(1), default=60, metavar="N", help="passes over the images")
     _common_options(demo)
-    command(cli.info, "show version, instruction set, threads and GPU state")
+    _command(commands, cli.info, "", "show version, instruction set, threads and GPU state")
     return parser
 
 
+def _command(commands: Any, run: Callable[..., None], usage: str, line: str) -> argparse.ArgumentParser:
+    found: argparse.ArgumentParser = commands.add_parser(
+        run.__name__,
+        usage=" ".join(f"chainrule {run.__name__} {usage} [options]".split()),
+        help=line,
+        description=f"{line[0].upper()}{line[1:]}.",
+        formatter_class=_Layout,
+        allow_abbrev=False,
+    )
+    found.set_defaults(command=run)
+    return found
+
+
 def _train_options(train: argparse.ArgumentParser) -> None:
-    train.add_argument("data", help="a CSV file with a header line, or a Parquet file")
+    train.epilog = (
+        "Example: chainrule train homes.csv --target price --ignore id,street --hidden 128,64\n"
+        'The same in a TOML file: target = "price", ignore = ["id", "street"], hidden = [128, 64]'
+    )
     add = train.add_argument
-    add("--target", metavar="COLUMN", help="the column to predict (required)", default=argparse.SUPPRESS)
-    add(
-        "--ignore",
-        metavar="COLUMNS",
-        action="append",
-        default=[],
-        help="columns to leave out, separated by commas",
-    )
-    add("--task", choices=("classification", "regression"), help="instead of inferring it from the target",
-        default=argparse.SUPPRESS)  # fmt: skip
+    add("data", help="a CSV file with a header line, or a Parquet file")
+    add("--target", metavar="COLUMN", help="the column to predict")
+    add("--ignore", metavar="COLUMNS", action="append", default=[], help="columns to leave out, like id,name")
+    add("--task", choices=("classification", "regression"), help="instead of inferring it from the target")
     add("--output", metavar="FILE", default="model.safetensors", help="the model file to write")
-    add("--config", metavar="FILE", help="a TOML file with any of these options", default=argparse.SUPPRESS)
-    add("--quiet", action="store_true", help="print the scores only", default=argparse.SUPPRESS)
-    train.set_defaults(target=None, task=None, config=None, quiet=False, loss=None)
-    net = train.add_argument_group("the network")
-    net.add_argument(
-        "--hidden", type=_widths, default="64,64", metavar="WIDTHS", help="hidden layers; none for none"
-    )
-    net.add_argument("--activation", choices=cli.ACTIVATIONS, default="relu", metavar="NAME",
-                     help=f"one of {', '.join(cli.ACTIVATIONS)}")  # fmt: skip
-    net.add_argument(
-        "--dropout", type=_real(0, 1), default=0.0, metavar="P", help="share of activations dropped"
-    )
-    net.add_argument(
-        "--dtype", choices=("float32", "float64"), default="float32", help="of weights and arithmetic"
-    )
-    fit = train.add_argument_group("training")
-    fit.add_argument("--loss", metavar="NAME", default=argparse.SUPPRESS,
-                     help=f"cross_entropy for classes; mse (the default for numbers), or one of "
-                          f"{', '.join(n for n in cli.REGRESSION_LOSSES if n != 'mse')}")  # fmt: skip
-    fit.add_argument("--optimizer", choices=cli.OPTIMIZER_NAMES, default="adam", help="the update rule")
-    fit.add_argument("--lr", type=_real(0, math.inf, open_low=True), default=1e-3, help="learning rate")
-    fit.add_argument("--batch-size", type=_whole(1), default=32, metavar="N", help="rows in one step")
-    fit.add_argument(
-        "--epochs", type=_whole(1), default=500, metavar="N", help="most passes over the training rows"
-    )
-    fit.add_argument("--patience", type=_whole(0), default=20, metavar="N",
-                     help="epochs without a better validation loss, then stop; 0: never stop")  # fmt: skip
-    fit.add_argument(
-        "--l2", type=_real(0, math.inf), default=0.0, metavar="X", help="penalty ½·X·Σw² on weights"
-    )
-    fit.add_argument(
-        "--test-size", type=_real(0, 1), default=0.2, metavar="SHARE", help="rows held out for the scores"
-    )
-    fit.add_argument("--validation-size", type=_real(0, 1), default=0.15, metavar="SHARE",
-                     help="of the other rows, for early stopping")  # fmt: skip
+    add("--config", metavar="FILE", help="a TOML file with any of these options")
+    add("--quiet", action="store_true", help="print the scores only")
+    add = train.add_argument_group("network").add_argument
+    names = ", ".join(cli.ACTIVATIONS)
+    add("--hidden", type=_widths, default="64,64", metavar="WIDTHS", help='hidden layers, or "none"')
+    add("--activation", choices=cli.ACTIVATIONS, default="relu", metavar="NAME", help=f"one of {names}")
+    add("--dropout", type=_real(0, 1), default=0.0, metavar="P", help="share of activations dropped")
+    add("--dtype", choices=("float32", "float64"), default="float32", help="of weights and arithmetic")
+    add = train.add_argument_group("training").add_argument
+    names = ", ".join(cli.REGRESSION_LOSSES)
+    add("--loss", metavar="NAME", help=f"cross_entropy for classes; mse for numbers, or one of {names}")
+    add("--optimizer", choices=cli.OPTIMIZER_NAMES, default="adam", metavar="NAME",
+        help=f"one of {', '.join(cli.OPTIMIZER_NAMES)}")  # fmt: skip
+    add("--lr", type=_real(0, math.inf, open_low=True), default=1e-3, metavar="X", help="learning rate")
+    add("--batch-size", type=_whole(1), default=32, metavar="N", help="rows in one step")
+    add("--epochs", type=_whole(1), default=500, metavar="N", help="most passes over the training rows")
+    add("--patience", type=_whole(0), default=20, metavar="N",
+        help="stop after so many epochs without a better validation loss; 0 for never")  # fmt: skip
+    add("--l2", type=_real(0, math.inf), default=0.0, metavar="X", help="strength of the penalty on weights")
+    add("--test-size", type=_real(0, 1), default=0.2, metavar="SHARE", help="rows held out for the scores")
+    add("--validation-size", type=_real(0, 1), default=0.15, metavar="SHARE",
+        help="of the other rows, those that early stopping watches")  # fmt: skip
     _common_options(train)
-    train.set_defaults(
-        known=sorted(
-            action.dest for action in train._actions if action.dest not in {"help", "config", "data"}
-        )
-    )
+    known = [action.dest for action in train._actions if action.option_strings]
+    train.set_defaults(known=[name for name in known if name not in {"help", "config"}])
 
 
 def _common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=_whole(0), default=0, metavar="N", help="of split, weights and batches"
     )
-    parser.add_argument(
-        "--threads", type=_whole(1), metavar="N", help="instead of one per core", default=argparse.SUPPRESS
-    )
-    parser.set_defaults(threads=None)
+    parser.add_argument("--threads", type=_whole(1), metavar="N", help="instead of one for each core")
 
 
 def _whole(least: int) -> Callable[[str], int]:

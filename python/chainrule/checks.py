@@ -60,7 +60,10 @@ def real(
         raise TypeError(
             f"[{op}] {name} must be a number: expected a float, got {short(value)} ({type(value).__name__})"
         )
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction beyond all floats
+        number = math.inf
     if not (math.isfinite(number) and least <= number <= most and above < number < below):
         limits = (("≥", least), (">", above), ("≤", most), ("<", below))
         expected = " and ".join(f"{sign} {limit:g}" for sign, limit in limits if math.isfinite(limit))
@@ -103,7 +106,7 @@ class Description:
     def __setattr__(self, name: str, value: object) -> None:
         kind = type(self).__name__
         raise AttributeError(
-            f"[{kind}] {name} is fixed at construction: expected no change; make a new {kind}"
+            f"[{kind}] {name} is read-only: expected no assignment, got one; make a new {kind}"
         )
 
     def config(self) -> dict[str, Any]:
@@ -162,11 +165,7 @@ def _plain(op: str, name: str, value: Any) -> Array:
         array = np.asarray(value)
         if array.dtype.kind == "O" and hasattr(value, "to_numpy") and _numeric_columns(value):
             array = np.asarray(value.to_numpy(dtype=np.float64, na_value=np.nan))
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # ragged lists, tensors that cannot leave their device
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, tensors elsewhere
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(
             f"[{op}] {name} must be an array: expected rows of equal length, "

@@ -60,28 +60,23 @@ def split_rows(
         (2, 8, True)
     """
     if not all(0 <= share < 1 for share in shares) or sum(shares) >= 1:
-        raise ValueError(
-            f"[split] shares: expected each at least 0 and their sum below 1, got {list(shares)}"
-        )
+        raise ValueError(f"[split] shares: expected each at least 0, their sum below 1, got {list(shares)}")
     shuffled = np.argsort(random_uniform(rows, seed, _SPLIT_STREAM), kind="stable")
-    groups = (
-        [shuffled] if labels is None else [shuffled[labels[shuffled] == label] for label in np.unique(labels)]
-    )
-    parts: list[list[NDArray[Any]]] = [[] for _ in range(len(shares) + 1)]
-    for group in groups:
+    of_row = np.zeros(rows, np.int64) if labels is None else np.unique(labels, return_inverse=True)[1]
+    parts: list[list[NDArray[Any]]] = [[shuffled[:0]] for _ in range(len(shares) + 1)]
+    for label in np.unique(of_row):
+        group = shuffled[of_row[shuffled] == label]
         begin = 0
         for part, share in zip(parts, shares, strict=False):
             end = min(begin + math.floor(share * len(group) + 0.5), len(group) - 1)
             part.append(group[begin:end])
             begin = end
         parts[-1].append(group[begin:])
-    found = [
-        np.sort(np.concatenate(part)).astype(np.int64) if part else np.zeros(0, np.int64) for part in parts
-    ]
-    for part, share in zip(found, [*shares, 1.0], strict=True):
-        if share > 0 and not len(part):
+    found = [np.sort(np.concatenate(part)) for part in parts]
+    for chosen, share in zip(found, [*shares, 1.0], strict=True):
+        if share > 0 and not len(chosen):
             raise ValueError(
-                f"[split] rows: expected enough for parts of {list(shares)} and a rest, got {rows}"
+                f"[split] rows: expected enough for shares {list(shares)} and a rest, got {rows}"
             )
     return found
 
@@ -200,7 +195,7 @@ class Preprocessor:
             raise ValueError(f"[table] task: expected 'classification' or 'regression', got {task!r}")
         features, notes = _fit_features(table, {target, *ignore})
         if task == "classification":
-            return Preprocessor(task, target, features, _classes(target, column), notes=notes)
+            return Preprocessor(task, target, features, class_labels(target, column), notes=notes)
         _require_numbers(target, column)
         mean, std = _moments(target, column) if standardise_target else (0.0, 1.0)
         return Preprocessor(task, target, features, mean=mean, std=std, notes=notes)
@@ -318,7 +313,12 @@ def _fit_features(table: Table, leave_out: Collection[str]) -> tuple[tuple[Featu
     return tuple(features), tuple(notes)
 
 
-def _classes(name: str, column: Column) -> tuple[str, ...]:
+def class_labels(name: str, column: Column) -> tuple[str, ...]:
+    """The classes of a target in order, as text; ValueError for missing cells, one class only, or an id.
+
+    >>> class_labels("kind", np.array([10.0, 9.0, 10.0, 9.0]))
+    ('9', '10')
+    """
     values = set(column.tolist())
     if values & {None} or any(value != value for value in values):
         raise ValueError(
@@ -329,7 +329,7 @@ def _classes(name: str, column: Column) -> tuple[str, ...]:
     if len(values) > max(2, len(column) // 2):
         got = f"{len(values)} different ones in {len(column)} rows; is it an id, or a quantity?"
         raise ValueError(f"[table] target {name!r}: expected labels that repeat, got {got}")
-    return tuple(label_of(value) for value in sorted(values))
+    return tuple(str(label_of(value)) for value in sorted(values))
 
 
 # ------------------------------------------------------------ a trained table model

@@ -23,7 +23,8 @@ import os
 import secrets
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, BinaryIO
+from io import BufferedReader
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -204,7 +205,7 @@ def _little_endian(name: str, array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _bytes(array: NDArray[Any]) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _header(data: Arrays, order: list[str], metadata: dict[str, str]) -> bytes:
@@ -312,7 +313,7 @@ def _read(path: Path) -> tuple[Arrays, dict[str, str], bool]:
     return arrays, metadata, stated is not None
 
 
-def _read_header(path: Path, file: BinaryIO, size: int) -> bytes:
+def _read_header(path: Path, file: BufferedReader, size: int) -> bytes:
     if size < 8:
         raise _bad(path, "file", "at least 8 bytes", str(size), "it is truncated or no model file")
     length = int.from_bytes(file.read(8), "little")
@@ -388,16 +389,16 @@ def _entry(path: Path, name: str, fields: Any) -> Entry:
 
 
 def _read_arrays(
-    path: Path, file: BinaryIO, entries: list[Entry], digest: Any
+    path: Path, file: BufferedReader, entries: list[Entry], digest: Any
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     for _, _, name, dtype, shape in entries:
         array = np.empty(shape, dtype)
         raw = array.reshape(-1).view(np.uint8)
-        if file.readinto(memoryview(raw)) != raw.size:  # type: ignore[attr-defined]
+        if file.readinto(raw.data) != raw.size:
             raise _bad(
                 path, f"tensor {_short(name)}", f"{raw.size} bytes", "fewer", "the file was changed meanwhile"
             )
-        digest.update(memoryview(raw))
+        digest.update(raw.data)
         if dtype == "|b1" and raw.size and raw.max() > 1:  # NumPy's behaviour on other bytes is undefined
             raise _bad(path, f"tensor {_short(name)}", "BOOL bytes 0 or 1", str(raw.max()))
         yield name, array.astype(array.dtype.newbyteorder("="), copy=False)

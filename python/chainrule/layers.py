@@ -55,16 +55,24 @@ class Layer:
     """
 
     def forward(self, x: Array) -> Array:
-        raise NotImplementedError(f"[{type(self).__name__}] forward: expected a definition, got none")
+        raise NotImplementedError(
+            f"[{type(self).__name__}] forward must be defined: expected a method, got none"
+        )
 
     def vjp(self, x: Array, y: Array, dy: Array) -> Array | tuple[Array, dict[str, Array]]:
-        raise NotImplementedError(f"[{type(self).__name__}] vjp: expected a definition, got none")
+        raise NotImplementedError(f"[{type(self).__name__}] vjp must be defined: expected a method, got none")
 
     def jvp(self, x: Array, y: Array, dx: Array) -> Array:
-        raise NotImplementedError(f"[{type(self).__name__}] jvp: expected a definition, got none")
+        raise NotImplementedError(f"[{type(self).__name__}] jvp must be defined: expected a method, got none")
 
     def out_features(self, in_features: int) -> int:
         return in_features
+
+    def __repr__(self) -> str:
+        name, config = type(self).__name__, getattr(self, "config", None)
+        if config is None:
+            return f"<{name}>"
+        return f"{name}({', '.join(f'{key}={value!r}' for key, value in config().items())})"
 
 
 class _BuiltIn(Description, Layer):
@@ -465,17 +473,17 @@ class Guard:
     def __init__(self, layer: Layer, in_features: int, out_features: int, dtype: str) -> None:
         self.layer, self.inputs, self.outputs, self.dtype = layer, in_features, out_features, np.dtype(dtype)
         self.name = type(layer).__name__
+        if id(layer) in _OWNERS:
+            raise ValueError(
+                "[Sequential] a layer with parameters belongs to one network: "
+                f"expected a new {self.name}, got one in use; copy.deepcopy makes another"
+            )
         self.params = self._parameters()
         if self.params:
-            if id(layer) in _OWNERS:
-                raise ValueError(
-                    f"[Sequential] a layer with parameters belongs to one network: "
-                    f"expected a new {self.name}, got one in use; copy.deepcopy makes another"
-                )
             _OWNERS[id(layer)] = self
 
     def _parameters(self) -> dict[str, Array]:
-        """The user's own dict, with copies of its values in the network's dtype: these will be learnt."""
+        """The user's own dict, values in the network's dtype; the engine puts the copies it trains there."""
         params = getattr(self.layer, "params", None)
         if params is None:
             return {}
@@ -487,8 +495,8 @@ class Guard:
         for name, value in params.items():
             if not isinstance(name, str) or not name or "." in name:
                 raise ValueError(
-                    f"[{self.name}] params: expected names that are non-empty strings without a dot, "
-                    f"got {short(name)}"
+                    f"[{self.name}] params must have plain names: "
+                    f"expected text without a dot, got {short(name)}"
                 )
             array = np.asarray(value)
             if array.dtype.kind not in "biuf":
@@ -501,7 +509,7 @@ class Guard:
                     f"[{self.name}] params[{name!r}] must hold finite numbers: expected at least one, "
                     f"got {short(array)}"
                 )
-            arrays[name] = np.array(array, dtype=self.dtype, order="C")
+            arrays[name] = np.asarray(array, dtype=self.dtype, order="C")
         params.update(arrays)
         return params
 

@@ -69,11 +69,8 @@ class Loss(Description):
         width = self._width(op, outputs)
         if array.ndim > 2 or (array.shape[1] if array.ndim == 2 else 1) != width:
             expected = f"({rows}, {width})" + (f" or ({rows},)" if width == 1 else "")
-            hint = (
-                "; class labels need loss='cross_entropy'"
-                if array.ndim == 1 and array.dtype.kind in "iub"
-                else ""
-            )
+            labels = array.ndim == 1 and array.dtype.kind in "iub"
+            hint = "; class labels need loss='cross_entropy'" if labels else ""
             raise ValueError(
                 f"[{op}] {name} must have one column per output of the network: "
                 f"expected shape {expected}, got {array.shape}{hint}"
@@ -114,7 +111,7 @@ def weights(op: str, value: object, rows: int, dtype: str, name: str = "sample_w
     bad = ~(weight >= 0) | ~np.isfinite(weight)
     refuse_rows(op, name, "finite numbers ≥ 0", weight, bad)
     total = float(weight.sum(dtype=np.float64))
-    if rows and not 0 < total <= np.finfo(dtype).max:
+    if rows and not 0 < total <= float(np.finfo(dtype).max):
         raise ValueError(f"[{op}] {name} must have a positive finite sum: expected > 0, got {total:g}")
     return weight
 
@@ -329,7 +326,7 @@ class CrossEntropy(Loss):
             hint = "; two classes with one output need loss='logistic'" if outputs == 1 else ""
             bad = array >= outputs if array.dtype.kind in "ub" else (array < 0) | (array >= outputs)
             refuse_rows(op, name, f"labels 0 to {outputs - 1}", array, bad, hint)
-        return Targets(np.require(array, np.int64, ["C", "A"]), True)
+        return Targets(_labels(array), True)
 
     def _check_domain(self, op: str, name: str, values: Array) -> None:
         if values.size and values.min() < 0:
@@ -339,6 +336,11 @@ class CrossEntropy(Loss):
 def _are_labels(array: Array, outputs: int) -> bool:
     """Whether all integers are in 0 … outputs − 1; compared as Python's, which no width overflows."""
     return not array.size or (int(array.min()) >= 0 and int(array.max()) < outputs)
+
+
+def _labels(array: Array) -> Array:
+    """Always a copy: labels index memory, and nobody may change them after they were checked."""
+    return array.astype(np.int64, order="C")
 
 
 # ------------------------------------------------------------ losses of the user's own
@@ -390,7 +392,7 @@ class CustomLoss(Loss):
                 f"[{op}] {name} must be 1-D or 2-D: expected ({rows},) or ({rows}, k), got {array.shape}"
             )
         if array.ndim == 1 and array.dtype.kind in "iub" and _are_labels(array, outputs):
-            return Targets(np.require(array, np.int64, ["C", "A"]), True)
+            return Targets(_labels(array), True)
         values = converted(op, name, array, dtype).reshape(rows, -1 if rows else 1)
         if not all_finite(values):
             refuse_rows(op, name, "finite numbers", values, ~np.isfinite(values))
@@ -409,7 +411,8 @@ class CustomLoss(Loss):
 def _checked(answer: object, f: Array, weighted: bool) -> tuple[Any, Array]:
     """What a loss of the user's own gave back: a float or values (B,), and a gradient shaped like f."""
     if not (isinstance(answer, tuple) and len(answer) == 2):
-        raise ValueError(f"[loss] your loss: expected a tuple (value, dL/df), got {type(answer).__name__}")
+        got = f"tuple of {len(answer)}" if isinstance(answer, tuple) else type(answer).__name__
+        raise ValueError(f"[loss] your loss: expected a tuple (value, dL/df), got {got}")
     try:
         value, grad = np.asarray(answer[0]), np.asarray(answer[1])
     except ValueError as error:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -253,7 +254,7 @@ class Sequential:
     @property
     def num_parameters(self) -> int:
         """How many numbers the network learns."""
-        return sum(int(np.prod(shape)) for _, _, shape in self._core.parameters)
+        return sum(math.prod(shape) for _, _, shape in self._core.parameters)
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of all parameters by name; a Linear layer's weight is (O, I), as in PyTorch.
@@ -291,16 +292,17 @@ class Sequential:
             name: real_array("load_state_dict", name, state[name]) for name in self._places if name in state
         }
         wrong = [
-            f"{name}: expected shape {shape}, got {arrays[name].shape}"
+            f"{name} of shape {arrays[name].shape} instead of {shape}"
             for name, shape in self._shapes().items()
             if name in arrays and arrays[name].shape != shape
         ]
         if flag("load_state_dict", "strict", strict):
-            wrong += [f"missing: {listed(missing)}"] if missing else []
-            wrong += [f"unexpected: {listed(unexpected)}"] if unexpected else []
+            wrong += [f"missing {listed(missing)}"] if missing else []
+            wrong += [f"unexpected {listed(unexpected)}"] if unexpected else []
         if wrong:
             raise ValueError(
-                f"[load_state_dict] parameters must be those of {type(self).__name__}: {'; '.join(wrong)}"
+                "[load_state_dict] state must fit the network: "
+                f"expected its names and shapes, got {'; '.join(wrong)}"
             )
         self._put(arrays)
         return missing, unexpected
@@ -384,37 +386,34 @@ class Sequential:
         return deepcopy(self)  # a network that shared its weights with another would be a trap
 
     def summary(self) -> str:
-        """A table of the layers: outputs, parameters, and multiplications per row in the forward pass.
+        """A table of the layers: output shape, parameters, and multiplications per row in the forward pass.
 
         Example:
             >>> import chainrule as cr
             >>> print(cr.mlp([64, 100, 10]).summary())
-               layer            output     parameters     multiplies
-            0  Linear(64, 100)     100          6,500          6,400
-            1  ReLU()              100              0              0
-            2  Linear(100, 10)      10          1,010          1,000
-               total                            7,510          7,400
+               layer              output   parameters   multiplies
+            0  Linear(64, 100)  (B, 100)        6,500        6,400
+            1  ReLU()           (B, 100)            0            0
+            2  Linear(100, 10)   (B, 10)        1,010        1,000
+               total                            7,510        7,400
         """
         counts = [0] * len(self.layers)
         for index, _, shape in self._core.parameters:
-            counts[index] += int(np.prod(shape))
-        products = [
-            layer.in_features * layer.out_features if isinstance(layer, Linear) else 0
-            for layer in self.layers
-        ]
-        names = [
-            repr(layer) if isinstance(layer, _BuiltIn) else f"{type(layer).__name__}()"
-            for layer in self.layers
-        ]
-        wide, digits = max(14, *map(len, names)), len(str(len(names) - 1))
-
-        def line(number: object, name: str, out: object, *numbers: object) -> str:
-            return f"{number:>{digits}}  {name:<{wide}} {out:>7}" + "".join(f"{n:>15}" for n in numbers)
-
-        rows = [line("", "layer", "output", "parameters", "multiplies")]
-        for i, name in enumerate(names):
-            rows.append(line(i, name, self._widths[i + 1], f"{counts[i]:,}", f"{products[i]:,}"))
-        return "\n".join([*rows, line("", "total", "", f"{sum(counts):,}", f"{sum(products):,}")])
+            counts[index] += math.prod(shape)
+        rows = [("", "layer", "output", "parameters", "multiplies")]
+        products = 0
+        for index, layer in enumerate(self.layers):
+            own = not isinstance(layer, _BuiltIn)  # the engine cannot count what happens in there
+            product = layer.in_features * layer.out_features if isinstance(layer, Linear) else 0
+            products += product
+            output = f"(B, {self._widths[index + 1]})"
+            rows.append(
+                (str(index), repr(layer), output, f"{counts[index]:,}", "?" if own else f"{product:,}")
+            )
+        rows.append(("", "total", "", f"{sum(counts):,}", f"{products:,}"))
+        wide, out = (max(len(row[column]) for row in rows) for column in (1, 2))
+        digits = len(str(len(self.layers) - 1))
+        return "\n".join(f"{n:>{digits}}  {a:<{wide}}  {o:>{out}} {c:>12} {m:>12}" for n, a, o, c, m in rows)
 
 
 # ------------------------------------------------------------ construction
@@ -559,6 +558,8 @@ def _layer_from_config(config: Any) -> Layer:
         raise ValueError(
             f"[from_config] a layer must name its class: expected {{'class': ...}}, got {short(config)}"
         )
+    from inspect import signature
+
     arguments = {name: value for name, value in config.items() if name != "class"}
     name = config["class"]
     known: dict[str, Any] = {**_own_layers(Layer), **BUILT_IN}
@@ -567,7 +568,16 @@ def _layer_from_config(config: Any) -> Layer:
             f"[from_config] class must be a known layer: expected one of {listed(known)}, got {name!r}; "
             "import the module that defines it first"
         )
-    layer: Layer = known[name](**arguments)
+    try:
+        layer: Layer = known[name](**arguments)
+    except TypeError as error:
+        if name not in BUILT_IN:
+            raise
+        takes = listed(signature(known[name]).parameters) or "none"
+        raise ValueError(
+            f"[from_config] arguments of {name} must be its constructor's: "
+            f"expected {takes}, got {listed(arguments)} ({error})"
+        ) from None
     return layer
 
 

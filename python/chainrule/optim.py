@@ -51,9 +51,8 @@ class Optimizer(Description):
             super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return (
-            self.config()
-        )  # a copy starts afresh: state belongs to networks, and those are not copied along
+        # A copy starts afresh: state belongs to networks, and those are not copied along.
+        return self.config()
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         self._set(**fields)
@@ -325,7 +324,9 @@ class Schedule:
         float64, one per epoch, or one per step as (epochs, steps). It may answer for fewer epochs, and is
         asked again.
         """
-        raise NotImplementedError(f"[{type(self).__name__}] rates: expected a definition, got none")
+        raise NotImplementedError(
+            f"[{type(self).__name__}] rates must be defined: expected a method, got none"
+        )
 
 
 @final

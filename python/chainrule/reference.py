@@ -339,7 +339,7 @@ class Trainer:
     def fit(
         self, X: Array, y: Array, lr: float, batch_size: int, orders: Iterable[Array], weight: Array = None
     ) -> Iterator[float]:
-        """One epoch for each order, a permutation of the rows; yields the mean of its batches' losses, by rows."""
+        """One epoch for each order, a permutation of the rows; yields its mean loss over the rows."""
         for order in orders:
             batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
             losses = [self.step(X[b], y[b], lr, None if weight is None else weight[b]) for b in batches]

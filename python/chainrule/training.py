@@ -287,9 +287,8 @@ class _Callbacks:
             return False
         else:
             answer = callback(epoch, dict(logs))
-        return isinstance(answer, (bool, np.bool_)) and bool(
-            answer
-        )  # a number, as file.write gives, is no wish
+        # A number, as file.write gives one, is no wish to stop.
+        return isinstance(answer, (bool, np.bool_)) and bool(answer)
 
     def end(self, net: Network) -> None:
         for callback in self.all:
@@ -433,7 +432,7 @@ def _with_validation(
         )
     if not isinstance(validation_data, (tuple, list)) or len(validation_data) not in (2, 3):
         raise TypeError(
-            f"[fit] validation_data must be a tuple: expected (X, y) or (X, y, sample_weight), "
+            "[fit] validation_data must be a tuple: expected (X, y) or (X, y, sample_weight), "
             f"got {type(validation_data).__name__}"
         )
     return data, take("fit", net, loss, *validation_data, where="validation ")
@@ -486,13 +485,13 @@ class _Run:
         return history
 
     def _chunks(self) -> Iterator[Array]:
-        """Rates for the epochs of the next engine call: all, 0.1 s of them, or one, if somebody looks."""
+        """Rates for the epochs of the next engine call: many, 0.1 s of them, or one, as they are watched."""
         plan, history = self.plan, self.history
         watched = plan.callbacks.all or plan.validation is not None or plan.verbose == 2
         plateau = None
         if isinstance(plan.schedule, optim.ReduceLROnPlateau):
             plateau = plan.schedule.start(plan.optimizer.lr)
-        count = 1 if watched or plateau or plan.verbose else plan.epochs
+        count = 1 if watched or plateau or plan.verbose else 1 << 16  # there is an array of that many rates
         while history.epochs < plan.epochs:
             start, done = time.perf_counter(), history.epochs
             yield self._rates(plateau, min(count, plan.epochs - done))
@@ -508,11 +507,12 @@ class _Run:
             return np.full(epochs, plateau.lr if plateau else plan.optimizer.lr)
         steps = -(-len(plan.data.X) // plan.batch_size)
         answer = plan.schedule.rates(plan.optimizer.lr, self.history.epochs, epochs, steps)
-        rates = np.ascontiguousarray(answer, dtype=np.float64)
+        op = f"rates of {type(plan.schedule).__name__}"
+        rates = converted("fit", op, real_array("fit", op, answer), "float64")
         shaped = rates.ndim in (1, 2) and 0 < len(rates) <= epochs and rates.shape[1:] in ((), (steps,))
         if not (shaped and (rates >= 0).all() and np.isfinite(rates).all()):
             raise ValueError(
-                f"[fit] rates of {type(plan.schedule).__name__}: expected finite numbers ≥ 0 of shape "
+                f"[fit] {op} must be one per epoch or step: expected finite numbers ≥ 0 of shape "
                 f"({epochs},) or ({epochs}, {steps}), got {short(answer)} of shape {rates.shape}"
             )
         return rates
@@ -530,8 +530,7 @@ class _Run:
 
     def _check_parameters(self) -> None:
         """The last update of all may overflow after the last loss was finite."""
-        core = self.net._core
-        if not all(all_finite(core.get_parameter(k)) for k in range(len(core.parameters))):
+        if not all_finite(self.net._core.snapshot()):
             raise self._diverged("parameters", "NaN or infinity")
 
     def _diverged(self, what: str, got: str) -> FloatingPointError:
@@ -570,8 +569,8 @@ class Stepper:
     def __init__(self, net: Network, loss: Any, optimizer: Any) -> None:
         if isinstance(optimizer, str):
             raise TypeError(
-                f"[train_step] optimizer must be an object, whose state lasts from step to step: "
-                f"expected optim = cr.Adam() made before the loop, got {optimizer!r}"
+                "[train_step] optimizer must be an object, whose state lasts from step to step: "
+                f"expected one made before the loop, such as cr.Adam(), got {optimizer!r}"
             )
         self.given = loss, optimizer  # kept alive, because the network finds this object by their ids
         self.loss, self.optimizer = losses.resolve("train_step", loss), optim.resolve("train_step", optimizer)

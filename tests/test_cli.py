@@ -1,0 +1,552 @@
+# SPDX-License-Identifier: MIT
+"""The command line: what it prints, what it writes, and one clear line for each mistake a user may make."""
+
+import csv
+import fcntl
+import io as streams
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import chainrule as cr
+from chainrule.__main__ import main
+from chainrule.data import TableModel
+from chainrule.io import save
+from chainrule.terminal import Screen, confusion_lines, curve, picture
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = cr.get_num_threads()
+    yield
+    cr.set_num_threads(threads)
+
+
+def write_csv(path, rows=150, seed=0):
+    """Flowers with a size, a colour (some missing), an id, a kind to classify and a price to predict."""
+    draw = np.random.default_rng(seed)
+    size = draw.normal(5, 2, rows)
+    colour = draw.choice(["red", "blue"], rows)
+    kind = np.where(size > 5, "big", "small")
+    price = 3 * size + 10 * (colour == "red") + 100
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "size", "colour", "kind", "price"])
+        for k in range(rows):
+            shown = "" if k % 10 == 3 else f"{size[k]:.4f}"
+            writer.writerow([f"n{k}", shown, colour[k], kind[k], f"{price[k]:.3f}"])
+    return path
+
+
+@pytest.fixture
+def flowers():
+    write_csv("flowers.csv")
+    write_csv("new.csv", rows=7, seed=1)
+
+
+def run(capsys, *arguments):
+    """(exit code, standard output, standard error) of one command."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse's way to end
+        code = stop.code
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def read_csv(text):
+    return list(csv.DictReader(streams.StringIO(text)))
+
+
+# ------------------------------------------------------------ train and predict
+
+
+def test_classification_from_table_to_answers(flowers, capsys):
+    code, out, err = run(capsys, "train", "flowers.csv", "--target", "kind", "--ignore", "price")
+    assert (code, err) == (0, "")
+    for expected in [
+        "102 to train, 18 to validate, 30 held out",
+        "1 numeric, 1 text → 4 inputs",
+        "classification of 2 classes (inferred; --task regression overrides)",
+        "4 → 64 → 64 → 2, relu",
+        "column 'id' left out: its text never repeats",
+        "On the 30 rows held out",
+        "accuracy",
+        "log-loss",
+        "true ↓  predicted →",
+        "chainrule predict model.safetensors new.csv",
+        "from chainrule.data import TableModel",
+    ]:
+        assert expected in out, expected
+    assert float(re.search(r"accuracy +([\d.]+) %", out).group(1)) > 85
+
+    code, out, err = run(capsys, "predict", "model.safetensors", "new.csv")
+    assert (code, err) == (0, "")
+    rows = read_csv(out)
+    assert list(rows[0]) == ["kind", "p_big", "p_small"] and len(rows) == 7
+    for row in rows:
+        p = {label: float(row[f"p_{label}"]) for label in ("big", "small")}
+        assert row["kind"] == max(p, key=p.get) and sum(p.values()) == pytest.approx(1, abs=1e-6)
+
+
+def test_regression_from_table_to_answers(flowers, capsys):
+    code, out, _ = run(capsys, "train", "flowers.csv", "--target", "price", "--output", "p.safetensors")
+    assert code == 0
+    assert "regression (inferred; --task classification overrides)" in out
+    assert float(re.search(r"R² +([\d.]+)", out).group(1)) > 0.7
+    assert "RMSE" in out and "MAE" in out
+    code, out, _ = run(capsys, "predict", "p.safetensors", "new.csv", "--output", "answers.csv")
+    assert (code, out) == (0, "")
+    answers = [float(row["price"]) for row in read_csv(Path("answers.csv").read_text())]
+    truth = [float(row["price"]) for row in read_csv(Path("new.csv").read_text())]
+    assert np.corrcoef(answers, truth)[0, 1] > 0.8
+
+
+def test_the_lines_of_python_it_prints_run(flowers, capsys):
+    _, out, _ = run(capsys, "train", "flowers.csv", "--target", "price", "--epochs", 5)
+    code = "\n".join(line.strip() for line in out.split("To use it:")[1].splitlines()[3:])
+    assert code.count("\n") == 3
+    exec(code, {})
+    assert len(capsys.readouterr().out.split()) >= 7
+
+
+def test_the_same_command_writes_the_same_file(flowers, capsys):
+    for name in ("a.safetensors", "b.safetensors"):
+        run(capsys, "train", "flowers.csv", "--target", "kind", "--epochs", 5, "--output", name)
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+    run(
+        capsys,
+        "train",
+        "flowers.csv",
+        "--target",
+        "kind",
+        "--epochs",
+        5,
+        "--seed",
+        1,
+        "--output",
+        "c.safetensors",
+    )
+    assert Path("a.safetensors").read_bytes() != Path("c.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "loss", ["least_squares", "mse", "mae", "huber", "pinball", "poisson", "gaussian_nll"]
+)
+def test_every_loss_of_a_regression_learns(flowers, capsys, loss):
+    options = ["--loss", loss, "--lr", "0.01", "--epochs", 60]
+    code, out, _ = run(capsys, "train", "flowers.csv", "--target", "price", "--quiet", *options)
+    assert code == 0
+    assert float(re.search(r"R² +(-?[\d.]+)", out).group(1)) > 0.5
+    _, out, _ = run(capsys, "predict", "model.safetensors", "new.csv")
+    names = ["price", "price_std"] if loss == "gaussian_nll" else ["price"]
+    assert list(read_csv(out)[0]) == names
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--hidden", "none"],
+        ["--hidden", "8"],
+        ["--hidden", "8,4,3", "--activation", "tanh", "--dropout", "0.1", "--dtype", "float64"],
+        ["--optimizer", "gd", "--lr", "0.1"],
+        ["--optimizer", "sgd", "--batch-size", "7"],
+        ["--optimizer", "adamw", "--l2", "0.01"],
+        ["--optimizer", "rmsprop", "--patience", "0"],
+        ["--validation-size", "0", "--test-size", "0.5", "--threads", "1"],
+        ["--task", "classification", "--ignore", "id,colour", "--ignore", "price"],
+    ],
+)
+def test_options_reach_the_training(flowers, capsys, options):
+    code, out, err = run(capsys, "train", "flowers.csv", "--target", "kind", "--epochs", 3, *options)
+    assert (code, err) == (0, "")
+    net = TableModel.load("model.safetensors").net
+    if options[1] == "none":
+        assert len(net) == 1
+    if "--dtype" in options:
+        assert net.dtype == "float64" and "→ 8 → 4 → 3 → 2, tanh" in out
+    if "--threads" in options:
+        assert cr.get_num_threads() == 1
+
+
+def test_no_rows_held_out(flowers, capsys):
+    code, out, _ = run(capsys, "train", "flowers.csv", "--target", "kind", "--test-size", 0, "--epochs", 2)
+    assert code == 0 and "held out" not in out and os.path.exists("model.safetensors")
+
+
+def test_an_integer_target_can_be_a_quantity(capsys):
+    Path("dice.csv").write_text("x,y\n" + "".join(f"{k % 6 + k / 1000},{k % 6}\n" for k in range(60)))
+    _, out, _ = run(capsys, "train", "dice.csv", "--target", "y", "--epochs", 2)
+    assert "classification of 6 classes" in out
+    _, out, _ = run(capsys, "train", "dice.csv", "--target", "y", "--epochs", 2, "--task", "regression")
+    assert "RMSE" in out and "inferred" not in out
+
+
+def test_rows_without_a_target_are_left_out(capsys):
+    Path("t.csv").write_text("x,y\n" + "".join(f"{k},{'ab'[k % 2] if k % 5 else '?'}\n" for k in range(50)))
+    code, out, _ = run(capsys, "train", "t.csv", "--target", "y", "--epochs", 2)
+    assert code == 0
+    assert "10 rows left out: no value in 'y'" in out
+
+
+def test_many_classes_show_the_mistakes_alone(capsys):
+    Path("t.csv").write_text("x,y\n" + "".join(f"{k % 30},label number {k % 30}\n" for k in range(300)))
+    code, out, _ = run(capsys, "train", "t.csv", "--target", "y", "--epochs", 1)
+    assert code == 0
+    assert "most frequent mistakes" in out and "predicted →" not in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_parquet_all_the_way(flowers, capsys):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    for name in ("flowers", "new"):
+        pandas.read_csv(f"{name}.csv").to_parquet(f"{name}.parquet")
+    run(capsys, "train", "flowers.csv", "--target", "kind", "--epochs", 3, "--output", "a.safetensors")
+    _, out, _ = run(
+        capsys, "train", "flowers.parquet", "--target", "kind", "--epochs", 3, "--output", "b.safetensors"
+    )
+    assert "chainrule predict b.safetensors new.parquet" in out
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+    assert run(capsys, "predict", "a.safetensors", "new.csv") == run(
+        capsys, "predict", "b.safetensors", "new.parquet"
+    )
+
+
+def test_a_toml_file_holds_options_and_the_command_line_overrides_them(flowers, capsys):
+    if sys.version_info < (3, 11):
+        pytest.importorskip("tomli")
+    with open("o.toml", "w") as file:
+        file.write('target = "kind"\nignore = ["id", "price"]\nhidden = [8, 4]\nbatch_size = 16\n')
+        file.write("lr = 0.01\nepochs = 3\nquiet = false\noutput = 'toml.safetensors'\n")
+    code, out, _ = run(capsys, "train", "flowers.csv", "--config", "o.toml", "--batch-size", 10)
+    assert code == 0
+    assert "4 → 8 → 4 → 2" in out and "learning rate 0.01, batches of 10" in out
+    assert os.path.exists("toml.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "message"),
+    [
+        ("nonsense = 1", 1, "expected options among .*'target'.* got 'nonsense'"),
+        ("config = 'x'", 1, "got 'config'"),
+        ("lr = [", 1, "expected TOML, got"),
+        ("[lr]\nx = 1", 1, "expected a value for 'lr', got a table"),
+        ("lr = 'fast'", 2, "argument --lr: expected a number above 0, got 'fast'"),
+    ],
+)
+def test_toml_files_that_cannot_be_used(flowers, capsys, text, code, message):
+    if sys.version_info < (3, 11):
+        pytest.importorskip("tomli")
+    Path("o.toml").write_text(text)
+    got, _, err = run(capsys, "train", "flowers.csv", "--target", "kind", "--config", "o.toml")
+    assert got == code and re.search(message, err)
+
+
+def test_quiet_prints_the_scores_only(flowers, capsys):
+    code, out, err = run(capsys, "train", "flowers.csv", "--target", "price", "--quiet")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["RMSE", "MAE", "R²"]
+
+
+# ------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        (None, ["--target", "y"], "t.csv: No such file or directory"),
+        ("", ["--target", "y"], "expected column names, got an empty file"),
+        ("x,y\n", ["--target", "y"], "expected values to learn from, got a file without rows"),
+        ("x,y\n1,2\n3\n", ["--target", "y"], "line 3 of 't.csv': expected 2 cells as in the header, got 1"),
+        ("1,2\n3,4\n", ["--target", "y"], "expected column names, got numbers"),
+        ("x,y\n1,2\n", ["--target", "z"], "column 'z': expected one of 'x', 'y'"),
+        ("x,y\n1,2\n", ["--target", "y", "--ignore", "q"], "column 'q': expected one of 'x', 'y'"),
+        ("x,y\n1,?\n2,NA\n", ["--target", "y"], "expected values to learn from, got only missing cells"),
+        ("x,y\n" + "".join(f"1,n{k}\n" for k in range(50)), ["--target", "y"], "expected labels that repeat"),
+        ("x,y\n1,a\n2,b\n", ["--target", "y"], "expected enough for shares"),
+        ("x,y\n" + "1,a\n2,b\n" * 9, ["--target", "y", "--ignore", "x"], "at least one to predict from"),
+        ("x,y\n" + "1,a\n" * 9, ["--target", "y"], "expected at least 2 classes, got 1"),
+        (
+            "x,y\n" + "1,a\n2,b\n" * 9,
+            ["--target", "y", "--task", "regression"],
+            "expected numbers for a regression",
+        ),
+        (
+            "x,y\n" + "1,a\n2,b\n" * 9,
+            ["--target", "y", "--loss", "mse"],
+            "expected one of cross_entropy, got 'mse'",
+        ),
+        ("x,y\n" + "1,a\ninf,b\n" * 9, ["--target", "y"], "column 'x': expected finite numbers, got inf"),
+        (
+            "x,y\n" + "1,a\n2,b\n" * 9,
+            ["--target", "y", "--output", "m.pt"],
+            "expected the suffix .safetensors",
+        ),
+        (
+            "x,y\n" + "1,a\n2,b\n" * 9,
+            ["--target", "y", "--output", "no/m.safetensors"],
+            "expected a folder that exists",
+        ),
+        ("x,y\n" + "1,a\n2,b\n" * 9, ["--target", "y", "--config", "none.toml"], "none.toml: No such file"),
+        ("x,y\n" + "1,1.5\n2,-2.5\n" * 9, ["--target", "y", "--loss", "poisson"], "expected counts ≥ 0"),
+        (
+            "x,y\n" + "1,1.5\n2,2.5\n" * 9,
+            ["--target", "y", "--optimizer", "sgd", "--lr", "1e30"],
+            "learning rate",
+        ),
+    ],
+)
+def test_mistakes_in_training_are_one_line_and_leave_no_file(capsys, text, arguments, message):
+    if text is not None:
+        Path("t.csv").write_text(text)
+    code, _, err = run(capsys, "train", "t.csv", *arguments)
+    assert code == 1
+    assert err.startswith("chainrule: error: ") and err.count("\n") == 1
+    assert message in err
+    assert not os.path.exists("model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: command"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["train"], "required: data"),
+        (["train", "t.csv"], "required: --target"),
+        (["train", "t.csv", "--target", "y", "--lr", "-1"], "--lr: expected a number above 0, got '-1'"),
+        (["train", "t.csv", "--target", "y", "--lr", "nan"], "--lr: expected a number above 0, got 'nan'"),
+        (
+            ["train", "t.csv", "--target", "y", "--hidden", "8,x"],
+            "--hidden: expected a whole number of at least 1",
+        ),
+        (
+            ["train", "t.csv", "--target", "y", "--hidden", "0"],
+            "--hidden: expected a whole number of at least 1",
+        ),
+        (["train", "t.csv", "--target", "y", "--epochs", "1.5"], "--epochs: expected a whole number"),
+        (
+            ["train", "t.csv", "--target", "y", "--dropout", "1"],
+            "--dropout: expected a number of at least 0 and below 1",
+        ),
+        (["train", "t.csv", "--target", "y", "--test-size", "1"], "--test-size: expected"),
+        (["train", "t.csv", "--target", "y", "--task", "x"], "--task: invalid choice"),
+        (["train", "t.csv", "--target", "y", "--activation", "x"], "--activation: invalid choice"),
+        (["train", "t.csv", "--target", "y", "--opt", "sgd"], "unrecognized arguments: --opt"),
+        (["predict", "m.safetensors"], "required: data"),
+    ],
+)
+def test_options_that_cannot_be_read_end_with_2(capsys, arguments, message):
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and message in err
+
+
+def test_mistakes_in_prediction(flowers, capsys):
+    run(capsys, "train", "flowers.csv", "--target", "kind", "--epochs", 1)
+    save(cr.mlp([2, 2]), "plain.safetensors")
+    raw = Path("model.safetensors").read_bytes()
+    Path("cut.safetensors").write_bytes(raw[:-1])
+    Path("short.csv").write_text("id,colour\na,red\n")
+    Path("text.csv").write_text("size,colour,price\nhuge,red,1\n")
+    for arguments, message in [
+        (["none.safetensors", "new.csv"], "none.safetensors: No such file or directory"),
+        (["model.safetensors", "none.csv"], "none.csv: No such file or directory"),
+        (["plain.safetensors", "new.csv"], "expected a file of `chainrule train`, got only a network"),
+        (["cut.safetensors", "new.csv"], "truncated"),
+        (["new.csv", "new.csv"], "expected the suffix .safetensors"),
+        (["model.safetensors", "short.csv"], "expected also 'size', 'price', got 'id', 'colour'"),
+        (
+            ["model.safetensors", "text.csv"],
+            "column 'size': expected numbers as in training, got 'huge' in row 1",
+        ),
+        (["model.safetensors", "new.csv", "--output", "new.csv"], "expected another file than the data"),
+        (["model.safetensors", "new.csv", "--output", "no/a.csv"], "no/a.csv: No such file or directory"),
+    ]:
+        code, out, err = run(capsys, "predict", *arguments)
+        assert code == 1 and out == "" and err.count("\n") == 1 and err.startswith("chainrule: error: ")
+        assert message in err
+
+
+def test_predicting_no_rows_prints_the_header(flowers, capsys):
+    run(capsys, "train", "flowers.csv", "--target", "kind", "--epochs", 1)
+    Path("empty.csv").write_text("id,size,colour,price\n")
+    assert run(capsys, "predict", "model.safetensors", "empty.csv") == (0, "kind,p_big,p_small\n", "")
+
+
+def test_interrupted(flowers, capsys, monkeypatch):
+    def interrupt(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cr.Sequential, "fit", interrupt)
+    code, _, err = run(capsys, "train", "flowers.csv", "--target", "kind")
+    assert (code, err) == (130, "chainrule: error: interrupted\n")
+    assert not os.path.exists("model.safetensors")
+
+
+# ------------------------------------------------------------ demo, info and the like
+
+
+def test_demo_reads_97_percent_of_the_digits_it_never_saw(capsys):
+    pytest.importorskip("sklearn")
+    code, out, _ = run(capsys, "demo")
+    assert code == 0
+    assert float(re.search(r"accuracy +([\d.]+) %", out).group(1)) >= 97
+    for expected in [
+        "451 held out",
+        "training loss",
+        "per step of 32 images",
+        cr.info()["isa"],
+        "█",
+        "⣀",
+        "(is a ",
+    ]:
+        assert expected in out, expected
+    assert max(map(len, out.splitlines())) <= 100
+    accuracies = [float(re.search(r"accuracy +([\d.]+) %", out).group(1))]
+    for seed in (1, 2):
+        _, out, _ = run(capsys, "demo", "--seed", seed)
+        accuracies.append(float(re.search(r"accuracy +([\d.]+) %", out).group(1)))
+    assert np.mean(accuracies) >= 97.3
+
+
+def test_the_lines_of_python_the_demo_prints_run(capsys):
+    datasets = pytest.importorskip("sklearn.datasets")
+    _, out, _ = run(capsys, "demo", "--epochs", 1, "--threads", 1)
+    lines = [line.strip() for line in out.splitlines()]
+    begin = lines.index("import chainrule as cr")
+    X, y = datasets.load_digits(return_X_y=True)
+    exec("\n".join(lines[begin : begin + 3]), {"X": X, "y": y})
+
+
+def test_demo_without_scikit_learn_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    code, _, err = run(capsys, "demo")
+    assert code == 1 and 'pip install "chainrule[demo]"' in err
+
+
+def test_info(capsys):
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    facts = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert list(facts) == ["chainrule", "engine", "threads", "GPU", "NumPy", "Python"]
+    assert facts["chainrule"] == cr.__version__ and facts["NumPy"] == np.__version__
+    assert facts["engine"].startswith(cr.info()["isa"])
+
+
+def test_version_and_help(capsys):
+    assert run(capsys, "--version") == (0, f"chainrule {cr.__version__}\n", "")
+    for command in ([], ["train"], ["predict"], ["demo"], ["info"]):
+        code, out, _ = run(capsys, *command, "--help")
+        assert code == 0 and out.startswith("usage: chainrule") and out.isascii()
+        assert "None" not in out and "SUPPRESS" not in out
+
+
+# ------------------------------------------------------------ as a program
+
+
+def program(*arguments, **options):
+    command = [sys.executable, "-m", "chainrule", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, timeout=120, check=False, **options)
+
+
+def test_as_a_module(flowers):
+    done = program("train", "flowers.csv", "--target", "kind", text=True, encoding="utf-8")
+    assert done.returncode == 0 and done.stderr == "" and "accuracy" in done.stdout
+    done = program("predict", "model.safetensors", "new.csv", text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 8
+    done = program("predict", "model.safetensors", "none.csv", text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "chainrule: error: none.csv: No such file or directory\n"
+
+
+def test_an_ascii_terminal_gets_ascii(flowers):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = program("train", "flowers.csv", "--target", "kind", "--epochs", "3", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "4 -> 64 -> 64 -> 2" in done.stdout.decode("ascii") or "-> 64 -> 64 -> 2" in done.stdout.decode(
+        "ascii"
+    )
+
+
+def test_a_reader_that_goes_away_ends_it_in_silence(flowers, capsys):
+    run(capsys, "train", "flowers.csv", "--target", "kind", "--epochs", 1)
+    write_csv("many.csv", rows=20_000)
+    command = f"{sys.executable} -m chainrule predict model.safetensors many.csv | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.stderr) == ("kind,p_big,p_small\n", "")
+
+
+def test_on_a_terminal_there_is_progress_and_nothing_is_left_of_it_in_the_output(flowers):
+    """A real terminal for standard error: the bar goes there, the report stays clean."""
+    inside, outside = pty.openpty()
+    fcntl.ioctl(outside, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # rows, columns
+    try:
+        command = [sys.executable, "-m", "chainrule", "train", "flowers.csv", "--target", "price"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=outside, timeout=120, check=False)
+        os.close(outside)
+        seen = b""
+        while chunk := read_some(inside):
+            seen += chunk
+    finally:
+        os.close(inside)
+    assert done.returncode == 0
+    assert b"epoch" in seen
+    assert b"\r" not in done.stdout and b"\x1b" not in done.stdout and b"RMSE" in done.stdout
+
+
+def read_some(descriptor):
+    try:
+        return os.read(descriptor, 65536)
+    except OSError:  # how Linux says that the other end is closed
+        return b""
+
+
+# ------------------------------------------------------------ drawings
+
+
+def ascii_screen():
+    return Screen(streams.TextIOWrapper(streams.BytesIO(), encoding="ascii"))
+
+
+@pytest.mark.parametrize("screen", [Screen(streams.StringIO()), ascii_screen()])
+@pytest.mark.parametrize(
+    "values", [[1.0], [2.0, 2.0], [3, 2, 1], [0.0, -1.0, 5.0], np.exp(-np.arange(500) / 50)]
+)
+def test_curves_of_every_kind_fit_their_frame(screen, values):
+    lines = curve(values, screen, "loss", height=8)
+    assert len(lines) == 10
+    assert max(map(len, lines)) <= 80
+    assert f"{max(values):.3g}" in lines[0] and f"{min(values):.3g}" in lines[7]
+    assert ("logarithmic" in lines[-1]) == (min(values) > 0)
+
+
+def test_a_falling_curve_falls():
+    lines = curve(np.exp(-np.arange(100.0)), ascii_screen(), "loss", height=8)[:8]
+    places = [line.index("*") for line in lines]
+    assert places == sorted(places) and places[0] < places[-1]
+
+
+def test_pictures_have_the_size_of_the_image():
+    image = np.linspace(0, 1, 64).reshape(8, 8)
+    assert [len(line) for line in picture(image, Screen(streams.StringIO()))] == [8] * 4
+    assert [len(line) for line in picture(image, ascii_screen())] == [16] * 8
+    coloured = Screen(streams.StringIO())
+    coloured.colour = True
+    assert all(line.count("▀") == 8 and line.endswith("\x1b[0m") for line in picture(image, coloured))
+
+
+def test_confusion_tables():
+    counts = np.array([[10, 0], [3, 7]])
+    lines = confusion_lines(counts, ["a", "a very long name indeed"], 80)
+    assert lines[1].split() == ["a", "10", "0"] and lines[2].endswith("7")
+    assert confusion_lines(counts, ["a", "b"], 20) == ["  most frequent mistakes", "  b taken for a: 3 times"]
+    assert confusion_lines(np.eye(2, dtype=int), ["a", "b"], 20) == ["  no mistakes"]

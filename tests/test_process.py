@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: MIT
+"""What the library does to the process that imports it: nothing. And Ctrl-C, threads, and the end."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals of this kind are POSIX's")
+
+
+def run_python(code, timeout=120, **environment):
+    """Runs the code in a fresh interpreter and returns its output; a hang ends at the timeout."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert not done.stderr, done.stderr
+    return done.stdout
+
+
+TRAINING = """
+    import numpy as np
+    import chainrule as cr
+
+    X = np.random.default_rng(0).standard_normal((300, 64))
+    y = X[:, 0] * X[:, 1]
+
+    def train(epochs=3, **how):
+        net = cr.mlp([64, 128, 64, 1], dropout=0.1, seed=0)
+        net.fit(X, y, loss="mse", epochs=epochs, batch_size=100, verbose=0, **how)
+        return net
+"""
+
+
+def test_import_and_training_leave_the_process_alone():
+    """Flush-to-zero, signal handlers, global generators, locale, environment, NumPy's error state."""
+    run_python("""
+        import gc, locale, os, random, signal, sys, threading, warnings
+        import numpy as np
+
+        locale.setlocale(locale.LC_ALL, "")
+
+        def state():
+            tiny = float("5e-324")
+            return {
+                "subnormals": (tiny, tiny / 1.0, 1e-310 * 0.5, float(np.float64(1e-310) * np.float64(0.5)),
+                               float(np.float32(1e-40) * np.float32(0.5))),
+                "rounding": (0.1 + 0.2, 1 / 3, 1e16 + 1.0, -1 / 3),
+                "signals": [signal.getsignal(s) for s in signal.valid_signals()],
+                "locale": locale.setlocale(locale.LC_ALL),
+                "random": random.getstate(),
+                "numpy": [str(part) for part in np.random.get_state()],
+                "environment": dict(os.environ),
+                "directory": os.getcwd(),
+                "warnings": list(warnings.filters),
+                "errors": np.geterr(),
+                "printing": np.get_printoptions(),
+                "excepthooks": (sys.excepthook, threading.excepthook, sys.unraisablehook),
+                "switch": sys.getswitchinterval(),
+                "recursion": sys.getrecursionlimit(),
+                "gc": (gc.isenabled(), gc.get_threshold()),
+                "path": list(sys.path),
+            }
+
+        before = state()
+        import chainrule as cr
+        after_import = state()
+        net = cr.mlp([64, 256, 1], seed=0)
+        net.fit(np.ones((256, 64)), np.ones(256), loss="mse", epochs=2, batch_size=256, verbose=0)
+        after_training = state()
+        in_thread = []
+        thread = threading.Thread(target=lambda: in_thread.append(state()))
+        thread.start()
+        thread.join()
+        for when in (after_import, after_training, in_thread[0]):
+            for key, value in before.items():
+                assert when[key] == value, (key, value, when[key])
+    """)
+
+
+@posix
+def test_import_is_quiet():
+    """Threads started, files left open or words printed before anybody has asked for anything."""
+    out = run_python("""
+        import os, threading
+        import numpy
+
+        def count(what):
+            folder = f"/proc/self/{what}"
+            return len(os.listdir(folder)) if os.path.isdir(folder) else threading.active_count()
+
+        before = count("task"), count("fd"), threading.active_count()
+        import chainrule
+        assert (count("task"), count("fd"), threading.active_count()) == before
+    """)
+    assert out == ""
+
+
+def test_import_brings_in_numpy_alone():
+    """An optional package that becomes a requirement: with none of them importable, training still works."""
+    run_python(
+        textwrap.dedent("""
+        import sys
+        for name in ("sklearn", "scipy", "pandas", "tqdm", "safetensors", "torch", "pyarrow", "matplotlib"):
+            sys.modules[name] = None
+    """)
+        + textwrap.dedent(TRAINING)
+        + "train()\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["avx512", "avx2", "neon", "baseline", "no such set"])
+def test_the_environment_chooses_the_instruction_set(name):
+    """A name that is not honoured, or one that this machine lacks and that is used all the same."""
+    out = run_python(textwrap.dedent(TRAINING) + textwrap.dedent("""
+        from chainrule import _core
+        train()
+        print(_core.isa(), *_core.isas())
+    """), CHAINRULE_ISA=name)  # fmt: skip
+    active, *available = out.split()
+    assert active == (name if name in available else available[0])
+
+
+INTERRUPT = """
+    import os, signal, threading
+
+    def interrupt_soon():
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+"""
+
+
+@posix
+@pytest.mark.parametrize("how", [
+    "{}", "{'callbacks': [lambda epoch, logs: None]}", "{'validation_split': 0.2}", "{'clip_norm': 1.0}",
+])  # fmt: skip
+def test_ctrl_c_ends_a_long_fit(how):
+    """A native loop that never looks for signals, or a network left half updated by one."""
+    run_python(
+        textwrap.dedent(TRAINING + INTERRUPT)
+        + textwrap.dedent(f"""
+        net = cr.mlp([64, 128, 64, 1], seed=0)
+        optimizer = cr.Adam()
+        how = dict(loss="mse", optimizer=optimizer, batch_size=100, verbose=0, **{how})
+        for attempt in range(2):
+            interrupt_soon()
+            try:
+                net.fit(X, y, epochs=10**7, **how)
+            except KeyboardInterrupt:
+                pass
+            else:
+                raise AssertionError("fit ended by itself")
+            assert np.isfinite(net.predict(X)).all()
+            assert np.isfinite(net.fit(X, y, epochs=2, **how)["loss"]).all()
+    """)
+    )
+
+
+@posix
+def test_the_users_own_handler_is_called():
+    """A handler that the library replaced: the user's sets a flag and returns, and training goes on."""
+    run_python(
+        textwrap.dedent(TRAINING + INTERRUPT)
+        + textwrap.dedent("""
+        import time
+        seen = []
+        signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+        interrupt_soon()
+
+        def stop(epoch, logs):
+            return bool(seen)
+
+        train(epochs=10**7, callbacks=[stop])
+        assert seen == [1]
+    """)
+    )
+
+
+@posix
+def test_an_exception_in_a_callback_comes_out_unchanged():
+    """The user's exceptions swallowed, wrapped, or leaving a lock behind; BaseException included."""
+    run_python(
+        textwrap.dedent(TRAINING)
+        + textwrap.dedent("""
+        class Stop(BaseException):
+            pass
+
+        def fail(*_):
+            raise Stop("here")
+
+        def loss(f, y):
+            raise Stop("here")
+
+        for how in ({"callbacks": [fail]}, {"loss": loss}):
+            net = cr.mlp([64, 8, 1], seed=0)
+            try:
+                net.fit(X, y, **{"loss": "mse", "verbose": 0, **how})
+            except Stop as stop:
+                assert stop.args == ("here",)
+            else:
+                raise AssertionError("no exception")
+            assert np.isfinite(net.fit(X, y, loss="mse", verbose=0)["loss"]).all()
+    """)
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_the_process_can_end_while_a_thread_trains(threads):
+    """A crash, abort or hang at exit: the interpreter goes while a daemon thread is inside the engine."""
+    out = run_python(
+        textwrap.dedent(TRAINING)
+        + textwrap.dedent(f"""
+        import threading, time
+        cr.set_num_threads({threads})
+        threading.Thread(target=train, args=(10**7,), daemon=True).start()
+        time.sleep(0.3)
+        print("done", flush=True)
+    """)
+    )
+    assert out == "done\n"
+
+
+def test_other_threads_run_during_a_fit():
+    """The interpreter's lock held for a whole fit: no other thread would get to run."""
+    run_python(
+        textwrap.dedent(TRAINING)
+        + textwrap.dedent("""
+        import threading
+        ticks = []
+
+        def tick():
+            while not finished.is_set():
+                ticks.append(1)
+                finished.wait(0.001)
+
+        finished = threading.Event()
+        thread = threading.Thread(target=tick)
+        thread.start()
+        while len(ticks) < 3:  # until it runs
+            pass
+        before = len(ticks)
+        train(epochs=100)  # one engine call; many milliseconds
+        after = len(ticks)
+        finished.set()
+        thread.join()
+        assert after > before + 3, (before, after)
+    """)
+    )

@@ -1,0 +1,590 @@
+# SPDX-License-Identifier: MIT
+"""fit: the same training as the reference's, however it is watched, cut into calls, or broken off."""
+
+import copy
+import io
+import math
+import pickle
+import re
+import threading
+
+import numpy as np
+import pytest
+
+import chainrule as cr
+from chainrule import _core, optim, reference
+from conftest import assert_same_bits
+
+SIZES = [4, 6, 3]
+
+
+@pytest.fixture
+def data(rng):
+    return rng.standard_normal((23, 4)), rng.standard_normal((23, 3))
+
+
+def make(seed=0, sizes=SIZES, dtype="float64", **more):
+    return cr.mlp(sizes, activation="tanh", seed=seed, dtype=dtype, **more)
+
+
+def twin(net):
+    w = net.state_dict()
+    links = [reference.Linear(w["0.weight"].copy(), w["0.bias"].copy()), reference.Op("tanh")]
+    return reference.Network([*links, reference.Linear(w["2.weight"].copy(), w["2.bias"].copy())])
+
+
+def assert_same_weights(a, b):
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert_same_bits(x, y, name)
+
+
+def fitted(X, y, seed=0, net=None, **arguments):
+    net = net or make(seed)
+    return net, net.fit(X, y, **{"loss": "mse", "batch_size": 5, "epochs": 4, **arguments})
+
+
+class Recorder:
+    """A callback that writes down what it is told."""
+
+    def __init__(self):
+        self.calls = []
+
+    def on_train_begin(self, net):
+        self.calls.append("begin")
+
+    def on_epoch_end(self, epoch, logs):
+        self.calls.append((epoch, logs))
+
+    def on_train_end(self, net):
+        self.calls.append("end")
+
+
+# ---- the training itself -------------------------------------------------------------------------
+
+CASES = [
+    ("sgd", {}, "sgd", {}, 1e-3),
+    (cr.SGD(0.1, momentum=0.9, nesterov=True), {}, "sgd", {"momentum": 0.9, "nesterov": True}, 0.1),
+    ("adam", {}, "adam", {}, 1e-3),
+    ("adamw", {}, "adamw", {}, 1e-3),
+    (cr.RMSprop(), {}, "rmsprop", {}, 1e-2),
+    ("adam", {"l1": 0.01, "l2": 0.1, "clip_value": 0.05, "clip_norm": 0.1}, "adam",
+     {"l1": 0.01, "l2": 0.1, "clip_value": 0.05, "clip_norm": 0.1}, 1e-3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer, more, rule, hyper, lr", CASES, ids=lambda v: str(v) if v else "")
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_fit_equals_reference(optimizer, more, rule, hyper, lr, shuffle, weighted, data, rng):
+    """Defaults that are not PyTorch's, arguments lost on the way, another order. Bound: 20 roundings."""
+    X, y = data
+    weight = rng.random(23) if weighted else None
+    net = make()
+    own = reference.Trainer(twin(net), "mse", rule, **hyper)
+    orders = [_core.permutation(23, 7, epoch) if shuffle else np.arange(23) for epoch in range(4)]
+    losses = list(own.fit(X, y, lr, 5, orders, weight))
+    history = net.fit(X, y, loss="mse", optimizer=copy.copy(optimizer), batch_size=5, epochs=4,
+                      shuffle=shuffle, seed=7, sample_weight=weight, **more)  # fmt: skip
+    np.testing.assert_allclose(history["loss"], losses, rtol=1e-10)
+    for value, expected in zip(net.state_dict().values(), own.net.params, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_gd_takes_all_rows_in_their_order(data):
+    X, y = data
+    net = make()
+    own = reference.Trainer(twin(net), "mse", "sgd")
+    losses = list(own.fit(X, y, 0.1, 23, [np.arange(23)] * 5))
+    _, history = fitted(X, y, net=net, optimizer=cr.GD(0.1), batch_size=5, epochs=5)
+    np.testing.assert_allclose(history["loss"], losses, rtol=1e-12)
+    in_order, _ = fitted(X, y, optimizer=cr.SGD(0.1), batch_size=23, epochs=5, shuffle=False)
+    assert_same_weights(net, in_order)
+
+
+def test_a_batch_larger_than_the_data_is_all_of_it(data):
+    (a, _), (b, _) = fitted(*data, batch_size=23), fitted(*data, batch_size=10**12)
+    assert_same_weights(a, b)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 22, 23])
+def test_steps_by_hand_are_an_epoch(batch_size, data):
+    X, y = data
+    net, history = fitted(X, y, batch_size=batch_size, epochs=1, shuffle=False)
+    hand, adam, losses = make(), cr.Adam(), []
+    for i in range(0, 23, batch_size):
+        batch = X[i : i + batch_size], y[i : i + batch_size]
+        losses += [hand.train_step(*batch, loss="mse", optimizer=adam)] * len(batch[0])
+    assert_same_weights(net, hand)
+    assert history["loss"][0] == pytest.approx(np.mean(losses), rel=1e-12)
+
+
+def test_labels_are_safe_from_later_changes(data):
+    """Labels are checked once and then index memory: a callback that changes them must not reach them."""
+    X, _ = data
+    labels = np.zeros(23, np.int64)
+
+    def change(epoch, logs):
+        labels[:] = 10**15
+
+    a, _ = fitted(X, labels, loss="cross_entropy", callbacks=[change])
+    b, _ = fitted(X, np.zeros(23, np.int64), loss="cross_entropy")
+    assert_same_weights(a, b)
+
+
+def test_an_optimizer_object_goes_on_and_a_name_starts_afresh(data):
+    X, y = data
+    once, _ = fitted(X, y, epochs=4, shuffle=False)
+    adam = cr.Adam()
+    net, _ = fitted(X, y, epochs=1, shuffle=False, optimizer=adam)
+    assert adam.state_dict(net)["step"] == 5
+    for _ in range(3):
+        fitted(X, y, net=net, epochs=1, shuffle=False, optimizer=adam)
+    assert_same_weights(net, once)
+    fresh, _ = fitted(X, y, epochs=1, shuffle=False)
+    fitted(X, y, net=fresh, epochs=3, shuffle=False)
+    assert any(
+        (a != b).any() for a, b in zip(fresh.state_dict().values(), once.state_dict().values(), strict=True)
+    )
+
+
+def test_one_optimizer_keeps_networks_apart(data):
+    X, y = data
+    shared, alone = cr.Adam(), [fitted(X, y, seed=s)[0] for s in (0, 1)]
+    together = [make(0), make(1)]
+    for net in together:
+        fitted(X, y, net=net, optimizer=shared)
+    for a, b in zip(alone, together, strict=True):
+        assert_same_weights(a, b)
+
+
+def test_optimizer_state_can_be_saved(data):
+    """Resume: weights and state through plain dicts into new objects, bit for bit."""
+    X, y = data
+    net, adam = make(), cr.Adam()
+    fitted(X, y, net=net, optimizer=adam, shuffle=False)
+    again, other = make(1), cr.Adam()
+    again.load_state_dict(net.state_dict())
+    other.load_state_dict(again, pickle.loads(pickle.dumps(adam.state_dict(net))))
+    for n, o in ((net, adam), (again, other)):
+        fitted(X, y, net=n, optimizer=o, shuffle=False)
+    assert_same_weights(net, again)
+
+
+def test_lr_may_be_changed_between_steps(data):
+    sgd, net = cr.SGD(0.1), make()
+    before = net.state_dict()
+    sgd.lr = 0.0
+    net.train_step(*data, loss="mse", optimizer=sgd)
+    for name, value in net.state_dict().items():
+        assert_same_bits(value, before[name])
+
+
+def test_steps_with_many_losses_and_optimizers(data):
+    """The engine's objects are kept for a few pairs of loss and optimizer; more of them must not mix."""
+    X, y = data
+    net, hand = make(), make()
+    pairs = [(cr.Huber(1.0 + k), cr.SGD(0.01 * k)) for k in range(12)]
+    for loss, sgd in pairs * 2:
+        net.train_step(X, y, loss=loss, optimizer=sgd)
+        hand.train_step(X, y, loss=cr.Huber(loss.delta), optimizer=cr.SGD(sgd.lr))
+    assert_same_weights(net, hand)
+    assert len(net._steppers) <= 8
+
+
+# ---- cut into calls ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "watcher",
+    [
+        {"callbacks": [lambda epoch, logs: None]},
+        {"callbacks": [cr.EarlyStopping("loss", patience=100)]},
+        {"verbose": 1},
+        {"verbose": 2},
+        {"schedule": cr.ReduceLROnPlateau("loss", patience=100)},
+        {"schedule": cr.StepLR(100)},
+        {"schedule": cr.WarmupLR(2, start_factor=1.0)},
+    ],
+    ids=str,
+)
+def test_watching_changes_no_bit(watcher, data):
+    """Epochs in chunks with another order, another learning rate, or a state begun anew."""
+    quiet, history = fitted(*data, epochs=30, verbose=0)
+    seen, watched = fitted(*data, epochs=30, **{"verbose": 0, **watcher})
+    assert_same_weights(quiet, seen)
+    assert watched.history == history.history
+
+
+def test_validation_changes_no_bit_and_is_evaluate(data, rng):
+    X, y = data
+    Xv, yv, wv = rng.standard_normal((9, 4)), rng.standard_normal((9, 3)), rng.random(9)
+    quiet, _ = fitted(X, y)
+    net, measured = make(), []
+
+    def measure(epoch, logs):
+        measured.append((logs["val_loss"], net.evaluate(Xv, yv, loss="mse", sample_weight=wv)))
+
+    fitted(X, y, net=net, validation_data=(Xv, yv, wv), callbacks=[measure])
+    assert_same_weights(quiet, net)
+    assert len(measured) == 4 and all(a == b for a, b in measured)
+
+
+@pytest.mark.parametrize("fraction, rows", [(0.1, 3), (0.25, 6), (0.5, 12), (0.9, 21), (1e-6, 1)])
+def test_validation_split_is_the_end_of_the_data(fraction, rows, data, rng):
+    """Rows shuffled before the cut, or a cut off by one: as in Keras, ⌈fraction · n⌉ rows at the end."""
+    (X, y), w = data, rng.random(23)
+    a, split = fitted(X, y, validation_split=fraction, sample_weight=w)
+    b, given = fitted(
+        X[:-rows], y[:-rows], sample_weight=w[:-rows], validation_data=(X[-rows:], y[-rows:], w[-rows:])
+    )
+    assert_same_weights(a, b)
+    assert split.history == given.history
+
+
+def test_seven_hundredths_of_a_hundred_rows_are_seven():
+    """0.07 · 100 is 7.000000000000001 in floating point, 100 · (1 − 0.9) is 9.999999999999998."""
+    X = np.arange(100.0)[:, None] / 100
+    for fraction, rows in ((0.07, 7), (0.1, 10), (0.29, 29), (0.3, 30), (0.57, 57), (0.9, 90)):
+        nets = [cr.mlp([1, 1]), cr.mlp([1, 1])]
+        split = nets[0].fit(X, X, loss="mse", validation_split=fraction)
+        given = nets[1].fit(X[:-rows], X[:-rows], loss="mse", validation_data=(X[-rows:], X[-rows:]))
+        assert split.history == given.history
+
+
+# ---- weights -------------------------------------------------------------------------------------
+
+
+def test_weights_count_rows(data, rng):
+    """Whole batch, "mean": a row with weight k is there k times, one with weight 0 is not there."""
+    X, y = data
+    times = rng.integers(0, 4, 23)
+    a, _ = fitted(X, y, sample_weight=times, batch_size=23, optimizer=cr.SGD(0.1), epochs=10)
+    repeated = np.repeat(np.arange(23), times)
+    b, _ = fitted(X[repeated], y[repeated], batch_size=100, optimizer=cr.SGD(0.1), epochs=10)
+    for x, z in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
+        np.testing.assert_allclose(x, z, rtol=1e-10, atol=1e-12)
+
+
+def test_a_batch_without_weight_changes_nothing(data):
+    X, y = data
+    weight = np.zeros(23)
+    weight[:5] = 1
+    a, history = fitted(X, y, sample_weight=weight, shuffle=False, optimizer=cr.SGD(0.1), epochs=1)
+    b = make()
+    b.train_step(X[:5], y[:5], loss="mse", optimizer=cr.SGD(0.1))
+    assert_same_weights(a, b)
+    assert math.isfinite(history["loss"][0])
+
+
+LABELS = np.arange(23) % 4 % 3  # 0 1 2 0 0 1 2 0 …
+
+
+@pytest.mark.parametrize(
+    "class_weight, of_label",
+    [
+        ({0: 0.5, 1: 2.0, 2: 3.0}, [0.5, 2.0, 3.0]),
+        ({1: 4}, [1, 4, 1]),
+        ({np.int64(2): 0}, [1, 1, 0]),
+        ("balanced", None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_class_weights_are_sample_weights(class_weight, of_label, weighted, data, rng):
+    X, _ = data
+    own = rng.random(23) + 0.5 if weighted else np.ones(23)
+    if of_label is None:
+        of_label = 23 / (3 * np.bincount(LABELS))  # scikit-learn's rule
+    expected, _ = fitted(X, LABELS, loss="cross_entropy", sample_weight=own * np.asarray(of_label)[LABELS])
+    got, _ = fitted(
+        X, LABELS, loss="cross_entropy", class_weight=class_weight, sample_weight=own if weighted else None
+    )
+    assert_same_weights(got, expected)
+
+
+@pytest.mark.parametrize("shape", [(23,), (23, 1)])
+def test_class_weights_for_yes_and_no(shape, data):
+    X, yes = data[0], LABELS > 0
+    arguments = {"loss": "logistic", "epochs": 2}
+    expected, _ = fitted(X, yes, net=make(sizes=[4, 1]), sample_weight=np.where(yes, 3.0, 1.0), **arguments)
+    got, _ = fitted(
+        X, yes.reshape(shape), net=make(sizes=[4, 1]), class_weight={True: 3.0, False: 1.0}, **arguments
+    )
+    assert_same_weights(got, expected)
+
+
+def test_balanced_counts_the_rows_it_trains_on(data):
+    X, _ = data
+    a, _ = fitted(X, LABELS, loss="cross_entropy", class_weight="balanced", validation_split=0.3)
+    b, _ = fitted(X[:-7], LABELS[:-7], loss="cross_entropy", class_weight="balanced")
+    assert_same_weights(a, b)
+
+
+# ---- callbacks, early stopping, history ----------------------------------------------------------
+
+
+def test_callbacks_are_told_everything_in_order(data):
+    recorder, plain = Recorder(), []
+    _, history = fitted(
+        *data, validation_split=0.2, callbacks=[recorder, lambda epoch, logs: plain.append((epoch, logs))]
+    )
+    assert recorder.calls == ["begin", *plain, "end"]
+    assert [epoch for epoch, _ in plain] == [0, 1, 2, 3]
+    for epoch, logs in plain:
+        assert logs == {name: values[epoch] for name, values in history.history.items()}
+    assert set(history.history) == {"loss", "val_loss", "lr"}
+
+
+def test_logs_belong_to_each_callback(data):
+    class Spoiler:
+        def on_epoch_end(self, epoch, logs):
+            logs.clear()
+
+    seen = []
+    spoilers = [Spoiler(), lambda epoch, logs: logs.clear()]
+    fitted(*data, callbacks=[*spoilers, lambda epoch, logs: seen.append(len(logs))])
+    assert seen == [2] * 4
+
+
+def test_all_are_told_of_the_epoch_that_one_stops_at(data):
+    recorder = Recorder()
+    fitted(*data, callbacks=[lambda epoch, logs: True, recorder])
+    assert [call if isinstance(call, str) else call[0] for call in recorder.calls] == ["begin", 0, "end"]
+
+
+@pytest.mark.parametrize("wish", [True, np.True_])
+def test_true_stops(wish, data):
+    net, history = fitted(*data, epochs=9, callbacks=[lambda epoch, logs: wish if epoch == 2 else None])
+    assert history.epochs == 3 and history.stopped_epoch == 2
+    assert_same_weights(net, fitted(*data, epochs=3)[0])
+
+
+@pytest.mark.parametrize("answer", [None, False, 1, "yes", [1]])
+def test_only_true_stops(answer, data):
+    """A callback that ends with file.write(…) gives a number back, and wants no stop by it."""
+    history = fitted(*data, callbacks=[lambda epoch, logs: answer])[1]
+    assert history.epochs == 4 and history.stopped_epoch is None
+
+
+def test_early_stopping_puts_the_best_weights_back(data, rng):
+    """The best epoch by the history, its weights bit for bit, and patience counted right."""
+    X, y = data
+    stop, weights = cr.EarlyStopping(patience=3), []
+    net = make()
+    history = net.fit(X, y, loss="mse", optimizer=cr.Adam(0.3), batch_size=5, epochs=200, callbacks=[
+        lambda epoch, logs: weights.append(net.state_dict()), stop],
+        validation_data=(rng.standard_normal((9, 4)), rng.standard_normal((9, 3))))  # fmt: skip
+    best = int(np.argmin(history["val_loss"]))
+    assert history.epochs == best + 1 + 3 and history.stopped_epoch == best + 3
+    assert stop.best_epoch == best and stop.best == history["val_loss"][best]
+    for name, value in net.state_dict().items():
+        assert_same_bits(value, weights[best][name])
+
+
+def test_early_stopping_can_leave_the_last_weights(data):
+    arguments = {"optimizer": cr.Adam(1.0), "epochs": 50}
+    net, history = fitted(*data, **arguments, callbacks=[cr.EarlyStopping("loss", 0, restore_best=False)])
+    arguments = {"optimizer": cr.Adam(1.0), "epochs": history.epochs}
+    assert_same_weights(net, fitted(*data, **arguments)[0])
+
+
+@pytest.mark.parametrize("values, patience, min_delta, mode, expected", [
+    ([5, 4, 4, 4], 2, 0, "min", 3),      # equal is no improvement
+    ([5, 4, 3.9, 3.8], 2, 0.5, "min", 3),  # nor is little
+    ([5, 4, math.nan, 3, 3], 1, 0, "min", 2),  # nor is NaN
+    ([1, 2, 2, 2], 2, 0, "max", 3),
+    ([3, 2, 1], 0, 0, "min", None),
+    ([3, 3], 0, 0, "min", 1),
+])  # fmt: skip
+def test_early_stopping_rule(values, patience, min_delta, mode, expected):
+    stop = cr.EarlyStopping("loss", patience, min_delta, mode, restore_best=False)
+    for _ in range(2):  # an object may serve one fit after the other
+        stop.on_train_begin(make())
+        stops = [stop.on_epoch_end(epoch, {"loss": value}) for epoch, value in enumerate(values)]
+        assert (stops.index(True) if True in stops else None) == expected
+        stop.on_train_end(make())
+
+
+def test_history(data):
+    _, history = fitted(*data)
+    assert history.epochs == len(history["loss"]) == 4
+    assert all(type(value) is float for values in history.history.values() for value in values)
+    assert re.fullmatch(r"<History of 4 epochs, loss=[\d.]+, lr=0.001>", repr(history))
+    with pytest.raises(KeyError):
+        history["val_loss"]
+
+
+# ---- progress ------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def shown(monkeypatch, stream, **arguments):
+    monkeypatch.setattr("sys.stderr", stream)
+    fitted(np.eye(4), np.eye(4)[:, :3], **{"epochs": 40, **arguments})
+    return stream.getvalue()
+
+
+def test_silence(monkeypatch, capsys):
+    assert shown(monkeypatch, Terminal(), verbose=0) == ""
+    assert shown(monkeypatch, io.StringIO()) == ""
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("watched", [{}, {"callbacks": [lambda epoch, logs: None]}])
+def test_a_line_for_every_tenth_of_the_run(watched, monkeypatch):
+    lines = shown(monkeypatch, io.StringIO(), verbose=1, **watched).splitlines()
+    assert 1 <= len(lines) <= 10
+    assert re.fullmatch(r"epoch 40/40  loss [\d.]+  lr 0\.001", lines[-1])
+
+
+def test_a_line_for_every_epoch(monkeypatch):
+    lines = shown(monkeypatch, io.StringIO(), verbose=2, epochs=7).splitlines()
+    assert [line.split()[1] for line in lines] == [f"{n}/7" for n in range(1, 8)]
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    text = shown(monkeypatch, Terminal())
+    assert "40/40" in text and text.count("\n") == 1
+
+
+def test_a_line_on_a_terminal_without_tqdm(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
+    text = shown(monkeypatch, Terminal())
+    assert text.startswith("\repoch") and "epoch 40/40" in text and text.count("\n") == 1
+
+
+def test_no_stderr_at_all(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    for verbose in ("auto", 1, 2):
+        fitted(np.eye(4), np.eye(4)[:, :3], verbose=verbose)
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("watched", [{}, {"callbacks": [cr.EarlyStopping("loss")]}], ids=str)
+def test_divergence_puts_the_weights_back(watched, data):
+    X, y = data
+    net, sgd = make(dtype="float32"), cr.SGD(1e30, momentum=0.9)
+    before = copy.deepcopy(net)
+    with pytest.raises(FloatingPointError) as caught:
+        net.fit(X, y, loss="mse", optimizer=sgd, batch_size=5, epochs=7, **watched)
+    assert re.fullmatch(
+        r"\[fit\] loss must stay finite: expected numbers, got (nan|inf) in epoch 1 of 7 "
+        r"at learning rate 1e\+30; the weights are those from before this fit\. "
+        r"Lower lr, scale X and y to about unit size, or set clip_norm=1\.0",
+        str(caught.value),
+    )
+    assert_same_weights(net, before)
+    sgd.lr = 1e-3  # its momentum must not remember the infinities
+    for n, o in ((net, sgd), (before, cr.SGD(1e-3, momentum=0.9))):
+        n.fit(X, y, loss="mse", optimizer=o)
+    assert_same_weights(net, before)
+
+
+def test_divergence_puts_the_optimizer_back(data):
+    X, y = data
+    net, adam = make(dtype="float32"), cr.Adam()
+    net.fit(X, y, loss="mse", optimizer=adam)
+    kept, state = net.state_dict(), adam.state_dict(net)
+    with pytest.raises(FloatingPointError):
+        net.fit(X, y * 1e30, loss="mse", optimizer=adam, epochs=2)
+    assert adam.state_dict(net)["step"] == state["step"]
+    for a, b in zip(adam.state_dict(net)["slots"], state["slots"], strict=True):
+        assert_same_bits(a, b)
+    for name, value in net.state_dict().items():
+        assert_same_bits(value, kept[name])
+
+
+def test_an_overflow_in_the_last_update_is_noticed():
+    """The loss of the only batch is finite; the weights after it are not."""
+    net = cr.Sequential(cr.Linear(1, 1, init="zeros"))
+    with pytest.raises(
+        FloatingPointError,
+        match="parameters must stay finite: expected numbers, got NaN or infinity in epoch 1",
+    ):
+        net.fit([[1e15]], [1e3], loss="mse", optimizer=cr.SGD(1e30))
+    assert not net.state_dict()["0.weight"].any()
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("mine"), KeyboardInterrupt(), SystemExit(3), FloatingPointError("mine")]
+)
+@pytest.mark.parametrize("hook", ["on_train_begin", "on_epoch_end", "on_train_end"])
+def test_errors_of_callbacks_come_through(error, hook, data):
+    """Swallowed, replaced, or leaving a network locked or half-trained: the weights are as trained so far."""
+
+    class Failing:
+        pass
+
+    def fail(*arguments):
+        if hook != "on_epoch_end" or arguments[0] == 1:
+            raise error
+
+    setattr(Failing, hook, staticmethod(fail))
+    net, adam = make(), cr.Adam()
+    with pytest.raises(type(error)) as caught:
+        fitted(*data, net=net, optimizer=adam, callbacks=[Failing()])
+    assert caught.value is error
+    other = cr.Adam()
+    expected = make()
+    epochs = {"on_train_begin": 0, "on_epoch_end": 2, "on_train_end": 4}[hook]
+    if epochs:
+        fitted(*data, net=expected, optimizer=other, epochs=epochs)
+    assert_same_weights(net, expected)
+    for n, o in ((net, adam), (expected, other)):
+        fitted(*data, net=n, optimizer=o)
+    assert_same_weights(net, expected)
+
+
+def test_ctrl_c_stops_a_long_fit(data):
+    """A fit that is one engine call, and hears of the signal only after 10⁹ epochs."""
+    import signal
+
+    net = make()
+    before = net.state_dict()
+    timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        fitted(*data, net=net, epochs=10**9)
+    timer.join()
+    assert any((value != before[name]).any() for name, value in net.state_dict().items())
+    assert all(np.isfinite(value).all() for value in net.state_dict().values())
+    fitted(*data, net=net)
+
+
+def test_two_threads_cannot_train_one_network(data):
+    net, errors = make(), []
+    started, go_on = threading.Event(), threading.Event()
+
+    def slow(f, y):
+        started.set()
+        go_on.wait(10)
+        return ((f - y) ** 2).sum(), 2 * (f - y)
+
+    thread = threading.Thread(target=lambda: fitted(*data, net=net, loss=slow, epochs=1, batch_size=23))
+    thread.start()
+    started.wait(10)
+    try:
+        fitted(*data, net=net)
+    except RuntimeError as error:
+        errors.append(str(error))
+    go_on.set()
+    thread.join()
+    assert len(errors) == 1 and "trains in one place at a time" in errors[0]
+    fitted(*data, net=net)
+
+
+def test_a_schedule_of_ones_own(data):
+    class Halves(optim.Schedule):
+        def rates(self, lr, epoch, epochs, steps):
+            return [[lr / 2**epoch] * steps]  # one epoch at a time, a rate for each step
+
+    mine, history = fitted(*data, schedule=Halves(), optimizer=cr.SGD(0.1))
+    stock, expected = fitted(*data, schedule=cr.ExponentialLR(0.5), optimizer=cr.SGD(0.1))
+    assert_same_weights(mine, stock)
+    assert history.history == expected.history
