@@ -10,9 +10,9 @@ void set_thread_count(int count);
 
 using Task = void (*)(void* context, int part, int parts);
 
-// Runs task(context, part, parts) for part = 0 .. parts-1, part 0 on the calling thread, and returns when all are done.
-// Tasks must not throw. `parts` fixes the partition of the work; the threads only decide who runs a part, so if the
-// pool is busy with another caller's work the caller runs all parts itself, with the same result.
+// Runs task(context, part, parts) for part = 0 .. parts-1 and returns when all are done. Tasks must not throw. `parts`
+// fixes the partition of the work; who runs a part is left to chance, and changes no result. If the pool is busy with
+// another caller's work the caller runs all parts itself.
 void parallel(Task task, void* context, int parts);
 
 // The same for a callable taking (part, parts).

@@ -564,6 +564,6 @@ def test_metrics_refuse_what_would_broadcast():
 
 
 def test_a_feature_of_one_constant_has_spread_one():
-    """np.std of fifty times 0.1 is 1e-17, and division by it would blow rounding up to the size of a signal."""
+    """np.std of fifty times 0.1 is 1e-17; division by it would blow rounding up to a signal's size."""
     feature = Feature.fit("x", np.full(50, 0.1))
     assert (feature.mean, feature.std) == (0.1, 1.0)

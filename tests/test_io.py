@@ -246,7 +246,7 @@ def test_a_network_comes_back_with_the_same_predictions_and_texts(tmp_path, dtyp
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "net.safetensors").read_bytes()
 
 
-def test_forged_architectures_are_refused_before_memory_is_asked_for(tmp_path):
+def test_forged_architectures_are_refused(tmp_path):
     """The checksum is right in these files: only the architecture and the arrays contradict each other."""
     net = saved_network(tmp_path / "net.safetensors")
     arrays = net.state_dict()
@@ -290,6 +290,18 @@ def test_forged_architectures_are_refused_before_memory_is_asked_for(tmp_path):
     ]:
         with pytest.raises(ValueError, match=r"\[load\].*forged\.safetensors"):
             load(document)
+
+
+@pytest.mark.parametrize("fields", [{"in_features": 2**20}, {"out_features": 5}, {"out_features": None}])
+def test_widths_are_checked_before_memory_is_asked_for(tmp_path, monkeypatch, fields):
+    net = cr.mlp([3, 4, 2])
+    config = net.config()
+    config["layers"][0].update(fields)
+    document = json.dumps({"format": 1, "network": config})
+    io.write_safetensors(tmp_path / "net.safetensors", net.state_dict(), {"chainrule": document})
+    monkeypatch.setattr(cr.Sequential, "from_config", lambda config: pytest.fail("it asked for memory"))
+    with pytest.raises(ValueError, match=r"tensor '0\.weight' of .*expected shape .* from the architecture"):
+        io.load(tmp_path / "net.safetensors")
 
 
 def test_plain_weights_are_no_network(tmp_path):
@@ -397,7 +409,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
 
 
 def test_a_killed_writer_leaves_a_whole_file(tmp_path):
-    """Killed in the middle of a loop of saves, five times: what stands there is one of the versions, unharmed."""
+    """Killed amid a loop of saves, five times: what stands there is one of the versions, unharmed."""
     path = tmp_path / "a.safetensors"
     code = (
         "import sys, numpy as np\n"

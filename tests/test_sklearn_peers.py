@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """`chainrule train` on scikit-learn's own tables, beside scikit-learn's MLP.
 
-How the scores are computed. For each data set and each of the seeds 0 … 4 the command holds out 20 % of the rows (its
-default), and its score there is read from what it prints: accuracy in percent, or 100 R². The peer is the same
-network (64, 64, ReLU, Adam at 0.001, batches of 32, no penalty) behind the same preprocessing, trained on all the
-other rows and scored on the same rows held out; once with early stopping (15 % for validation, patience 20, as the
-command does) and once with scikit-learn's own rule. The means over the seeds are compared: ours may lie at most 2
-points below the better of the two.
+How the scores are computed. For each data set and each of the seeds 0 … 4 the command holds out 20 % of
+the rows (its default); its score there, accuracy in percent or 100 R², is read from what it prints. The peer
+is the same network (64, 64, ReLU, Adam at 0.001, batches of 32, no penalty) behind the same preprocessing,
+trained on all the other rows and scored on the same rows held out: once with early stopping (15 % for
+validation, patience 20, as the command does) and once with scikit-learn's own rule. The means over the seeds
+are compared: ours may lie at most 2 points below the better of the two.
 """
 
 import csv

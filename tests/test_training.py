@@ -119,7 +119,7 @@ def test_steps_by_hand_are_an_epoch(batch_size, data):
 
 
 def test_labels_are_safe_from_later_changes(data):
-    """Labels are checked once and then index memory: a callback that changes them must not reach them."""
+    """Labels are checked once and then index memory: the engine has a copy that no callback can reach."""
     X, _ = data
     labels = np.zeros(23, np.int64)
 

@@ -26,31 +26,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     1
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    args = parser.parse_args(arguments)
     try:
-        if getattr(args, "config", None):
-            command = arguments.index(
-                "train"
-            )  # what stands in the file goes first, so that options override it
-            arguments[command + 1 : command + 1] = _options_from(args.config, args.known)
-            args = parser.parse_args(arguments)
-        if args.command is cli.train and args.target is None:
-            parser.error("the following option is required: --target COLUMN")
+        args = _read(arguments)
         args.command(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone: nobody is left to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except OSError as error:
-        return _fail(
-            f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        )
+        named = error.filename and error.strerror
+        return _fail(f"{error.filename}: {error.strerror}" if named else str(error))
     except (ValueError, ImportError, FloatingPointError, MemoryError) as error:
         return _fail(str(error) or type(error).__name__)
     return 0
+
+
+def _read(arguments: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.command is not cli.train:
+        return args
+    if args.config:  # what stands in the file goes first, so that typed options override it
+        place = arguments.index("train") + 1
+        options = _options_from(args.config, args.known)
+        args = parser.parse_args([*arguments[:place], *options, *arguments[place:]])
+    if args.target is None:
+        parser.error("the following option is required: --target COLUMN")
+    return args
 
 
 def _fail(message: str, code: int = 1) -> int:

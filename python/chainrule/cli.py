@@ -25,7 +25,7 @@ from . import _core, metrics
 from .data import Preprocessor, TableModel, class_labels, infer_task, outputs_for, split_rows
 from .io import require_suffix
 from .losses import LOSSES
-from .model import mlp
+from .model import mlp, set_num_threads
 from .optim import GD, OPTIMIZERS
 from .tables import Table, as_text, is_missing, read_table
 from .terminal import Screen, confusion_lines, curve, duration, enlarged, picture
@@ -60,7 +60,7 @@ def train(args: Namespace) -> None:
     screen = Screen(None if args.quiet else sys.stdout)
     _check_output(args.output)
     if args.threads:
-        _core.set_num_threads(args.threads)
+        set_num_threads(args.threads)
     table, notes = _labelled(read_table(args.data), args.target)
     loss = _loss(args, table)
     preprocessor, test, validation, training = _prepare(args, table, loss)
@@ -127,7 +127,11 @@ def _prepare(args: Namespace, table: Table, loss: str) -> tuple[Preprocessor, Pa
 
 
 def _names(given: Iterable[str], table: Table) -> list[str]:
-    """Column names from options like "id,name"; a name that itself holds a comma is found first."""
+    """Column names from options like "id,name"; a name that itself holds a comma is found first.
+
+    >>> _names(["id,name", "x, y"], Table.from_columns({"id": [1], "name": ["a"], "x, y": [2]}))
+    ['id', 'name', 'x, y']
+    """
     names = [n for item in given for n in ([item] if item in table.columns else item.split(","))]
     for name in names:
         table.column(name)  # raises, and lists the columns
@@ -252,7 +256,7 @@ def demo(args: Namespace) -> None:
     """Train on handwritten digits and show what happened."""
     screen = Screen(sys.stdout)
     if args.threads:
-        _core.set_num_threads(args.threads)
+        set_num_threads(args.threads)
     images, labels = _digits()
     test, training = split_rows(len(images), [0.25], args.seed, labels)
     x = images.reshape(len(images), -1)

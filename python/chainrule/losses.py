@@ -326,7 +326,7 @@ class CrossEntropy(Loss):
             hint = "; two classes with one output need loss='logistic'" if outputs == 1 else ""
             bad = array >= outputs if array.dtype.kind in "ub" else (array < 0) | (array >= outputs)
             refuse_rows(op, name, f"labels 0 to {outputs - 1}", array, bad, hint)
-        return Targets(_labels(array), True)
+        return Targets(np.require(array, np.int64, ["C", "A"]), True)
 
     def _check_domain(self, op: str, name: str, values: Array) -> None:
         if values.size and values.min() < 0:
@@ -336,11 +336,6 @@ class CrossEntropy(Loss):
 def _are_labels(array: Array, outputs: int) -> bool:
     """Whether all integers are in 0 … outputs − 1; compared as Python's, which no width overflows."""
     return not array.size or (int(array.min()) >= 0 and int(array.max()) < outputs)
-
-
-def _labels(array: Array) -> Array:
-    """Always a copy: labels index memory, and nobody may change them after they were checked."""
-    return array.astype(np.int64, order="C")
 
 
 # ------------------------------------------------------------ losses of the user's own
@@ -392,7 +387,7 @@ class CustomLoss(Loss):
                 f"[{op}] {name} must be 1-D or 2-D: expected ({rows},) or ({rows}, k), got {array.shape}"
             )
         if array.ndim == 1 and array.dtype.kind in "iub" and _are_labels(array, outputs):
-            return Targets(_labels(array), True)
+            return Targets(np.require(array, np.int64, ["C", "A"]), True)
         values = converted(op, name, array, dtype).reshape(rows, -1 if rows else 1)
         if not all_finite(values):
             refuse_rows(op, name, "finite numbers", values, ~np.isfinite(values))

@@ -611,7 +611,12 @@ def info() -> dict[str, Any]:
 
 
 def get_num_threads() -> int:
-    """How many threads the engine may use."""
+    """How many threads the engine may use.
+
+    Example:
+        >>> get_num_threads() >= 1
+        True
+    """
     return _core.num_threads()
 
 

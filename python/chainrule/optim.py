@@ -102,9 +102,11 @@ class Optimizer(Description):
         engine.set_state([np.ascontiguousarray(slot) for slot in slots])
         engine.step_count = step
 
-    def forget(self, net: Network) -> None:
-        """Drop the state kept for `net`."""
-        vars(self)["_engines"].pop(net, None)
+    def reset(self, net: Network) -> None:
+        """Begin afresh with `net`: no updates done, state zero."""
+        engine = self.engine(net)
+        engine.set_state([np.zeros_like(slot) for slot in engine.get_state()])
+        engine.step_count = 0
 
 
 @final
@@ -316,6 +318,15 @@ class Schedule:
     """Base of the schedules; subclass it and define `rates` for one of your own.
 
     Epochs are counted from 0 at the start of each `fit`.
+
+    Example:
+        >>> import numpy as np, chainrule as cr
+        >>> class Inverse(cr.Schedule):
+        ...     def rates(self, lr, epoch, epochs, steps):
+        ...         return lr / (1 + np.arange(epoch, epoch + epochs))
+        >>> history = cr.mlp([1, 1]).fit([[1.0]], [1.0], loss="mse", epochs=2, schedule=Inverse())
+        >>> history["lr"]
+        [0.001, 0.0005]
     """
 
     def rates(self, lr: float, epoch: int, epochs: int, steps: int) -> Array:

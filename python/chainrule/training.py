@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 import numpy as np
@@ -537,7 +537,7 @@ class _Run:
         """Put network and optimizer back to where they were; the error that says so."""
         self.net._core.restore(self.before)
         if self.state is None:
-            self.plan.optimizer.forget(self.net)
+            self.plan.optimizer.reset(self.net)
         else:
             self.engine.step_count = self.state[0]
             self.engine.set_state(self.state[1])
@@ -574,20 +574,22 @@ class Stepper:
             )
         self.given = loss, optimizer  # kept alive, because the network finds this object by their ids
         self.loss, self.optimizer = losses.resolve("train_step", loss), optim.resolve("train_step", optimizer)
+        self.engine = self.optimizer.engine(net)
         self.trainers: dict[tuple[bool, bool], Any] = {}
 
     def step(self, net: Network, X: Any, y: Any, sample_weight: Any) -> float:
         data = take("train_step", net, self.loss, X, y, sample_weight)
         kind = data.flat, data.weight is not None
-        engine = self.optimizer.engine(net)
-        known = self.trainers.get(kind)
-        if known is None or known[0] is not engine:  # the optimizer was told to forget this network
-            known = self.trainers[kind] = engine, self._trainer(net, engine, data)
-        return float(known[1].step(data.X, data.y, data.weight, self.optimizer.lr))
+        trainer = self.trainers.get(kind)
+        if trainer is None:
+            trainer = self.trainers[kind] = self._trainer(net, data)
+        loss: float = trainer.step(data.X, data.y, data.weight, self.optimizer.lr)
+        return loss
 
-    def _trainer(self, net: Network, engine: Any, data: Data) -> Any:
-        kind: Callable[..., Any] = _core.Trainer64 if net.dtype == "float64" else _core.Trainer32
+    def _trainer(self, net: Network, data: Data) -> Any:
+        kind = _core.Trainer64 if net.dtype == "float64" else _core.Trainer32
         one = data.rows(0, 1)  # a trainer is made with data; its step is given its own
-        X, y = one.X.copy(), one.y.copy()
-        loss = self.loss.engine(data.flat, data.weight is not None)
-        return kind(net._core, engine, loss, X, y, None, 1, False, 0, 0.0, 0.0, 0.0, 0.0)
+        return kind(
+            net._core, self.engine, self.loss.engine(data.flat, data.weight is not None),
+            one.X.copy(), one.y.copy(), None, 1, False, 0, 0.0, 0.0, 0.0, 0.0,
+        )  # fmt: skip
