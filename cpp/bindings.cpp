@@ -8,7 +8,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <cmath>
 #include <thread>
 
 #include "random.hpp"
@@ -440,21 +439,6 @@ py::object random_numbers(Index n, F next) {
     return std::move(numbers);
 }
 
-// The 53-bit uniform number `i` of a stream, in [0, 1).
-double uniform(std::uint64_t seed, std::uint64_t stream, Index i) {
-    const Philox4 r = philox(seed, static_cast<std::uint64_t>(i / 2), stream_of(kInitialWeights, stream));
-    const std::uint64_t bits = static_cast<std::uint64_t>(r.word[i % 2 * 2]) << 32 | r.word[i % 2 * 2 + 1];
-    return static_cast<double>(bits >> 11) * 0x1p-53;
-}
-
-// Box and Muller, Ann. Math. Statist. 29, 1958.
-double normal(std::uint64_t seed, std::uint64_t stream, Index i) {
-    constexpr double two_pi = 6.283185307179586476925;
-    const double radius = std::sqrt(-2 * std::log(1 - uniform(seed, stream, i / 2 * 2)));
-    const double angle = two_pi * uniform(seed, stream, i / 2 * 2 + 1);
-    return radius * (i % 2 == 0 ? std::cos(angle) : std::sin(angle));
-}
-
 // ---- networks -------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -787,7 +771,11 @@ void bind_network(py::module_& m, const std::string& bits) {
         .def("trace", &trace<T>, py::arg("X"))
         .def("value_and_grad", &value_and_grad<T>, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("loss"))
         .def("evaluate", &evaluate_loss<T>, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("loss"));
+}
 
+template <class T>
+void bind_training(py::module_& m, const std::string& bits) {
+    using Net = PyNetwork<T>;
     py::class_<PyOptimizer<T>>(m, ("Optimizer" + bits).c_str(),
                                "An update rule with its state for one network; see chainrule.optim.")
         .def(py::init<const Net&, const std::string&, const std::vector<double>&>(), py::arg("net"), py::arg("name"),
@@ -821,12 +809,7 @@ Isa isa_by_name(const std::string& name) {
                           name);
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_core, m) {
-    m.doc() = "The compiled engine of chainrule. Its names are an implementation detail; use the package's.";
-    m.attr("__version__") = CHAINRULE_VERSION;
-
+void bind_machine(py::module_& m) {
     m.def("isa", [] { return std::string(name_of(active_isa())); });
     m.def("isas", [] {
         std::vector<std::string> names;
@@ -853,7 +836,9 @@ PYBIND11_MODULE(_core, m) {
         py::arg("n"));
     m.def("cuda_state", [] { return std::string("not built"); });
     m.def("ops", &ops);
+}
 
+void bind_kernels(py::module_& m) {
     m.def("op_forward", &op_forward, py::arg("name"), py::arg("x"), py::arg("param"));
     m.def(
         "op_vjp",
@@ -891,10 +876,21 @@ PYBIND11_MODULE(_core, m) {
             return order;
         },
         py::arg("n"), py::arg("seed"), py::arg("epoch"));
+}
 
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "The compiled engine of chainrule. Its names are an implementation detail; use the package's.";
+    m.attr("__version__") = CHAINRULE_VERSION;
+
+    bind_machine(m);
+    bind_kernels(m);
     py::class_<LossSpec>(m, "Loss",
                          "A loss by name with its parameter and reduction, or a user's function; see chainrule.losses.")
         .def(py::init(&make_loss), py::arg("name"), py::arg("param"), py::arg("reduction"), py::arg("function"));
     bind_network<float>(m, "32");
     bind_network<double>(m, "64");
+    bind_training<float>(m, "32");
+    bind_training<double>(m, "64");
 }

@@ -280,19 +280,6 @@ double evaluate(Network<T>& net, const Loss<T>& loss, const Dataset<T>& data) {
     return loss.mean ? (total_weight > 0 ? total / total_weight : 0) : total;
 }
 
-void permute(Index n, std::uint64_t seed, std::uint64_t epoch, std::int64_t* order) {
-    std::iota(order, order + n, std::int64_t{0});
-    // Fisher and Yates, from the end; one draw is 32 bits, four to a call of the generator.
-    Philox4 random{};
-    for (Index i = n - 1; i > 0; --i) {
-        const std::uint64_t draw = static_cast<std::uint64_t>(n - 1 - i);
-        if (draw % 4 == 0) random = philox(seed, draw / 4, stream_of(kPermutation, epoch));
-        const std::uint64_t j =
-            static_cast<std::uint64_t>(random.word[draw % 4]) * static_cast<std::uint64_t>(i + 1) >> 32;
-        std::swap(order[i], order[j]);
-    }
-}
-
 template <class T>
 Trainer<T>::Trainer(Network<T>& net, Optimizer<T>& optimizer, const Loss<T>& loss, const Dataset<T>& data,
                     const TrainerOptions& options)

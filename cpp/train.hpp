@@ -108,9 +108,6 @@ class Step {
 template <class T>
 double evaluate(Network<T>& net, const Loss<T>& loss, const Dataset<T>& data);
 
-// The order in which an epoch visits the examples: a permutation of 0..n-1 that depends on (seed, epoch) alone.
-void permute(Index n, std::uint64_t seed, std::uint64_t epoch, std::int64_t* order);
-
 struct TrainerOptions {
     Index batch_size;
     bool shuffle;

@@ -500,6 +500,18 @@ def test_a_reader_that_goes_away_ends_it_in_silence(flowers, capsys):
     assert (done.stdout, done.stderr) == ("kind,p_big,p_small\n", "")
 
 
+@pytest.mark.parametrize(
+    ("where", "message"), [(">&-", "use --output FILE"), ("> /dev/full", "No space left on device")]
+)
+def test_output_that_cannot_be_written_is_one_line(flowers, capsys, where, message):
+    run(capsys, "train", "flowers.csv", "--target", "kind", "--epochs", 1)
+    command = f"{sys.executable} -m chainrule predict model.safetensors new.csv {where}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("chainrule: error: ") and message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_on_a_terminal_there_is_progress_and_nothing_is_left_of_it_in_the_output(flowers):
     """A real terminal for standard error: the bar goes there, the report stays clean."""
     inside, outside = pty.openpty()

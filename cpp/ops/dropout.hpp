@@ -12,17 +12,24 @@
 namespace chainrule {
 namespace CHAINRULE_ISA {
 
+// Sixteen counters at a time give the numbers of 64 columns: word w of counter i belongs to column 16 w + i.
 template <class T>
 void dropout(Index rows, Index cols, const T* x, Index x_stride, T* y, Index y_stride, double p, std::uint64_t key,
              std::uint64_t step, Index first_row) {
-    const std::uint64_t threshold = static_cast<std::uint64_t>(p * 0x1p32);
+    constexpr Index lanes = 16;
+    const std::uint32_t threshold = static_cast<std::uint32_t>(p * 0x1p32);  // p < 1, so it fits
     const T keep = static_cast<T>(1 / (1 - p));
+    std::uint32_t random[4][lanes];
     for (Index i = 0; i < rows; ++i)
-        for (Index j = 0; j < cols; j += 4) {
-            const std::uint64_t place = static_cast<std::uint64_t>(first_row + i) << 32 | static_cast<std::uint64_t>(j);
-            const Philox4 random = philox(key, place, stream_of(kDropout, step));
-            for (Index l = 0; l < 4; ++l)  // the last few may be padding
-                y[i * y_stride + j + l] = random.word[l] < threshold ? T{0} : x[i * x_stride + j + l] * keep;
+        for (Index block = 0; block < cols; block += 4 * lanes) {
+            const std::uint64_t place =
+                static_cast<std::uint64_t>(first_row + i) << 32 | static_cast<std::uint64_t>(block / 4);
+            philox_lanes(key, place, stream_of(kDropout, step), random);
+            const Index width = cols - block < 4 * lanes ? cols - block : 4 * lanes;
+            const std::uint32_t* number = random[0];
+            const T* from = x + i * x_stride + block;
+            T* to = y + i * y_stride + block;
+            for (Index j = 0; j < width; ++j) to[j] = number[j] < threshold ? T{0} : from[j] * keep;
         }
 }
 

@@ -231,6 +231,8 @@ def predict(args: Namespace) -> None:
     """Write one line of answers for each row of a table, as CSV."""
     if args.output and os.path.exists(args.output) and os.path.samefile(args.output, args.data):
         raise ValueError(f"[predict] --output: expected another file than the data, got {args.output!r}")
+    if not args.output and sys.stdout is None:
+        raise ValueError("[predict] standard output: expected an open one, got none; use --output FILE")
     answers = TableModel.load(args.model).answers(args.data)
     with (
         open(args.output, "w", encoding="utf-8", newline="")
