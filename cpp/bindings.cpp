@@ -397,6 +397,7 @@ py::object loss_kernel(const std::string& name, const py::object& f, const py::o
 py::object gemm(const std::string& form, const py::object& a, const py::object& b, const py::object& bias) {
     if (form != "nn" && form != "tn")
         throw py::value_error("[gemm] unknown form: expected 'nn' or 'tn', got '" + form + "'");
+    if (form == "tn" && !bias.is_none()) throw py::value_error("[gemm] form 'tn' has no bias: expected None, got one");
     return with_real_type(a, [&](auto zero) -> py::object {
         using T = decltype(zero);
         const NumpyArray<T> left = require<T>(a, "a", 2), right = require<T>(b, "b", 2);

@@ -29,7 +29,7 @@ struct CrossEntropy {
     CHAINRULE_INLINE T softmax_row(Index n, const T* f, T largest, T factor, T* df) {
         const T rest = sum_exponentials(n, f, largest, [&](Index j, Vec<T> e) { store(df + j, e); });
         const Vec<T> share = Vec<T>{} + factor / (1 + rest);
-        for (Index j = 0; j < n; j += kWidth<T>)
+        for (Index j = 0; j < round_up(n, kLine<T>); j += kWidth<T>)  // the terms went to the end of the line
             store(df + j, select(real_columns<T>(j, n), load(df + j) * share, Vec<T>{}));
         return rest;
     }

@@ -3,6 +3,7 @@
 // Jacobian    J = I - 1ᵀp with the row p = e^y: every row of J is the unit row minus p
 // vjp         dy - p Σ dy_k;  jvp  dx - Σ p_k dx_k
 // saves       y
+// error       3 ulp of the terms
 // limits      as softmax
 #pragma once
 
