@@ -16,6 +16,11 @@ using Kind = typename Layer<T>::Kind;
 // Input rows of a gradient tile: 8 register tiles high, and with its 64 columns small enough for the first-level cache.
 constexpr Index kTileInputs = 48;
 
+// Tiles are visited in groups of this many input rows, all columns of a group after each other: its part of X then stays
+// in the shared cache. Column by column instead, X came from memory again for each (75 % of peak at 2048 x 2048, batch
+// 2048).
+constexpr Index kGroupInputs = 8 * kTileInputs;
+
 // What the update rule costs for one weight, in multiplications: square root and division are slow.
 constexpr double kUpdateCost = 20;
 
@@ -140,10 +145,12 @@ void Step<T>::plan() {
         const Layer<T>& layer = net_->layers()[static_cast<std::size_t>(l)];
         if (layer.kind == Kind<T>::external && layer.size > 0) units_.push_back({l, 0, 0, 0, layer.size});
         if (layer.kind != Kind<T>::linear) continue;
-        for (Index column = 0; column < layer.outputs; column += kPanel<T>)
-            for (Index first = 0; first < layer.weight_rows(); first += kTileInputs)
-                units_.push_back({l, column, round_up(std::min(layer.outputs - column, kPanel<T>), kLine<T>), first,
-                                  std::min(layer.weight_rows() - first, kTileInputs)});
+        for (Index group = 0; group < layer.weight_rows(); group += kGroupInputs)
+            for (Index column = 0; column < layer.outputs; column += kPanel<T>)
+                for (Index first = group; first < std::min(group + kGroupInputs, layer.weight_rows());
+                     first += kTileInputs)
+                    units_.push_back({l, column, round_up(std::min(layer.outputs - column, kPanel<T>), kLine<T>), first,
+                                      std::min(layer.weight_rows() - first, kTileInputs)});
     }
     double total = 0;
     for (const Unit& unit : units_)

@@ -226,6 +226,11 @@ class Matrix : public Fenced<T> {
     void clear_padding() const {
         for (Index i = 0; i < rows; ++i) std::fill(row(i) + cols, row(i) + padded<T>(cols), T{0});
     }
+    // A value that a sum, a maximum or a count of maxima would notice, unlike NaN, which a comparison passes over.
+    void pad_with_maximum() const {
+        for (Index i = 0; i < rows; ++i)
+            std::fill(row(i) + cols, row(i) + padded<T>(cols), *std::max_element(row(i), row(i) + cols));
+    }
     // Nothing was written before the array or between the padded end of a row and the next row.
     bool gaps_hold() const {
         const T bad = poison<T>();
@@ -917,8 +922,9 @@ void forward_case(const OpRow& op, Index cols, Tape<T>& tape) {
     check(x.unchanged(), "forward only reads x");
     check(y.gaps_hold(), "forward writes nothing beyond the padded rows");
     tape.same(y);
+    x.pad_with_maximum();
     run_map(op, x, x);
-    check_bits("forward in place", x, y);
+    check_bits("the same in place and with other padding", x, y);
 }
 
 template <class T>
@@ -938,8 +944,10 @@ void derivative_case(const OpRow& op, bool reverse, Index cols, Tape<T>& tape) {
     check(d.unchanged() && saved.unchanged(), "a derivative only reads its inputs");
     check(out.gaps_hold(), "a derivative writes nothing beyond the padded rows");
     tape.same(out);
+    d.pad_with_maximum();
+    saved.pad_with_maximum();
     run_derivative(op, reverse, d, saved, d);
-    check_bits("a derivative in place", d, out);
+    check_bits("the same in place and with other padding", d, out);
 }
 
 // The padding of every cotangent stays zero, since the gradient of the weights' padding is read off it. The engine runs
@@ -1121,8 +1129,9 @@ Term loss_term(LossOp op, Real f, Real y, Real p) {
             return {{rate - product, (2 + more) * (rate + std::fabs(product))}, {rate - y, (2 + more) * (rate + y)}};
         }
         default: {  // logistic
-            const Real right = std::log1p(std::exp(-std::fabs(f))) + std::fmax(-f, Real{0}), wrong = right + f;
-            const Real value = times(right, y) + times(wrong > 0 ? wrong : std::log1p(std::exp(f)), 1 - y);
+            const Real rest = std::log1p(std::exp(-std::fabs(f)));
+            const Real right = rest + std::fmax(-f, Real{0}), wrong = rest + std::fmax(f, Real{0});
+            const Real value = times(right, y) + times(wrong, 1 - y);
             const Real grad = y == 1 ? -sigmoid(-f) : sigmoid(f) - y;  // at the ends of [0, 1] every digit counts
             return {{value, (6 + more) * value}, {grad, (4 + more) * (y == 1 ? sigmoid(-f) : sigmoid(f) + y)}};
         }
@@ -1259,6 +1268,12 @@ void loss_case(const LossRow& loss, bool labelled, bool weighted, Index cols, Ta
     check(c.df.padding_is_zero(), "the padding of the cotangent is zero");
     tape.same(1, kRows, c.values.data(), kRows);
     tape.same(c.df);
+    const std::vector<T> values(c.values.data(), c.values.data() + kRows), df(c.df.data(), c.df.data() + c.df.size());
+    c.f.pad_with_maximum();
+    c.y.pad_with_maximum();
+    c.run(weighted, scale);
+    check_bits("the same value with other padding", 1, kRows, c.values.data(), 0, values.data(), 0);
+    check_bits("the same gradient with other padding", 1, c.df.size(), c.df.data(), 0, df.data(), 0);
 }
 
 // NaN in one output, then in one target: the value is NaN, so is the derivative there; where outputs do not interact no
@@ -1268,6 +1283,7 @@ void loss_nan_case(const LossRow& loss, bool labelled, Index cols) {
     Random random = begin_case<T>(loss.name, 1, cols, labelled);
     const LossCase<T> c(loss, labelled, 1, cols, random);
     const T nan = std::numeric_limits<T>::quiet_NaN();
+    c.y.at(0, c.y.cols - 1) = T(0.5);  // probabilities that are all 0 ask for nothing
     c.run(false, 1);
     const std::vector<T> clean(c.df.data(), c.df.data() + cols);
     const auto poisoned = [&](T& place, Index j, const char* rule) {
@@ -1350,10 +1366,12 @@ constexpr RuleCase all_rules[] = {
     {"sgd with momentum, first step", {OptimizerOp::sgd, {0.9, 0.1, 0, 0}}, 1},
     {"sgd, Nesterov", {OptimizerOp::sgd, {0.9, 0, 1, 0.01}}, 5},
     {"adam", {OptimizerOp::adam, {0.9, 0.999, 1e-8, 0}}, 1},
+    {"adam, slow, first step", {OptimizerOp::adam, {0.999, 0.9999, 1e-8, 0}}, 1},
     {"adam with decay", {OptimizerOp::adam, {0.8, 0.99, 1e-3, 0.01}}, 7},
     {"adamw", {OptimizerOp::adamw, {0.9, 0.999, 1e-8, 0.01}}, 1000},
     {"rmsprop", {OptimizerOp::rmsprop, {0.99, 1e-8, 0, 0, 0}}, 3},
     {"rmsprop with momentum", {OptimizerOp::rmsprop, {0.9, 1e-3, 0.01, 0.9, 0}}, 3},
+    {"rmsprop, slow, first step", {OptimizerOp::rmsprop, {0.999, 1e-8, 0, 0, 0}}, 1},
     {"rmsprop, centered", {OptimizerOp::rmsprop, {0.9, 1e-3, 0, 0.5, 1}}, 3},
 };
 constexpr double kRate = 0.05;
@@ -1461,17 +1479,20 @@ struct RuleArrays {
         const Hyper<T> hyper = prepare_step<T>(rule.settings, kRate, rule.step);
         kernels<T>().optimize[static_cast<int>(rule.settings.rule)](w.size(), w.data(), g.data(), scale, used, hyper);
     }
+    // Before the first step the state is zero, so that each term of it shows in full.
     void fill(const RuleCase& rule, Index real, Random& random) const {
+        const OptimizerOp op = rule.settings.rule;
+        const bool adam = op == OptimizerOp::adam || op == OptimizerOp::adamw, fresh = rule.step == 1;
+        const auto put = [&](const Fenced<T>& to, Index i, double low, double high, bool zero) {
+            const double value = random.uniform(low, high);
+            to[i] = zero || i >= real ? T{0} : static_cast<T>(value);
+        };
         for (Index i = 0; i < w.size(); ++i) {
-            const bool padding = i >= real;
-            w[i] = padding ? T{0} : static_cast<T>(random.uniform(-1, 1));
-            g[i] = padding ? T{0} : static_cast<T>(random.uniform(-1, 1));
-            const bool adam = rule.settings.rule == OptimizerOp::adam || rule.settings.rule == OptimizerOp::adamw;
-            slot0[i] = padding
-                           ? T{0}
-                           : static_cast<T>(random.uniform(rule.settings.rule == OptimizerOp::rmsprop ? 0.5 : -1, 1));
-            slot1[i] = padding ? T{0} : static_cast<T>(random.uniform(adam ? 0.01 : -1, 1));
-            slot2[i] = padding ? T{0} : static_cast<T>(random.uniform(-0.5, 0.5));
+            put(w, i, -1, 1, false);
+            put(g, i, -1, 1, false);
+            put(slot0, i, op == OptimizerOp::rmsprop ? 0.5 : -1, 1, fresh);  // a mean square, or a mean
+            put(slot1, i, adam ? 0.01 : -1, 1, fresh);
+            put(slot2, i, -0.5, 0.5, fresh);
         }
     }
 };
@@ -1782,6 +1803,9 @@ void dropouts() {
         on_each_isa([] {
             for (const double p : {0.0, 0.25, 0.3, 0.999})
                 for (const Index cols : widths()) dropout_case<T>(p, cols);
+            // Exactly the number of one column: dropped is what lies below p.
+            const Philox4 words = philox(dropout_key(base_seed, 2), std::uint64_t{8} << 32, stream_of(kDropout, 17));
+            dropout_case<T>(words.word[0] * 0x1p-32, 5);
             dropout_share<T>();
         });
     });
