@@ -38,6 +38,7 @@ struct Lanes<float> {
     typedef float Vector __attribute__((vector_size(kVectorBytes)));
     typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
     typedef std::int32_t Mask __attribute__((vector_size(kVectorBytes)));
+    typedef std::uint32_t Bits __attribute__((vector_size(kVectorBytes)));
     using Integer = std::int32_t;
     static constexpr int mantissa_bits = 23, exponent_bias = 127;
 };
@@ -47,6 +48,7 @@ struct Lanes<double> {
     typedef double Vector __attribute__((vector_size(kVectorBytes)));
     typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
     typedef std::int64_t Mask __attribute__((vector_size(kVectorBytes)));
+    typedef std::uint64_t Bits __attribute__((vector_size(kVectorBytes)));
     using Integer = std::int64_t;
     static constexpr int mantissa_bits = 52, exponent_bias = 1023;
 };
@@ -249,7 +251,8 @@ CHAINRULE_INLINE V log(V x) {
     using I = typename L::Integer;
     const I root_half = sizeof(T) == 4 ? static_cast<I>(0x3f3504f3) : static_cast<I>(0x3fe6a09e667f3bcd);
     const I bias = static_cast<I>(I{L::exponent_bias} << L::mantissa_bits);
-    const Mask<T> bits = (Mask<T>)x + (bias - root_half);
+    // The sum is unsigned: that of a NaN passes the largest integer.
+    const Mask<T> bits = (Mask<T>)((typename L::Bits)x + (typename L::Bits)(Mask<T>{} + (bias - root_half)));
     const Mask<T> exponent = (bits >> L::mantissa_bits) - I{L::exponent_bias};
     const V f = (V)((bits & static_cast<I>((I{1} << L::mantissa_bits) - 1)) + root_half) - 1;
     const V n = __builtin_convertvector(exponent, V);

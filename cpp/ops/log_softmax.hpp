@@ -23,13 +23,13 @@ struct LogSoftmax {
     template <class T>
     static void vjp(Index n, const T* dy, const T* y, T* dx) {
         const Vec<T> total = Vec<T>{} + sum_columns<T>(n, [&](Index j) { return load(dy + j); });
-        for (Index j = 0; j < n; j += kWidth<T>)
+        for (Index j = 0; j < round_up(n, kLine<T>); j += kWidth<T>)
             store(dx + j, select(real_columns<T>(j, n), load(dy + j) - exp(load(y + j)) * total, Vec<T>{}));
     }
     template <class T>
     static void jvp(Index n, const T* dx, const T* y, T* dy) {
         const Vec<T> mean = Vec<T>{} + sum_columns<T>(n, [&](Index j) { return exp(load(y + j)) * load(dx + j); });
-        for (Index j = 0; j < n; j += kWidth<T>)
+        for (Index j = 0; j < round_up(n, kLine<T>); j += kWidth<T>)
             store(dy + j, select(real_columns<T>(j, n), load(dx + j) - mean, Vec<T>{}));
     }
 };

@@ -22,7 +22,7 @@ struct Softmax {
     template <class T>
     static void vjp(Index n, const T* dy, const T* y, T* dx) {
         const Vec<T> mean = Vec<T>{} + sum_columns<T>(n, [&](Index j) { return load(dy + j) * load(y + j); });
-        for (Index j = 0; j < n; j += kWidth<T>)
+        for (Index j = 0; j < round_up(n, kLine<T>); j += kWidth<T>)
             store(dx + j, select(real_columns<T>(j, n), load(y + j) * (load(dy + j) - mean), Vec<T>{}));
     }
     template <class T>
