@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT
 // Tests of the kernels, the thread pool and the generator: no Python, no framework.
 //
-//   kernels_test [--quick] [--seed=N] [test ...]     the tests' names are in the table above main
+//   kernels_test [--quick] [--seed=N] [test ...]     all_tests, at the end, lists their names
 //
-// The oracles share no code with the kernels: exact integers (products), a scalar loop in the promised order (the bits of
-// products), long double formulas with a-priori bounds (ops, losses, update rules), published vectors (generator). Every
-// array that a kernel sees ends at an unmapped page and begins behind guard bytes. Before a call everything in it is NaN
-// but what the contract says is there, so what is read without having been written shows in the result.
+// The oracles share no code with the kernels: exact integers (products), a scalar loop in the promised order (the
+// bits of products), long double formulas with a-priori bounds (ops, losses, update rules), published vectors
+// (generator). Every array that a kernel sees ends at an unmapped page and begins behind guard bytes. Before a call
+// everything in it is NaN but what the contract says is there, so what is read without having been written shows in
+// the result.
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -57,13 +58,12 @@ struct Context {
     const char* type = "";
     Isa isa = Isa::baseline;
     std::array<Index, 3> shape{};
-    std::uint64_t seed = 0;
 } context;
 
 void print_case(const char* rule) {
-    std::printf("FAILED %s %s %s shape %td x %td x %td seed %llu: %s", context.op, name_of(context.isa), context.type,
-                context.shape[0], context.shape[1], context.shape[2], static_cast<unsigned long long>(context.seed),
-                rule);
+    std::printf("FAILED %s %s %s shape %td x %td x %td --seed=%llu: %s", context.op,
+                *context.type ? name_of(context.isa) : "", context.type, context.shape[0], context.shape[1],
+                context.shape[2], static_cast<unsigned long long>(base_seed), rule);
 }
 
 // Counts one check. Says whether the caller should print details: a broken kernel fails thousands of checks.
@@ -121,11 +121,10 @@ Random begin_case(const char* op, Index a, Index b = 0, Index c = 0) {
     context.op = op;
     context.type = type_name<T>;
     context.shape = {a, b, c};
-    context.seed = base_seed;
-    for (const char* letter = op; *letter; ++letter)
-        context.seed = context.seed * 31 + static_cast<unsigned char>(*letter);
-    for (const Index n : context.shape) context.seed = context.seed * 1000003 + static_cast<std::uint64_t>(n);
-    return Random(context.seed);
+    std::uint64_t seed = base_seed;
+    for (const char* letter = op; *letter; ++letter) seed = seed * 31 + static_cast<unsigned char>(*letter);
+    for (const Index n : context.shape) seed = seed * 1000003 + static_cast<std::uint64_t>(n);
+    return Random(seed);
 }
 
 // ---- arrays that end at an unmapped page ----------------------------------------------------------------------------
@@ -406,8 +405,9 @@ std::vector<Index> widths() {
 
 // ---- matrix products on integers ------------------------------------------------------------------------------------
 
-// A (rows x depth), B (depth x cols) and a bias row of integers up to 64, and the product of the first k columns of A with
-// the first k rows of B for the depths k asked for. Partial sums stay below 64 * 64 * 1026 + 64 < 2^23: all exact.
+// A (rows x depth), B (depth x cols) and a bias row of integers up to 64, and the product of the first k columns of A
+// with the first k rows of B for the depths k asked for. Partial sums stay below 64 * 64 * 1026 + 64 < 2^23: all
+// exact.
 template <class T>
 class Integers {
    public:
@@ -452,8 +452,8 @@ class Integers {
     }
 };
 
-// Packs a matrix, given as element(k, j), as the comment at multiply_panels says: panels of four cache lines of columns;
-// panel p begins at p * (its width) * rows, and its rows are as wide as its columns, rounded up to a line.
+// Packs a matrix, given as element(k, j), as the comment at multiply_panels says: panels of four cache lines of
+// columns; panel p begins at p * (its width) * rows, and its rows are as wide as its columns, rounded up to a line.
 template <class T, class F>
 void pack(const Fenced<T>& to, Index rows, Index cols, T padding, F element) {
     constexpr Index panel = 4 * line<T>;
@@ -606,9 +606,9 @@ void large_products() {
 
 // ---- the bits of products -------------------------------------------------------------------------------------------
 
-// gemm.hpp promises the order: over k within blocks of 512, blocks added in order, each term by a fused multiply-add where
-// the set has one. Being a plain loop per element, it also says that no bit depends on the tile, the number of rows or
-// columns, or the instruction set.
+// gemm.hpp promises the order: over k within blocks of 512, blocks added in order, each term by a fused multiply-add
+// where the set has one. Being a plain loop per element, it also says that no bit depends on the tile, the number of
+// rows or columns, or the instruction set.
 template <class T>
 T ordered_sum(Index depth, const T* a, const T* b, Index b_stride, T start) {
     T total = 0;
@@ -746,9 +746,9 @@ Real normal_cdf(Real x) { return std::erfc(-x / std::sqrt(Real{2})) / 2; }
 Real normal_density(Real x) { return std::exp(-x * x / 2) / std::sqrt(2 * std::acos(Real{-1})); }
 Real times(Real x, Real factor) { return factor == 0 ? 0 : x * factor; }  // the limit where the factor vanishes faster
 
-// How many epsilons a result may be off, relative to its size: what the header of each op states. Without FMA a step of a
-// polynomial rounds twice, each time something that is at most half as large as the result: 4 more cover that. In gelu
-// the rounding error of x² then goes uncorrected: x²/2 units in the exponent of e^(-x²/2).
+// How many epsilons a result may be off, relative to its size: what the header of each op states. Without FMA a step
+// of a polynomial rounds twice, each time something that is at most half as large as the result: 4 more cover that.
+// In gelu the rounding error of x² then goes uncorrected: x²/2 units in the exponent of e^(-x²/2).
 Real stated_epsilons(Op op, Real x) {
     const Real extra = fused() ? 0 : 4;
     switch (op) {
@@ -950,8 +950,9 @@ void derivative_case(const OpRow& op, bool reverse, Index cols, Tape<T>& tape) {
     check_bits("the same in place and with other padding", d, out);
 }
 
-// The padding of every cotangent stays zero, since the gradient of the weights' padding is read off it. The engine runs
-// vjp in place. What is saved has in its padding what forward passes leave there: g(0), and a 1 where a bias multiplies it.
+// The padding of every cotangent stays zero, since the gradient of the weights' padding is read off it. The engine
+// runs vjp in place. What is saved has in its padding what forward passes leave there: g(0), and a 1 where a bias
+// multiplies it.
 template <class T>
 void padding_case(const OpRow& op, Index cols) {
     Random random = begin_case<T>(op.name, kRows, cols);
@@ -982,8 +983,8 @@ void ops_agree() {
     });
 }
 
-// NaN in lane j and nowhere else: out_j is NaN, and elementwise ops leave every other lane as it was. A maximum with its
-// operands the wrong way round swallows NaN; a wrong mask in the tail swallows it at some widths only.
+// NaN in lane j and nowhere else: out_j is NaN, and elementwise ops leave every other lane as it was. A maximum with
+// its operands the wrong way round swallows NaN; a wrong mask in the tail swallows it at some widths only.
 template <class T>
 void check_one_nan(const OpRow& op, const char* rule, Index j, const Matrix<T>& got, const Matrix<T>& clean) {
     bool others = true;
@@ -1542,8 +1543,8 @@ void rule_nan_case(const RuleCase& rule) {
     }
 }
 
-// In exact arithmetic v - mean² is never negative. Rounded it may be, where both come down to a constant gradient's values
-// and stop a few ulps short, and the root of it would be NaN for ever.
+// In exact arithmetic v - mean² is never negative. Rounded it may be, where both come down to a constant gradient's
+// values and stop a few ulps short, and the root of it would be NaN for ever.
 template <class T>
 void centered_case() {
     const Index n = 4 * line<T>;
@@ -1738,8 +1739,8 @@ void permutations() {
             check(order != permutation(n, 3, 6) && order != permutation(n, 4, 5),
                   "another one in another epoch, for another seed");
     }
-    // Which of n = 8 stands where, counted over many epochs. Rows and columns of the table have fixed sums, so that (n-1)/n
-    // times the statistic has (n-1)² degrees of freedom.
+    // Which of n = 8 stands where, counted over many epochs. Rows and columns of the table have fixed sums, so that
+    // (n-1)/n times the statistic has (n-1)² degrees of freedom.
     constexpr Index n = 8, epochs = 8000;
     begin_case<double>("permute", n, epochs);
     double count[n][n] = {}, statistic = 0;
@@ -1888,9 +1889,10 @@ void pool_callers() {
     run_callers(true);
 }
 
-// Many small regions in a row, of parts that last from nothing to a few microseconds, so that workers come too late, in time
-// and in the middle of the next region; pauses let them fall asleep in between. A count that is not reset, a part claimed in
-// one region and run in the next, a wake-up lost once in ten thousand times: the sum is wrong or nobody comes back.
+// Many small regions in a row, of parts that last from nothing to a few microseconds, so that workers come too late,
+// in time and in the middle of the next region; pauses let them fall asleep in between. A count that is not reset, a
+// part claimed in one region and run in the next, a wake-up lost once in ten thousand times: the sum is wrong or
+// nobody comes back.
 void pool_many() {
     set_thread_count(2);
     Random random(base_seed);
