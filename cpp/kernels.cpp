@@ -42,13 +42,9 @@ constexpr Kernels<T> table = {
     {
 #define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_forward<type, T>,
 #define CHAINRULE_ROWWISE(name, type, saves) rowwise_forward<type, T>,
-#define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_forward<type, T>,
-#define CHAINRULE_ROWWISE(name, type, saves) rowwise_forward<type, T>,
 #include "ops/ops.def"
     },
     {
-#define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_vjp<type, T>,
-#define CHAINRULE_ROWWISE(name, type, saves) rowwise_vjp<type, T>,
 #define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_vjp<type, T>,
 #define CHAINRULE_ROWWISE(name, type, saves) rowwise_vjp<type, T>,
 #include "ops/ops.def"
@@ -56,17 +52,13 @@ constexpr Kernels<T> table = {
     {
 #define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_jvp<type, T>,
 #define CHAINRULE_ROWWISE(name, type, saves) rowwise_jvp<type, T>,
-#define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_jvp<type, T>,
-#define CHAINRULE_ROWWISE(name, type, saves) rowwise_jvp<type, T>,
 #include "ops/ops.def"
     },
     {
 #define CHAINRULE_LOSS(name, type) run_loss<type, T>,
-#define CHAINRULE_LOSS(name, type) run_loss<type, T>,
 #include "ops/ops.def"
     },
     {
-#define CHAINRULE_OPTIMIZER(name, type) optimize<type, T>,
 #define CHAINRULE_OPTIMIZER(name, type) optimize<type, T>,
 #include "ops/ops.def"
     },

@@ -10,19 +10,15 @@ namespace chainrule {
 enum class Op {
 #define CHAINRULE_ELEMENTWISE(name, type, saves) name,
 #define CHAINRULE_ROWWISE(name, type, saves) name,
-#define CHAINRULE_ELEMENTWISE(name, type, saves) name,
-#define CHAINRULE_ROWWISE(name, type, saves) name,
 #include "ops/ops.def"
     count
 };
 enum class LossOp {
 #define CHAINRULE_LOSS(name, type) name,
-#define CHAINRULE_LOSS(name, type) name,
 #include "ops/ops.def"
     count
 };
 enum class OptimizerOp {
-#define CHAINRULE_OPTIMIZER(name, type) name,
 #define CHAINRULE_OPTIMIZER(name, type) name,
 #include "ops/ops.def"
     count

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -37,11 +38,9 @@ class Pool {
    public:
     void run(Task task, void* context, int parts) {
         // Work inside work (a callback that predicts) and concurrent callers fall through to the serial loop.
-        std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
-        if (!owner.owns_lock() || !grow(parts - 1)) {
-            for (int part = 0; part < parts; ++part) task(context, part, parts);
-            return;
-        }
+        if (owned_.exchange(true, std::memory_order_acquire)) return run_alone(task, context, parts);
+        const Release release{owned_};
+        if (!grow(parts - 1)) return run_alone(task, context, parts);
         task_ = task;
         context_ = context;
         done_.store(0, std::memory_order_relaxed);
@@ -58,7 +57,8 @@ class Pool {
     }
 
     void stop() {
-        std::lock_guard<std::mutex> owner(owner_);
+        while (owned_.exchange(true, std::memory_order_acquire)) sched_yield();
+        const Release release{owned_};
         {
             std::lock_guard<std::mutex> lock(sleep_);
             quit_.store(true);
@@ -70,6 +70,15 @@ class Pool {
     }
 
    private:
+    struct Release {
+        std::atomic<bool>& flag;
+        ~Release() { flag.store(false, std::memory_order_release); }
+    };
+
+    static void run_alone(Task task, void* context, int parts) {
+        for (int part = 0; part < parts; ++part) task(context, part, parts);
+    }
+
     // A ticket is the number of parts and the number of those claimed. Task and context are read after a claim: the
     // caller cannot replace them before that part is done.
     static constexpr int kPartBits = 16;
@@ -123,7 +132,7 @@ class Pool {
         }
     }
 
-    std::mutex owner_;
+    std::atomic<bool> owned_{false};
     std::vector<std::thread> workers_;
     Task task_ = nullptr;
     void* context_ = nullptr;
@@ -157,11 +166,13 @@ Pool& pool() {
     return *pool;
 }
 
+constexpr int kMostThreads = 1024;
+
 int initial_thread_count() {
     for (const char* name : {"CHAINRULE_NUM_THREADS", "OMP_NUM_THREADS"})
         if (const char* text = std::getenv(name)) {
             const int count = std::atoi(text);
-            if (count >= 1) return count;
+            if (count >= 1) return std::min(count, kMostThreads);
         }
     return usable_processors();
 }
@@ -176,6 +187,7 @@ std::atomic<int>& count_setting() {
 int thread_count() { return count_setting().load(std::memory_order_relaxed); }
 
 void set_thread_count(int count) {
+    count = std::clamp(count, 1, kMostThreads);
     const int old = count_setting().exchange(count);
     if (count < old && pool_instance.load() != nullptr) pool().stop();
 }

@@ -6,7 +6,7 @@ namespace chainrule {
 
 // The number of threads that `parallel` uses: CHAINRULE_NUM_THREADS, else OMP_NUM_THREADS, else the usable processors.
 int thread_count();
-void set_thread_count(int count);
+void set_thread_count(int count);  // 1 to 1024; not from inside a task
 
 using Task = void (*)(void* context, int part, int parts);
 

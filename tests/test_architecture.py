@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import chainrule
-from chainrule import _core, reference
+from chainrule import _core, losses, optim, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 CPP = ROOT / "cpp"
@@ -239,6 +239,13 @@ def test_each_layer_has_a_python_class():
     classes = classes_of("layers", chainrule.Layer)
     assert set(classes) == squeezed(names_of(*ELEMENTWISE_AND_ROWWISE)) | {"linear", "dropout"}
     assert {cls.__name__ for cls in classes.values()} <= set(chainrule.__all__)
+
+
+def test_each_loss_and_optimizer_has_a_python_class():
+    assert set(losses.LOSSES) - {"bce"} == set(names_of("loss"))  # bce is another name for logistic
+    assert set(optim.OPTIMIZERS) == set(names_of("optimizer"))
+    classes = {*losses.LOSSES.values(), *optim.OPTIMIZERS.values()}
+    assert {cls.__name__ for cls in classes} <= set(chainrule.__all__)
 
 
 def test_the_reference_has_every_op():

@@ -13,9 +13,8 @@ namespace CHAINRULE_ISA {
 struct GaussianNll {
     template <class V>
     CHAINRULE_INLINE ValueGrad<V> square(V d, V s) {  // d² e^-s and d e^-s
-        const V precision = exp(-s);
-        const V dp = select(d == V{}, V{}, d * precision);
-        return {select(d == V{}, V{}, d * dp), dp};
+        const V zero = select(s == s, V{}, s), dp = select(d == V{}, zero, d * exp(-s));
+        return {select(d == V{}, zero, d * dp), dp};
     }
     template <class T>
     static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
