@@ -106,7 +106,8 @@ class Activations {
 };
 
 // Rows go through all layers in blocks of this many: enough to use each weight often, few enough to stay in the cache.
-constexpr Index kBlockRows = 96;
+// 2048-2048-2048-2048 at batch 2048 on two cores: 829 ms with 96, 725 ms with 192, 776 ms with 384.
+constexpr Index kBlockRows = 192;
 
 // How many threads so many multiplications are worth.
 int parts_for(double multiplies);
@@ -116,9 +117,10 @@ template <class F>
 void over_rows(Index rows, double multiplies, F f) {
     const int most = static_cast<int>(std::clamp<Index>(rows / 4, 1, 1 << 20));
     parallel(std::min(parts_for(multiplies), most), [&](int part, int parts) {
-        const Index end = rows * (part + 1) / parts;
-        for (Index begin = rows * part / parts; begin < end; begin += kBlockRows)
-            f(begin, end - begin < kBlockRows ? end : begin + kBlockRows);
+        const Index begin = rows * part / parts, count = rows * (part + 1) / parts - begin;
+        const Index blocks = (count + kBlockRows - 1) / kBlockRows;  // of even height
+        for (Index block = 0; block < blocks; ++block)
+            f(begin + count * block / blocks, begin + count * (block + 1) / blocks);
     });
 }
 
