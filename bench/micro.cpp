@@ -9,7 +9,6 @@
 //            the branch predictor learns a fixed shape; the clock may differ between instruction sets.
 #include <benchmark/benchmark.h>
 #include <time.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -42,17 +41,9 @@ struct Machine {
     std::vector<Level> levels;
 
     static Machine measure() {
-        const auto size = [](int name, std::size_t otherwise) {
-            const long bytes = sysconf(name);
-            return bytes > 0 ? static_cast<std::size_t>(bytes) : otherwise;
-        };
-        const std::size_t l1 = size(_SC_LEVEL1_DCACHE_SIZE, 32 << 10), l2 = size(_SC_LEVEL2_CACHE_SIZE, 1 << 20);
-        const std::size_t l3 = std::max(size(_SC_LEVEL3_CACHE_SIZE, 8 << 20), 2 * l2);
         Machine machine{peak::flops(1), {}};
-        machine.levels = {{"L1", l1, peak::read_rate(1, l1 / 2)},
-                          {"L2", l2, peak::read_rate(1, l2 / 2)},
-                          {"L3", l3, peak::read_rate(1, 2 * l2)},
-                          {"memory", SIZE_MAX, peak::read_rate(1, 8 * l3)}};
+        for (const peak::Level& level : peak::levels())
+            machine.levels.push_back({level.name, level.bytes, peak::read_rate(1, level.probe)});
         return machine;
     }
 
@@ -273,13 +264,14 @@ constexpr Index kTileInputs = 48;  // as in train.cpp
 template <class T>
 void linear_vjp_weight(benchmark::State& state, Shape s) {
     Linear<T> l(s);
-    Array<T> tiles((s.inputs + 1) * round_up(s.outputs, kLine<T>));
+    Array<T> tiles((s.inputs + 1) * round_up(s.outputs, kLine<T>)), packed(kDepth * kPanel<T>);
     const auto run = [&, kernel = kernels<T>().linear_vjp_weight] {
         for (Index column = 0; column < s.outputs; column += kPanel<T>) {
             const Index width = round_up(std::min(s.outputs - column, kPanel<T>), kLine<T>);
             for (Index first = 0; first <= s.inputs; first += kTileInputs)
                 kernel(s.batch, std::min(s.inputs + 1 - first, kTileInputs), width, l.x.data + first, l.x.stride,
-                       l.dz.data + column, l.dz.stride, tiles.data + column * (s.inputs + 1) + first * width);
+                       l.dz.data + column, l.dz.stride, packed.data,
+                       tiles.data + column * (s.inputs + 1) + first * width);
         }
     };
     run();
@@ -368,7 +360,8 @@ void op(benchmark::State& state, const OpRow& row, Way way, RowShape s) {
         for (std::size_t j = 0; j < want.size(); ++j) check.equal(way == Way::jvp ? "jvp" : "y", got[j], want[j]);
     }
     const int operands = way == Way::forward || row.saves == Saves::none ? 2 : 3;
-    measure<T>(state, check, {0, operands * sizeof(T) * static_cast<double>(s.rows * s.cols)}, run);
+    measure<T>(state, check, {0, operands * static_cast<double>(sizeof(T)) * static_cast<double>(s.rows * s.cols)},
+               run);
 }
 
 // ---- losses ---------------------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 // What this machine can do at most: fused multiply-adds per second, bytes read per second, clock.
 //
 // The denominators of every "share of peak" in this directory. Each number is the best of many short trials, because
-// whatever else runs on the machine only ever makes a trial slower. Used by micro.cpp, and by train.py, which compiles
-// this file alone:   c++ -std=c++17 -O2 -pthread -x c++ -DCHAINRULE_PEAK_MAIN peak.hpp -o peak
-#ifndef CHAINRULE_BENCH_PEAK_HPP  // no #pragma once: train.py compiles this header as a program
+// whatever else runs on the machine only ever makes a trial slower. Used by micro.cpp, by bandwidth.cpp, and by timing.py,
+// which compiles this file alone:   c++ -std=c++17 -O2 -pthread -x c++ -DCHAINRULE_PEAK_MAIN peak.hpp -o peak
+#ifndef CHAINRULE_BENCH_PEAK_HPP  // no #pragma once: timing.py compiles this header as a program
 #define CHAINRULE_BENCH_PEAK_HPP
 
 #include <algorithm>
@@ -14,7 +14,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <memory>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -54,14 +56,17 @@ using Vector = typename VectorOf<Bytes>::type;
         return static_cast<double>(rounds) * 12 * 2 * (bytes / sizeof(float)); \
     }
 
+// Eight vectors at a time, written out: a loop around one took between 1 and 4 cycles a vector, as its code happened to lie.
+#define CHAINRULE_EIGHT(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define CHAINRULE_READ(k) asm volatile("" ::CHAINRULE_REGISTER(line[k]));
+
 // Each reads `bytes` (a multiple of 1 KiB) from memory without using what it read.
-#define CHAINRULE_READ_LOOP(name, target_list, width)                                              \
-    target_list inline void name(const char* memory, std::size_t bytes) {                          \
-        for (std::size_t i = 0; i < bytes; i += 8 * width)                                         \
-            for (std::size_t k = 0; k < 8; ++k) {                                                  \
-                const auto* line = reinterpret_cast<const Vector<width>*>(memory + i + k * width); \
-                asm volatile("" ::CHAINRULE_REGISTER(*line));                                      \
-            }                                                                                      \
+#define CHAINRULE_READ_LOOP(name, target_list, width)                              \
+    target_list inline void name(const char* memory, std::size_t bytes) {          \
+        for (std::size_t i = 0; i < bytes; i += 8 * width) {                       \
+            const auto* line = reinterpret_cast<const Vector<width>*>(memory + i); \
+            CHAINRULE_EIGHT(CHAINRULE_READ)                                        \
+        }                                                                          \
     }
 
 #if defined(__x86_64__)
@@ -145,7 +150,7 @@ class Memory {
 #endif
         std::memset(data_.get(), 1, whole);
     }
-    const char* data() const { return data_.get(); }
+    char* data() const { return data_.get(); }
 
    private:
     struct Free {
@@ -153,6 +158,38 @@ class Memory {
     };
     std::unique_ptr<char, Free> data_;
 };
+
+// A cache or the memory: how much it holds, and the size of a working set that is surely in it and in nothing smaller.
+struct Level {
+    const char* name;
+    std::size_t bytes, probe;
+    bool shared;  // by all cores
+};
+
+// Size of a data cache as Linux's sysfs has it. Not sysconf: for the third level of a Zen 4 its answer is the sum over the
+// socket, 320 MiB where a core has 32.
+inline std::size_t cache_bytes(int level, std::size_t otherwise) {
+    for (int index = 0; index < 8; ++index) {
+        const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
+        std::ifstream level_file(folder + "level"), type_file(folder + "type"), size_file(folder + "size");
+        int its_level = 0;
+        std::size_t kibibytes = 0;  // followed by K
+        std::string type;
+        if (level_file >> its_level && type_file >> type && size_file >> kibibytes && its_level == level &&
+            type != "Instruction")
+            return kibibytes << 10;
+    }
+    return otherwise;
+}
+
+inline std::vector<Level> levels() {
+    const std::size_t l1 = cache_bytes(1, 32 << 10), l2 = cache_bytes(2, 1 << 20);
+    const std::size_t l3 = std::max(cache_bytes(3, 8 << 20), 2 * l2);
+    return {{"L1", l1, l1 / 2, false},
+            {"L2", l2, l2 / 2, false},
+            {"L3", l3, 2 * l2, true},
+            {"memory", SIZE_MAX, 8 * l3, true}};
+}
 
 // Bytes/s that each of `threads` cores reads from a working set of its own, summed.
 inline double read_rate(int threads, std::size_t bytes, int trials = 5) {

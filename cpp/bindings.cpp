@@ -1,122 +1,21 @@
 // SPDX-License-Identifier: MIT
-// L4: the only file that includes pybind11. It takes arrays in and gives arrays out; it computes nothing and has no
-// defaults. Arrays must come with the right dtype, C-contiguous: Python converts them, once, where the user can see it.
+// L4: with bindings_arrays.hpp the only file that knows Python. It takes arrays in and gives arrays out; it computes nothing
+// and has no defaults. Arrays must come with the right dtype, C-contiguous: Python converts them, once, where the user can
+// see it. Functions named …_as_is return None instead of converting an array, or of saying what is wrong with it.
 #include <pybind11/functional.h>
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <atomic>
-#include <chrono>
-#include <thread>
+#include <limits>
 
+#include "bindings_arrays.hpp"
 #include "random.hpp"
 #include "train.hpp"
 
-namespace py = pybind11;
 using namespace chainrule;
 
 namespace {
-
-template <class T>
-using NumpyArray = py::array_t<T, py::array::c_style>;
-
-// ---- the interpreter lock -------------------------------------------------------------------------------------------
-
-// Python ends a daemon thread that asks for the lock after the interpreter has gone by unwinding its stack, which C++
-// destructors must not let through: the process would abort. Such a thread waits here for the process's end instead.
-[[noreturn]] void wait_for_exit() {
-    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
-}
-
-class Unlocked {  // inside, other Python threads run
-   public:
-    Unlocked() : state_(PyEval_SaveThread()) {}
-    ~Unlocked() {
-        try {
-            PyEval_RestoreThread(state_);
-        } catch (...) { wait_for_exit(); }
-    }
-    Unlocked(const Unlocked&) = delete;
-    Unlocked& operator=(const Unlocked&) = delete;
-
-   private:
-    PyThreadState* state_;
-};
-
-class Locked {  // inside an Unlocked, Python again
-   public:
-    Locked() : state_(acquire()) {}
-    ~Locked() { PyGILState_Release(state_); }
-    Locked(const Locked&) = delete;
-    Locked& operator=(const Locked&) = delete;
-
-   private:
-    static PyGILState_STATE acquire() {
-        try {
-            return PyGILState_Ensure();
-        } catch (...) { wait_for_exit(); }
-    }
-    PyGILState_STATE state_;
-};
-
-std::string shape_text(const py::array& array) { return py::str(array.attr("shape")); }
-
-// ---- array intake ---------------------------------------------------------------------------------------------------
-
-// `object` as an array of exactly T, C-contiguous and aligned, with `dims` dimensions.
-template <class T>
-NumpyArray<T> require(const py::handle& object, const char* what, int dims) {
-    if (!py::isinstance<py::array>(object))
-        throw py::type_error(std::string("[_core] ") + what + " must be a NumPy array, got " +
-                             std::string(py::str(py::type::of(object))));
-    const auto array = py::reinterpret_borrow<py::array>(object);
-    constexpr int flags = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
-    if (!array.dtype().equal(py::dtype::of<T>()) || (array.flags() & flags) != flags)
-        throw py::type_error(std::string("[_core] ") + what + " must be C-contiguous " +
-                             std::string(py::str(py::dtype::of<T>())) + ", got " + std::string(py::str(array.dtype())) +
-                             (array.flags() & py::array::c_style ? "" : ", not C-contiguous"));
-    if (array.ndim() != dims)
-        throw py::value_error(std::string("[_core] ") + what + " must have " + std::to_string(dims) +
-                              " dimensions, got shape " + shape_text(array));
-    return py::reinterpret_borrow<NumpyArray<T>>(array);
-}
-
-template <class T>
-NumpyArray<T> require_shape(const py::handle& object, const char* what, const std::vector<Index>& shape) {
-    const NumpyArray<T> array = require<T>(object, what, static_cast<int>(shape.size()));
-    for (std::size_t d = 0; d < shape.size(); ++d)
-        if (array.shape(static_cast<py::ssize_t>(d)) != shape[d])
-            throw py::value_error(std::string("[_core] ") + what + " has the wrong shape: expected " +
-                                  std::string(py::str(py::cast(shape))) + ", got " + shape_text(array));
-    return array;
-}
-
-// A matrix in rows padded to cache lines, as kernels want it; the padding is zero.
-template <class T>
-struct Padded {
-    explicit Padded(Index rows_, Index cols_)
-        : rows(rows_), cols(cols_), stride(padded_stride<T>(cols_)), memory((rows_ + 1) * stride) {}
-    explicit Padded(const NumpyArray<T>& array) : Padded(array.shape(0), array.shape(1)) {
-        copy_rows(rows, cols, array.data(), cols, memory.data(), stride);
-    }
-    NumpyArray<T> numpy() const {
-        NumpyArray<T> array({rows, cols});
-        copy_rows(rows, cols, memory.data(), stride, array.mutable_data(), cols);
-        return array;
-    }
-    T* data() const { return memory.data(); }
-    Index rows, cols, stride;
-    Array<T> memory;
-};
-
-// Calls f(T{}) with T the real type of `array`.
-template <class F>
-py::object with_real_type(const py::handle& array, F f) {
-    if (py::isinstance<py::array_t<float>>(array)) return f(float{});
-    if (py::isinstance<py::array_t<double>>(array)) return f(double{});
-    throw py::type_error("[_core] expected a float32 or float64 array");
-}
 
 // ---- names ----------------------------------------------------------------------------------------------------------
 
@@ -155,13 +54,6 @@ py::list ops() {
 }
 
 // ---- users' layers and losses ---------------------------------------------------------------------------------------
-
-template <class T>
-NumpyArray<T> copy_of(MatrixView<const T> view) {
-    NumpyArray<T> array({view.rows, view.cols});
-    copy_rows(view.rows, view.cols, view.data, view.stride, array.mutable_data(), view.cols);
-    return array;
-}
 
 // What a user's map returned, as an array of T with this shape.
 template <class T>
@@ -410,11 +302,10 @@ py::object gemm(const std::string& form, const py::object& a, const py::object& 
             const Padded<T> x(left), dz(right);
             for (Index column = 0; column < cols; column += kPanel<T>) {
                 const Index width = round_up(std::min(cols - column, kPanel<T>), kLine<T>);
-                const Padded<T> tile(rows, width);
-                Array<T> packed(rows * width);
+                const Array<T> tile(rows * width), packed(kDepth * width);
                 kernels<T>().linear_vjp_weight(depth, rows, width, x.data(), x.stride, dz.data() + column, dz.stride,
-                                               packed.data());
-                copy_rows(rows, std::min(cols - column, width), packed.data(), width, c.data() + column, c.stride);
+                                               packed.data(), tile.data());
+                copy_rows(rows, std::min(cols - column, width), tile.data(), width, c.data() + column, c.stride);
             }
             return c.numpy();
         }
@@ -453,18 +344,23 @@ struct PyNetwork {
 template <class T>
 class TrainingLock {
    public:
-    explicit TrainingLock(PyNetwork<T>& network) : network_(network) {
-        if (network_.training.exchange(true))
+    explicit TrainingLock(PyNetwork<T>& network) : network_(network), held_(!network.training.exchange(true)) {}
+    ~TrainingLock() {
+        if (held_) network_.training.store(false);
+    }
+    TrainingLock(const TrainingLock&) = delete;
+    TrainingLock& operator=(const TrainingLock&) = delete;
+    bool held() const { return held_; }
+    void demand() const {
+        if (!held_)
             throw std::runtime_error(
                 "[fit] a network trains in one place at a time: expected an idle network, got one that is being "
                 "trained");
     }
-    ~TrainingLock() { network_.training.store(false); }
-    TrainingLock(const TrainingLock&) = delete;
-    TrainingLock& operator=(const TrainingLock&) = delete;
 
    private:
     PyNetwork<T>& network_;
+    const bool held_;
 };
 
 using LayerRow = std::tuple<std::string, Index, Index, double, bool, py::object>;
@@ -493,10 +389,11 @@ Layer<T> make_layer(const LayerRow& row) {
 }
 
 template <class T>
-std::unique_ptr<PyNetwork<T>> make_network(const std::vector<LayerRow>& rows) {
+std::unique_ptr<PyNetwork<T>> make_network(const std::vector<LayerRow>& rows, bool bfloat16) {
     std::vector<Layer<T>> layers;
     for (const LayerRow& row : rows) {
         layers.push_back(make_layer<T>(row));
+        layers.back().bfloat16 = bfloat16 && layers.back().kind == Layer<T>::Kind::linear;
         if (layers.size() > 1 && layers[layers.size() - 2].outputs != layers.back().inputs)
             throw py::value_error("[Network] layer " + std::to_string(layers.size() - 1) + " does not fit: expected " +
                                   std::to_string(layers[layers.size() - 2].outputs) + " inputs, got " +
@@ -582,6 +479,23 @@ NumpyArray<T> predict(const PyNetwork<T>& self, const py::object& X) {
     return f;
 }
 
+// The same for rows that fit as they are: a matrix, or a single one.
+template <class T>
+py::object predict_as_is(const PyNetwork<T>& self, const py::object& X) {
+    const Network<T>& net = self.net;
+    if (!fits<T>(X)) return py::none();
+    const auto x = py::reinterpret_borrow<NumpyArray<T>>(X);
+    const bool single = x.ndim() == 1;
+    if ((!single && x.ndim() != 2) || x.size() == 0 || x.shape(x.ndim() - 1) != net.inputs()) return py::none();
+    const Index rows = single ? 1 : x.shape(0);
+    NumpyArray<T> f = single ? new_array<T>({net.outputs()}) : new_array<T>({rows, net.outputs()});
+    const T* from = x.data();
+    T* to = f.mutable_data();
+    const Unlocked unlocked(net.multiplies_per_row() * static_cast<double>(rows));
+    net.predict(rows, from, to);
+    return std::move(f);
+}
+
 // The output of every layer, each by a network of its own buffers: nothing works in place here.
 template <class T>
 py::list trace(const PyNetwork<T>& self, const py::object& X) {
@@ -592,7 +506,9 @@ py::list trace(const PyNetwork<T>& self, const py::object& X) {
     Padded<T> in(x);
     for (Index l = 0; l < net.depth(); ++l) {
         Padded<T> out(in.rows, net.layers()[static_cast<std::size_t>(l)].outputs);
-        net.forward_layer(l, {in.data(), in.rows, in.cols, in.stride}, {out.data(), out.rows, out.cols, out.stride});
+        const Array<Pair> pairs(net.layers()[static_cast<std::size_t>(l)].bfloat16 ? in.rows * (kDepth / 2) : 0);
+        net.forward_layer(l, {in.data(), in.rows, in.cols, in.stride}, {out.data(), out.rows, out.cols, out.stride},
+                          pairs.data());
         outputs.append(out.numpy());
         in = std::move(out);
     }
@@ -679,6 +595,7 @@ class PyTrainer {
                                   std::to_string(trainer_.steps_per_epoch()) + " columns, got " +
                                   std::to_string(stride));
         const TrainingLock<T> lock(network_);
+        lock.demand();
         std::vector<double> losses;
         {
             const Published published(network_);
@@ -697,12 +614,61 @@ class PyTrainer {
         const Data<T> batch(network_.net, X, y, weight);
         batch.suits(network_.net, loss_);
         const TrainingLock<T> lock(network_);
+        lock.demand();
         const Published published(network_);
         const Unlocked unlocked;
         return trainer_.step(batch.view, lr);
     }
 
+    // The same for a batch that fits as it is, without weights, users' layers and losses.
+    py::object step_as_is(const py::object& X, const py::object& y, double lr) {
+        const Network<T>& net = network_.net;
+        if (net.has_external() || loss_.external || !fits<T>(X)) return py::none();
+        const auto x = py::reinterpret_borrow<NumpyArray<T>>(X);
+        if (x.ndim() != 2 || x.shape(0) < 1 || x.shape(1) != net.inputs()) return py::none();
+        if (!all_finite(x.data(), x.size())) return py::none();
+        const TrainingLock<T> lock(network_);
+        if (!lock.held()) return py::none();
+        Dataset<T> batch = {x.shape(0), x.data(), nullptr, nullptr, data_.view.target_cols, nullptr};
+        if (!(data_.view.labels ? labels_as_they_are(y, batch) : values_as_they_are(y, batch))) return py::none();
+        double loss;
+        {
+            const Unlocked unlocked(3 * net.multiplies_per_row() * static_cast<double>(batch.rows));
+            loss = trainer_.step(batch, lr);
+        }
+        return py::float_(loss);
+    }
+
+    std::pair<double, double> domain{1, 0};  // where step_as_is takes targets: nowhere, until Python says so
+
    private:
+    bool values_as_they_are(const py::object& y, Dataset<T>& batch) const {
+        if (!fits<T>(y)) return false;
+        const auto given = py::reinterpret_borrow<NumpyArray<T>>(y);
+        const bool column = given.ndim() == 1 && batch.target_cols == 1 && loss_.op != LossOp::cross_entropy;
+        const bool matrix = given.ndim() == 2 && given.shape(1) == batch.target_cols;
+        if (!(column || matrix) || given.shape(0) != batch.rows) return false;
+        batch.y = given.data();
+        return all_finite(batch.y, given.size()) && in_domain(batch.y, batch.y + given.size());
+    }
+    bool in_domain(const T* begin, const T* end) const {
+        constexpr double infinity = std::numeric_limits<double>::infinity();
+        if (domain.first == -infinity && domain.second == infinity) return true;
+        return std::all_of(begin, end,
+                           [this](double value) { return domain.first <= value && value <= domain.second; });
+    }
+    bool labels_as_they_are(const py::object& y, Dataset<T>& batch) {
+        if (!fits<std::int64_t>(y)) return false;
+        const auto given = py::reinterpret_borrow<NumpyArray<std::int64_t>>(y);
+        if (given.ndim() != 1 || given.shape(0) != batch.rows) return false;
+        if (labels_.size() < batch.rows) labels_ = Array<std::int64_t>(batch.rows);
+        // A copy, as in Data: they are indices, and the caller can still write to his.
+        std::copy_n(given.data(), batch.rows, labels_.data());
+        batch.labels = labels_.data();
+        return std::all_of(batch.labels, batch.labels + batch.rows,
+                           [&](std::int64_t label) { return label >= 0 && label < network_.net.outputs(); });
+    }
+
     // Shows users' layers their parameters when training ends, however it ends.
     struct Published {
         explicit Published(PyNetwork<T>& n) : network(n) {}
@@ -721,13 +687,18 @@ class PyTrainer {
     Data<T> data_;
     Loss<T> loss_;
     Trainer<T> trainer_;
+    Array<std::int64_t> labels_;  // of the batch that step_as_is has in hand
 };
 
 template <class T>
 void bind_network(py::module_& m, const std::string& bits) {
     using Net = PyNetwork<T>;
+    // A NumPy array of this size would be faulted in by small pages: 0.13 s for 50 MB, as long as half a step there.
+    py::class_<Array<T>>(m, ("Snapshot" + bits).c_str(), "The parameters of a network at one time.",
+                         py::buffer_protocol())
+        .def_buffer([](const Array<T>& self) { return py::buffer_info(self.data(), self.size(), true); });
     py::class_<Net>(m, ("Network" + bits).c_str(), "A chain of layers with its parameters; see chainrule.Sequential.")
-        .def(py::init(&make_network<T>), py::arg("layers"))
+        .def(py::init(&make_network<T>), py::arg("layers"), py::arg("bfloat16") = false)
         .def_property_readonly("parameters",
                                [](const Net& self) {
                                    py::list rows;
@@ -753,22 +724,20 @@ void bind_network(py::module_& m, const std::string& bits) {
                 self.net.publish();
             },
             py::arg("k"), py::arg("value"))
-        .def("snapshot",
-             [](const Net& self) {
-                 NumpyArray<T> copy(self.net.size());
-                 std::copy_n(self.net.theta(), self.net.size(), copy.mutable_data());
-                 return copy;
-             })
+        .def("snapshot", [](const Net& self) { return self.net.snapshot(); })
         .def(
             "restore",
-            [](Net& self, const py::object& snapshot) {
-                const auto copy = require_shape<T>(snapshot, "snapshot", {self.net.size()});
-                std::copy_n(copy.data(), copy.size(), self.net.theta());
-                self.net.refresh();
-                self.net.publish();
+            [](Net& self, const Array<T>& snapshot) {
+                if (snapshot.size() != self.net.size())
+                    throw py::value_error("[restore] snapshot does not fit the network: expected " +
+                                          std::to_string(self.net.size()) + " numbers, got " +
+                                          std::to_string(snapshot.size()));
+                self.net.restore(snapshot);
             },
             py::arg("snapshot"))
+        .def("all_finite", [](const Net& self) { return self.net.all_finite(); })
         .def("predict", &predict<T>, py::arg("X"))
+        .def("predict_as_is", &predict_as_is<T>, py::arg("X"))
         .def("trace", &trace<T>, py::arg("X"))
         .def("value_and_grad", &value_and_grad<T>, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("loss"))
         .def("evaluate", &evaluate_loss<T>, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("loss"));
@@ -800,7 +769,9 @@ void bind_training(py::module_& m, const std::string& bits) {
              py::arg("batch_size"), py::arg("shuffle"), py::arg("seed"), py::arg("l1"), py::arg("l2"),
              py::arg("clip_value"), py::arg("clip_norm"), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
         .def("run", &Train::run, py::arg("first_epoch"), py::arg("lr"))
-        .def("step", &Train::step, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("lr"));
+        .def("step", &Train::step, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("lr"))
+        .def("step_as_is", &Train::step_as_is, py::arg("X"), py::arg("y"), py::arg("lr"))
+        .def_readwrite("domain", &Train::domain);
 }
 
 Isa isa_by_name(const std::string& name) {

@@ -18,10 +18,11 @@
 
 namespace chainrule {
 
-#define CHAINRULE_DECLARE(isa)                    \
-    namespace isa {                               \
-    extern const Kernels<float> float32_kernels;  \
-    extern const Kernels<double> float64_kernels; \
+#define CHAINRULE_DECLARE(isa)                     \
+    namespace isa {                                \
+    extern const Kernels<float> float32_kernels;   \
+    extern const Kernels<double> float64_kernels;  \
+    extern const Bfloat16Kernels bfloat16_kernels; \
     }
 CHAINRULE_ISAS(CHAINRULE_DECLARE)
 
@@ -31,8 +32,9 @@ struct Tables {
     Isa isa;
     const Kernels<float>* float32;
     const Kernels<double>* float64;
+    const Bfloat16Kernels* bfloat16;
 };
-#define CHAINRULE_ROW(isa) {Isa::isa, &isa::float32_kernels, &isa::float64_kernels},
+#define CHAINRULE_ROW(isa) {Isa::isa, &isa::float32_kernels, &isa::float64_kernels, &isa::bfloat16_kernels},
 constexpr Tables all_tables[] = {CHAINRULE_ISAS(CHAINRULE_ROW)};
 
 const Tables* best_tables() {
@@ -60,6 +62,13 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
     return *active().load(std::memory_order_relaxed)->float64;
+}
+
+// Those of AVX-512 use an instruction that not every processor with AVX-512 has; the next table's are right everywhere.
+const Bfloat16Kernels& bfloat16_kernels() {
+    static const bool pairs = multiplies_pairs();
+    const Tables* tables = active().load(std::memory_order_relaxed);
+    return *(tables->isa == Isa::avx512 && !pairs ? tables + 1 : tables)->bfloat16;
 }
 
 Isa active_isa() { return active().load()->isa; }

@@ -5,6 +5,7 @@
 
 #include "ops/dropout.hpp"
 #include "ops/linear.hpp"
+#include "ops/linear_bfloat16.hpp"
 #include "optim.hpp"
 
 #include "ops/cross_entropy.hpp"
@@ -63,6 +64,7 @@ constexpr Kernels<T> table = {
 #include "ops/ops.def"
     },
     linear_forward<T>,
+    linear_forward_narrow<T>,
     linear_vjp_input<T>,
     linear_vjp_weight<T>,
     linear_transpose<T>,
@@ -73,9 +75,12 @@ constexpr Kernels<T> table = {
 };
 
 extern const Kernels<float> float32_kernels;
+extern const Bfloat16Kernels bfloat16_kernels;
 extern const Kernels<double> float64_kernels;
 const Kernels<float> float32_kernels = table<float>;
 const Kernels<double> float64_kernels = table<double>;
+const Bfloat16Kernels bfloat16_kernels = {linear_bfloat16_forward, linear_bfloat16_vjp_input, linear_bfloat16_pair_rows,
+                                          linear_bfloat16_vjp_weight, linear_bfloat16_pack};
 
 }  // namespace CHAINRULE_ISA
 }  // namespace chainrule

@@ -64,10 +64,12 @@ struct Kernels {
 
     void (*linear_forward)(Index rows, Index inputs, Index outputs, bool bias, const T* x, Index x_stride,
                            const T* forward, T* z, Index z_stride);
+    void (*linear_forward_narrow)(Index rows, Index inputs, Index outputs, bool bias, const T* x, Index x_stride,
+                                  const T* master, T* z, Index z_stride);
     void (*linear_vjp_input)(Index rows, Index inputs, Index outputs, const T* dz, Index dz_stride, const T* backward,
                              T* dx, Index dx_stride);
     void (*linear_vjp_weight)(Index batch, Index count, Index width, const T* x, Index x_stride, const T* dz,
-                              Index dz_stride, T* tile);
+                              Index dz_stride, T* packed, T* tile);
     void (*linear_transpose)(Index inputs, Index outputs, Index first, Index count, Index column, const T* panel,
                              Index width, T* backward);
     void (*dropout)(Index rows, Index cols, const T* x, Index x_stride, T* y, Index y_stride, double p,
@@ -76,6 +78,20 @@ struct Kernels {
     void (*clip)(Index n, T* g, T limit);
     T (*sum_of_squares)(Index n, const T* g);
 };
+
+// The products of a linear layer on operands rounded to bfloat16; see ops/linear_bfloat16.hpp.
+struct Bfloat16Kernels {
+    void (*forward)(Index rows, Index inputs, Index outputs, bool bias, const float* x, Index x_stride,
+                    const float* master, const Pair* forward, float* z, Index z_stride, Pair* scratch);
+    void (*vjp_input)(Index rows, Index inputs, Index outputs, const float* dz, Index dz_stride, const Pair* backward,
+                      float* dx, Index dx_stride, Pair* scratch);
+    void (*pair_rows)(Index rows, Index cols, const float* x, Index x_stride, Pair* to, Index to_stride);
+    void (*vjp_weight)(Index batch, Index count, Index width, const Pair* x, Index x_stride, const float* dz,
+                       Index dz_stride, Pair* packed, float* tile);
+    void (*pack)(Index inputs, Index outputs, Index first, Index count, Index column, const float* panel, Index width,
+                 Pair* forward, Pair* backward);
+};
+const Bfloat16Kernels& bfloat16_kernels();
 
 // The table in use: the best this machine runs, or what the environment variable CHAINRULE_ISA named at start.
 template <class T>

@@ -2,6 +2,7 @@
 #include "network.hpp"
 
 #include <stdexcept>
+#include <type_traits>
 
 #include "random.hpp"
 
@@ -41,11 +42,6 @@ MatrixView<T> rows_of(MatrixView<T> view, Index begin, Index end) {
     return {view.data + begin * view.stride, end - begin, view.cols, view.stride};
 }
 
-template <class T>
-Index panel_width(Index columns, Index start) {
-    return round_up(std::min(columns - start, kPanel<T>), kLine<T>);
-}
-
 }  // namespace
 
 // ---- activations ----------------------------------------------------------------------------------------------------
@@ -80,6 +76,8 @@ Activations<T>::Activations(const std::vector<Layer<T>>& layers, Index rows, boo
             dphi_buffer[l] = shares ? dphi_buffer[l + 1] : begin.size() - 1;
         }
     }
+    for (const Layer<T>& layer : layers)
+        if (layer.bfloat16 && pairs_.size() == 0) pairs_ = Array<Pair>(rows * (kDepth / 2));
     arena_ = Array<T>(total);
     for (std::size_t l = 0; l <= depth; ++l) {
         phi_[l].data = arena_.data() + begin[phi_buffer[l]];
@@ -92,7 +90,7 @@ Activations<T>::Activations(const std::vector<Layer<T>>& layers, Index rows, boo
 template <class T>
 Network<T>::Network(std::vector<Layer<T>> layers) : layers_(std::move(layers)) {
     if (layers_.empty()) throw std::invalid_argument("[Network] a network has layers: expected at least 1, got 0");
-    Index total = 0, backward_total = 0;
+    Index total = 0, backward_total = 0, forward_pairs = 0, backward_pairs = 0;
     first_cotangent_ = depth();
     for (Index l = 0; l < depth(); ++l) {
         Layer<T>& layer = layers_[static_cast<std::size_t>(l)];
@@ -102,12 +100,16 @@ Network<T>::Network(std::vector<Layer<T>> layers) : layers_(std::move(layers)) {
             const Index inputs = layer.inputs, outputs = layer.outputs;
             parameters_.push_back({l, "weight", {outputs, inputs}, 0, outputs * inputs});
             if (layer.bias) parameters_.push_back({l, "bias", {outputs}, 0, outputs});
-            total += layer.weight_rows() * round_up(outputs, kLine<T>);
+            total += layer.narrow() ? outputs * round_up(inputs, kLine<T>) + layer.bias * kLine<T>
+                                    : layer.weight_rows() * round_up(outputs, kLine<T>);
             multiplies_ += static_cast<double>(layer.weight_rows()) * static_cast<double>(outputs);
-            if (l >= first_cotangent_) {  // what comes first needs no cotangent of its input, so no transposed copy
-                layer.backward_offset = backward_total;
-                backward_total += outputs * round_up(inputs, kLine<T>);
-            }
+            layer.transposed = l >= first_cotangent_ && !layer.narrow();
+            layer.bfloat16 &= !layer.narrow() && std::is_same_v<T, float>;
+            Index& copies = layer.bfloat16 ? backward_pairs : backward_total;
+            layer.backward_offset = copies;
+            if (layer.transposed) copies += (layer.bfloat16 ? (outputs + 1) / 2 : outputs) * round_up(inputs, kLine<T>);
+            layer.forward_offset = forward_pairs;
+            if (layer.bfloat16) forward_pairs += (inputs + 1) / 2 * round_up(outputs, kLine<T>);
         } else if (layer.kind == Kind<T>::external) {
             has_external_ = true;
             for (const auto& own : layer.external->parameters()) {
@@ -121,6 +123,8 @@ Network<T>::Network(std::vector<Layer<T>> layers) : layers_(std::move(layers)) {
     }
     theta_ = Array<T>(total);
     backward_ = Array<T>(backward_total);
+    forward_pairs_ = Array<Pair>(forward_pairs);
+    backward_pairs_ = Array<Pair>(backward_pairs);
     for (Index l = 0; l < depth(); ++l) {
         if (layers_[static_cast<std::size_t>(l)].kind != Kind<T>::external) continue;
         std::vector<T*> storage;
@@ -132,6 +136,11 @@ Network<T>::Network(std::vector<Layer<T>> layers) : layers_(std::move(layers)) {
 
 template <class T>
 T* Network<T>::locate(const Layer<T>& layer, T* flat, Index input_row, Index output) const {
+    if (layer.narrow()) {
+        if (input_row == layer.inputs) return flat + layer.bias_offset() + output;
+        const Index start = input_row / kPanel<T> * kPanel<T>, width = panel_width<T>(layer.inputs, start);
+        return flat + layer.offset + start * layer.outputs + output * width + (input_row - start);
+    }
     const Index start = output / kPanel<T> * kPanel<T>, width = panel_width<T>(layer.outputs, start);
     return flat + layer.offset + start * layer.weight_rows() + input_row * width + (output - start);
 }
@@ -160,23 +169,50 @@ void Network<T>::write(const Parameter& parameter, const T* from) {
     } else {
         for (Index o = 0; o < layer.outputs; ++o)
             for (Index i = 0; i < layer.inputs; ++i) *locate(layer, theta(), i, o) = from[o * layer.inputs + i];
-        transpose(layer);
+        copy_weights(layer);
     }
 }
 
 template <class T>
-void Network<T>::transpose(const Layer<T>& layer) const {
-    if (&layer - layers_.data() < first_cotangent_) return;
-    for (Index start = 0; start < layer.outputs; start += kPanel<T>)
-        kernels<T>().linear_transpose(layer.inputs, layer.outputs, 0, layer.inputs, start,
-                                      theta() + layer.offset + start * layer.weight_rows(),
-                                      panel_width<T>(layer.outputs, start), backward_weights(layer));
+void Network<T>::copy_tile(const Layer<T>& layer, Index first, Index count, Index column) const {
+    const T* panel = theta() + layer.offset + column * layer.weight_rows();
+    const Index width = panel_width<T>(layer.outputs, column), rows = std::min(count, layer.inputs - first);
+    if (layer.transposed && !layer.bfloat16)
+        kernels<T>().linear_transpose(layer.inputs, layer.outputs, first, rows, column, panel, width,
+                                      backward_.data() + layer.backward_offset);
+    if constexpr (std::is_same_v<T, float>)
+        if (layer.bfloat16)
+            bfloat16_kernels().pack(layer.inputs, layer.outputs, first, rows, column, panel, width,
+                                    forward_pairs_.data() + layer.forward_offset,
+                                    layer.transposed ? backward_pairs_.data() + layer.backward_offset : nullptr);
 }
 
 template <class T>
-void Network<T>::refresh() {
+void Network<T>::copy_weights(const Layer<T>& layer) const {
+    for (Index column = 0; column < layer.outputs && !layer.narrow(); column += kPanel<T>)
+        copy_tile(layer, 0, layer.inputs, column);
+}
+
+template <class T>
+Array<T> Network<T>::snapshot() const {
+    Array<T> copy(size());
+    std::copy_n(theta(), size(), copy.data());
+    return copy;
+}
+
+template <class T>
+void Network<T>::restore(const Array<T>& snapshot) {
+    std::copy_n(snapshot.data(), size(), theta());
     for (const Layer<T>& layer : layers_)
-        if (layer.kind == Kind<T>::linear) transpose(layer);
+        if (layer.kind == Kind<T>::linear) copy_weights(layer);
+    publish();
+}
+
+template <class T>
+bool Network<T>::all_finite() const {
+    bool finite = true;
+    for (Index i = 0; i < size(); ++i) finite &= theta_[i] - theta_[i] == 0;
+    return finite;
 }
 
 template <class T>
@@ -195,12 +231,19 @@ void Network<T>::append_ones(const Activations<T>& a, Index l, Index begin, Inde
 }
 
 template <class T>
-void Network<T>::forward_layer(Index l, MatrixView<T> x, MatrixView<T> y) const {
+void Network<T>::forward_layer(Index l, MatrixView<T> x, MatrixView<T> y, Pair* pairs) const {
     const Layer<T>& layer = layers_[static_cast<std::size_t>(l)];
+    if constexpr (std::is_same_v<T, float>)
+        if (layer.bfloat16)
+            return bfloat16_kernels().forward(x.rows, layer.inputs, layer.outputs, layer.bias, x.data, x.stride,
+                                              theta() + layer.offset, forward_pairs_.data() + layer.forward_offset,
+                                              y.data, y.stride, pairs);
     switch (layer.kind) {
-        case Kind<T>::linear:
-            return kernels<T>().linear_forward(x.rows, layer.inputs, layer.outputs, layer.bias, x.data, x.stride,
-                                               theta() + layer.offset, y.data, y.stride);
+        case Kind<T>::linear: {
+            const auto kernel = layer.narrow() ? kernels<T>().linear_forward_narrow : kernels<T>().linear_forward;
+            return kernel(x.rows, layer.inputs, layer.outputs, layer.bias, x.data, x.stride, theta() + layer.offset,
+                          y.data, y.stride);
+        }
         case Kind<T>::op:
             return kernels<T>().forward[static_cast<int>(layer.op)](x.rows, x.cols, x.data, x.stride, y.data, y.stride,
                                                                     static_cast<T>(layer.param));
@@ -220,7 +263,7 @@ void Network<T>::forward(const Activations<T>& a, Index from, Index to, Index be
             kernels<T>().dropout(x.rows, x.cols, x.data, x.stride, y.data, y.stride, layer.param,
                                  dropout_key(noise.seed, l), noise.step, begin);
         else
-            forward_layer(l, x, y);
+            forward_layer(l, x, y, a.pairs(begin));
         if (training) append_ones(a, l + 1, begin, end);
     }
 }
@@ -232,7 +275,12 @@ void Network<T>::backward(const Activations<T>& a, Index to, Index from, Index b
     for (Index l = to; l-- > from;) {
         const Layer<T>& layer = layers_[static_cast<std::size_t>(l)];
         const MatrixView<T> dy = rows_of(a.dphi(l + 1), begin, end), dx = rows_of(a.dphi(l), begin, end);
-        if (layer.kind == Kind<T>::linear) {
+        if (layer.bfloat16) {
+            if constexpr (std::is_same_v<T, float>)
+                bfloat16_kernels().vjp_input(dx.rows, layer.inputs, layer.outputs, dy.data, dy.stride,
+                                             backward_pairs_.data() + layer.backward_offset, dx.data, dx.stride,
+                                             a.pairs(begin));
+        } else if (layer.kind == Kind<T>::linear) {
             k.linear_vjp_input(dx.rows, layer.inputs, layer.outputs, dy.data, dy.stride, backward_weights(layer),
                                dx.data, dx.stride);
         } else if (layer.kind == Kind<T>::op) {
@@ -249,10 +297,10 @@ void Network<T>::backward(const Activations<T>& a, Index to, Index from, Index b
 // ---- whole batches --------------------------------------------------------------------------------------------------
 
 int parts_for(double multiplies) {
-    // A fork and join costs 0.13 µs between spinning threads and tens of µs between sleeping ones; below this much work
-    // (about 10 µs on one core) a second thread does not pay.
-    constexpr double worthwhile = 1e6;
-    return multiplies < worthwhile ? 1 : thread_count();
+    // A core does 1e6 multiplications in 17 µs. See pool.hpp for what sharing them costs.
+    constexpr double least_part = 4e4, least_to_wake_for = 1e6;
+    if (multiplies < 2 * least_part || (multiplies < least_to_wake_for && !workers_awake())) return 1;
+    return static_cast<int>(std::min<double>(thread_count(), multiplies / least_part));
 }
 
 template <class T>
@@ -304,6 +352,45 @@ Index Network<T>::next_external(Index layer) const {
     return layer;
 }
 
+// Activations for so many rows: the network's own if they are few and nobody else has them, else new ones.
+template <class T>
+class Network<T>::Scratch {
+   public:
+    Scratch(const Network& net, Index rows)
+        : net_(net),
+          rows_(rows),
+          borrowed_(rows <= kFewRows && !net.scratch_taken_.exchange(true, std::memory_order_acquire)) {}
+    ~Scratch() {
+        if (borrowed_) net_.scratch_taken_.store(false, std::memory_order_release);
+    }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+
+    const Activations<T>& activations() {
+        Activations<T>& a = borrowed_ ? net_.scratch_ : own_;
+        if (a.rows() < rows_) a = Activations<T>(net_.layers_, rows_, false);
+        return a;
+    }
+
+   private:
+    static constexpr Index kFewRows = 64;
+    const Network& net_;
+    const Index rows_;
+    const bool borrowed_;
+    Activations<T> own_;
+};
+
+template <class T>
+void Network<T>::predict_blocks(const Activations<T>& a, Index first, Index end, const T* x, T* f) const {
+    const MatrixView<T> in = a.phi(0), out = a.phi(depth());
+    for (; first < end; first += kBlockRows) {
+        const Index block = std::min(end - first, kBlockRows);
+        copy_rows(block, inputs(), x + first * inputs(), inputs(), in.data, in.stride);
+        forward(a, 0, depth(), 0, block, Noise{}, false);
+        copy_rows(block, outputs(), out.data, out.stride, f + first * outputs(), outputs());
+    }
+}
+
 template <class T>
 void Network<T>::predict(Index rows, const T* x, T* f) const {
     if (rows == 0) return;
@@ -315,17 +402,14 @@ void Network<T>::predict(Index rows, const T* x, T* f) const {
         return copy_rows(rows, outputs(), out.data, out.stride, f, outputs());
     }
     const int parts = static_cast<int>(std::min<Index>(parts_for(multiplies_ * static_cast<double>(rows)), rows));
+    if (parts == 1) {
+        Scratch scratch(*this, std::min(rows, kBlockRows));
+        return predict_blocks(scratch.activations(), 0, rows, x, f);
+    }
     std::vector<Activations<T>> scratch;  // made here: a worker has nobody to tell that memory ran out
     for (int part = 0; part < parts; ++part) scratch.emplace_back(layers_, std::min(rows, kBlockRows), false);
     parallel(parts, [&](int part, int count) {
-        const Activations<T>& a = scratch[static_cast<std::size_t>(part)];
-        const MatrixView<T> in = a.phi(0), out = a.phi(depth());
-        for (Index first = rows * part / count, end = rows * (part + 1) / count; first < end; first += kBlockRows) {
-            const Index block = std::min(end - first, kBlockRows);
-            copy_rows(block, inputs(), x + first * inputs(), inputs(), in.data, in.stride);
-            forward(a, 0, depth(), 0, block, Noise{}, false);
-            copy_rows(block, outputs(), out.data, out.stride, f + first * outputs(), outputs());
-        }
+        predict_blocks(scratch[static_cast<std::size_t>(part)], rows * part / count, rows * (part + 1) / count, x, f);
     });
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <string>
 #include <utility>
@@ -66,10 +67,17 @@ struct Layer {
     Op op = Op::identity;                          // op
     double param = 0;                              // op: its parameter; dropout: p
     std::shared_ptr<ExternalLayer<T>> external{};  // external
+    bool bfloat16 = false;                         // linear, float32, not narrow: see ops/linear_bfloat16.hpp
 
-    // Set by Network: where the parameters begin in the flat buffer, and the transposed copy of a linear layer's weights.
-    Index offset = 0, size = 0, backward_offset = 0;
+    bool narrow() const { return kind == Kind::linear && outputs <= kNarrowOutputs; }
+
+    // Set by Network: where the parameters begin in the flat buffer; whether and where a linear layer's weights have a
+    // transposed copy. What comes first needs no cotangent of its input, a narrow layer's master copy serves both ways.
+    Index offset = 0, size = 0;
+    bool transposed = false;
+    Index forward_offset = 0, backward_offset = 0;  // forward: of the paired copy
     Index weight_rows() const { return inputs + bias; }
+    Index bias_offset() const { return offset + outputs * round_up(inputs, kLine<T>); }  // of a narrow layer
 };
 
 // One entry of the state dict.
@@ -94,6 +102,8 @@ class Activations {
     Activations() = default;
     Activations(const std::vector<Layer<T>>& layers, Index rows, bool cotangents);
     Index rows() const { return rows_; }
+    // Room for bfloat16 operands of the rows from `row`; null where no layer needs it.
+    Pair* pairs(Index row) const { return pairs_.size() > 0 ? pairs_.data() + row * (kDepth / 2) : nullptr; }
     MatrixView<T> phi(Index layer) const { return phi_[static_cast<std::size_t>(layer)]; }  // 0 is the input
     MatrixView<T> dphi(Index layer) const {
         return dphi_[static_cast<std::size_t>(layer)];
@@ -102,6 +112,7 @@ class Activations {
    private:
     Index rows_ = 0;
     Array<T> arena_;
+    Array<Pair> pairs_;
     std::vector<MatrixView<T>> phi_, dphi_;
 };
 
@@ -143,22 +154,29 @@ class Network {
     double multiplies_per_row() const { return multiplies_; }   // of one forward pass
     Index first_cotangent() const { return first_cotangent_; }  // below this layer nothing needs a cotangent
 
-    // The flat buffer: for each linear layer Wᵀ over b in panels, for each external layer its arrays.
+    // The flat buffer: for each linear layer its master copy (see ops/linear.hpp), for each external layer its arrays.
     T* theta() const { return theta_.data(); }
     Index size() const { return theta_.size(); }
-    T* backward_weights(const Layer<T>& layer) const { return backward_.data() + layer.backward_offset; }
+    T* backward_weights(const Layer<T>& layer) const {
+        return layer.narrow() ? theta() + layer.offset : backward_.data() + layer.backward_offset;
+    }
+    // After rows [first, first + count) of the panel at `column` of a master copy changed: the copies made from them.
+    void copy_tile(const Layer<T>& layer, Index first, Index count, Index column) const;
 
     // Plain row-major copies of one parameter, out of and into a buffer laid out like theta.
     void read(const Parameter& parameter, const T* flat, T* to) const;
     void write(const Parameter& parameter, const T* from);
-    void refresh();  // after theta changed as a whole: the transposed copies
+    Array<T> snapshot() const;
+    void restore(const Array<T>& snapshot);
+    bool all_finite() const;
     void publish();  // after training: external layers' own copies
 
     // Rows [begin, end) through layers [from, to). Linear layers get their column of ones where `training`.
     void forward(const Activations<T>& a, Index from, Index to, Index begin, Index end, const Noise& noise,
                  bool training) const;
     // One layer on matrices of the caller's, whose rows are padded. Dropout is the identity.
-    void forward_layer(Index layer, MatrixView<T> x, MatrixView<T> y) const;
+    // `pairs` is room for bfloat16 operands, x.rows * kDepth / 2.
+    void forward_layer(Index layer, MatrixView<T> x, MatrixView<T> y, Pair* pairs) const;
     // dphi(to) to dphi(from), same rows.
     void backward(const Activations<T>& a, Index to, Index from, Index begin, Index end, const Noise& noise) const;
     void append_ones(const Activations<T>& a, Index layer, Index begin, Index end) const;
@@ -175,12 +193,18 @@ class Network {
     std::vector<Layer<T>> layers_;
     std::vector<Parameter> parameters_;
     Array<T> theta_, backward_;
+    Array<Pair> forward_pairs_, backward_pairs_;
     bool has_external_ = false;
     double multiplies_ = 0;
     Index first_cotangent_ = 0;
+    // Few rows are predicted in here, so that it costs no allocation; one caller at a time has it.
+    mutable std::atomic<bool> scratch_taken_{false};
+    mutable Activations<T> scratch_;
 
+    class Scratch;
+    void predict_blocks(const Activations<T>& a, Index first, Index end, const T* x, T* f) const;
     T* locate(const Layer<T>& layer, T* flat, Index input_row, Index output) const;
-    void transpose(const Layer<T>& layer) const;
+    void copy_weights(const Layer<T>& layer) const;
     Index next_external(Index layer) const;
 };
 

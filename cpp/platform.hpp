@@ -6,12 +6,16 @@
 // run AVX-512 code on a machine without it.
 #pragma once
 
+#include <climits>
 #include <cstddef>
 #include <cstdint>
 
 namespace chainrule {
 
 using Index = std::ptrdiff_t;  // every size and offset; never 32 bits
+
+// Two bfloat16 numbers in one 32-bit element, the first in the low half.
+using Pair = std::uint32_t;
 
 // Rows of every matrix inside the engine are padded to whole cache lines, whatever the instruction set, so that one
 // memory layout serves all kernels and vectors may read and write past the last column.
@@ -24,7 +28,19 @@ constexpr Index kLine = kLineBytes / static_cast<Index>(sizeof(T));  // elements
 template <class T>
 constexpr Index kPanel = 4 * kLine<T>;
 
+// Sums of products are taken in blocks of this many terms; see gemm.hpp.
+constexpr Index kDepth = 512;
+
 static constexpr Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Width of the panel that begins at column `start`.
+template <class T>
+static constexpr Index panel_width(Index columns, Index start) {
+    return round_up(columns - start < kPanel<T> ? columns - start : kPanel<T>, kLine<T>);
+}
+
+// A layer of so few outputs keeps its weights the other way round; see ops/linear.hpp.
+constexpr Index kNarrowOutputs = 4;
 
 // A row-major matrix that somebody else owns; row i starts at data + i * stride.
 template <class T>
@@ -46,7 +62,34 @@ enum class Isa { baseline, avx2, avx512, neon };
 
 const char* name_of(Isa isa);
 bool runs_here(Isa isa);  // asks the processor
-int usable_processors();  // affinity mask and container quota respected
+bool multiplies_pairs();  // whether it has AVX512_BF16
+int usable_processors();  // affinity mask and CPU quota respected
+
+// Whole processors, at least one, that a CPU quota allows; `limit` is the text of a cgroup's cpu.max, "quota period".
+constexpr int kNoQuota = INT_MAX;
+int quota_processors(const char* limit);
+// The smallest quota from a process's cgroup up to the root. `membership` is the text of /proc/self/cgroup, `mount` where
+// the cgroups are mounted.
+int cgroup_processors(const char* membership, const char* mount);
+
+// The calling thread's floating-point mode: rounding and the treatment of subnormal numbers.
+std::uint64_t float_mode();
+void set_float_mode(std::uint64_t mode);
+
+// While one lives, subnormal operands and results of its thread (and of the pool's workers for it) count as zero. Moments
+// of units that died decay to subnormals and stay there; where these take a microcode assist, a step of training would
+// become many times slower. Arm tests for tiny results before rounding, x86 after: only results that would round up to the
+// smallest normal number can tell.
+class FlushSubnormals {
+   public:
+    explicit FlushSubnormals(bool wanted);
+    ~FlushSubnormals();
+    FlushSubnormals(const FlushSubnormals&) = delete;
+    FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+   private:
+    const std::uint64_t before_;
+};
 
 // Zero-initialised memory aligned to a cache line, or to 2 MiB with huge pages requested when it is large.
 void* allocate_bytes(std::size_t bytes);

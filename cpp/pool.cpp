@@ -32,6 +32,14 @@ inline void relax() {
 constexpr auto kSpin = std::chrono::microseconds(50);
 constexpr int kSpinsPerLook = 64;  // spins between two looks at the clock
 
+using Clock = std::chrono::steady_clock;
+
+// When another process holds a core, a worker may lose it in the middle of a part, and the caller waits 4 or 8 ms for some
+// microseconds' work. A wait longer than this, and than the caller's own part took, is taken for that: the caller then
+// works alone for kRetreat times as long as it waited, so that waiting costs a sixteenth at most.
+constexpr auto kStall = std::chrono::microseconds(100);
+constexpr int kRetreat = 16;
+
 // Parts are claimed, not assigned: where another process holds a worker's core, the caller runs that worker's part too
 // instead of waiting for it to be scheduled (waiting made a step 20 times slower on a busy machine).
 class Pool {
@@ -40,9 +48,11 @@ class Pool {
         // Work inside work (a callback that predicts) and concurrent callers fall through to the serial loop.
         if (owned_.exchange(true, std::memory_order_acquire)) return run_alone(task, context, parts);
         const Release release{owned_};
-        if (!grow(parts - 1)) return run_alone(task, context, parts);
+        const auto start = Clock::now();
+        if (start < alone_until_ || !grow(parts - 1)) return run_alone(task, context, parts);
         task_ = task;
         context_ = context;
+        float_mode_ = float_mode();
         done_.store(0, std::memory_order_relaxed);
         ticket_.store(static_cast<std::uint32_t>(parts) << kPartBits, std::memory_order_seq_cst);
         if (sleepers_.exchange(0, std::memory_order_seq_cst) > 0) {
@@ -50,10 +60,26 @@ class Pool {
             wake_.notify_all();
         }
         work_off();
-        for (int spins = 0; done_.load(std::memory_order_acquire) != parts; ++spins) {
-            relax();
-            if (spins > 4096) sched_yield();  // a worker lost its core in the middle of a part: do not hold this one
+        if (done_.load(std::memory_order_acquire) != parts) wait_for_workers(parts, start);
+    }
+
+    // Are all workers for so many parts spinning, so that work can be given to them at once?
+    bool awake(int parts) const {
+        return sleepers_.load(std::memory_order_relaxed) == 0 &&
+               worker_count_.load(std::memory_order_relaxed) >= parts - 1;
+    }
+
+    // Wakes the workers for work that will come soon; does not wait for them.
+    void rouse(int parts) {
+        if (awake(parts) || owned_.exchange(true, std::memory_order_acquire)) return;
+        const Release release{owned_};
+        if (Clock::now() < alone_until_ || !grow(parts - 1)) return;
+        {
+            std::lock_guard<std::mutex> lock(sleep_);
+            ++rouses_;
+            sleepers_.store(0, std::memory_order_seq_cst);
         }
+        wake_.notify_all();
     }
 
     void stop() {
@@ -66,6 +92,7 @@ class Pool {
         }
         for (auto& worker : workers_) worker.join();
         workers_.clear();
+        worker_count_.store(0);
         quit_.store(false);
     }
 
@@ -77,6 +104,16 @@ class Pool {
 
     static void run_alone(Task task, void* context, int parts) {
         for (int part = 0; part < parts; ++part) task(context, part, parts);
+    }
+
+    void wait_for_workers(int parts, Clock::time_point start) {
+        const auto mine = Clock::now();
+        for (int spins = 0; done_.load(std::memory_order_acquire) != parts; ++spins) {
+            relax();
+            if (spins > 4096) sched_yield();  // a worker lost its core: do not hold this one
+        }
+        const auto end = Clock::now();
+        if (end - mine > std::max<Clock::duration>(kStall, mine - start)) alone_until_ = end + kRetreat * (end - mine);
     }
 
     // A ticket is the number of parts and the number of those claimed. Task and context are read after a claim: the
@@ -94,6 +131,7 @@ class Pool {
             const std::uint32_t part = ticket & ((1u << kPartBits) - 1), parts = ticket >> kPartBits;
             if (part >= parts) return;
             if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+            if (float_mode() != float_mode_) set_float_mode(float_mode_);  // a worker's becomes its caller's
             task_(context_, static_cast<int>(part), static_cast<int>(parts));
             done_.fetch_add(1, std::memory_order_release);
             ticket = ticket_.load(std::memory_order_acquire);
@@ -105,6 +143,7 @@ class Pool {
         try {
             while (static_cast<int>(workers_.size()) < count) workers_.emplace_back(&Pool::serve, this);
         } catch (...) { return false; }
+        worker_count_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
         return true;
     }
 
@@ -117,15 +156,16 @@ class Pool {
 
     // Until there is work: spinning first, then asleep.
     void wait() {
-        const auto limit = std::chrono::steady_clock::now() + kSpin;
+        const auto limit = Clock::now() + kSpin;
         do {
             for (int spin = 0; spin < kSpinsPerLook; ++spin) {
                 if (has_work()) return;
                 relax();
             }
-        } while (std::chrono::steady_clock::now() < limit);
+        } while (Clock::now() < limit);
         std::unique_lock<std::mutex> lock(sleep_);
-        while (!quit_.load() && !has_work()) {
+        const std::uint64_t rouses = rouses_;
+        while (!quit_.load() && !has_work() && rouses_ == rouses) {
             sleepers_.fetch_add(1, std::memory_order_seq_cst);
             if (has_work()) return;  // came between the two looks, perhaps without seeing us
             wake_.wait(lock);
@@ -134,8 +174,12 @@ class Pool {
 
     std::atomic<bool> owned_{false};
     std::vector<std::thread> workers_;
+    std::atomic<int> worker_count_{0};
+    Clock::time_point alone_until_{};  // the owner's
+    std::uint64_t rouses_ = 0;         // under sleep_
     Task task_ = nullptr;
     void* context_ = nullptr;
+    std::uint64_t float_mode_ = 0;
     alignas(kLineBytes) std::atomic<std::uint32_t> ticket_{0};
     alignas(kLineBytes) std::atomic<int> done_{0};
     alignas(kLineBytes) std::atomic<int> sleepers_{0};
@@ -190,6 +234,15 @@ void set_thread_count(int count) {
     count = std::clamp(count, 1, kMostThreads);
     const int old = count_setting().exchange(count);
     if (count < old && pool_instance.load() != nullptr) pool().stop();
+}
+
+bool workers_awake() {
+    const Pool* pool = pool_instance.load(std::memory_order_acquire);
+    return pool != nullptr && pool->awake(thread_count());
+}
+
+void rouse_workers() {
+    if (thread_count() > 1) pool().rouse(thread_count());
 }
 
 void parallel(Task task, void* context, int parts) {

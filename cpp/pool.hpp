@@ -8,6 +8,11 @@ namespace chainrule {
 int thread_count();
 void set_thread_count(int count);  // 1 to 1024; not from inside a task
 
+// Waking a sleeping worker takes some tens of µs, handing work to one that still spins a fraction of one. Small pieces of
+// work that follow each other closely are worth sharing when the workers are awake; whoever has many wakes them first.
+bool workers_awake();
+void rouse_workers();
+
 using Task = void (*)(void* context, int part, int parts);
 
 // Runs task(context, part, parts) for part = 0 .. parts-1 and returns when all are done. Tasks must not throw. `parts`

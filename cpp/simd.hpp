@@ -53,6 +53,12 @@ struct Lanes<double> {
     static constexpr int mantissa_bits = 52, exponent_bias = 1023;
 };
 
+template <>
+struct Lanes<Pair> {
+    typedef Pair Vector __attribute__((vector_size(kVectorBytes)));
+    typedef Pair Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+};
+
 template <class T>
 using Vec = typename Lanes<T>::Vector;
 template <class T>
@@ -105,6 +111,32 @@ CHAINRULE_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 CHAINRULE_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
 CHAINRULE_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
 #endif
+
+// a b + c for a term of a product. Of pairs: both products, a.first b.first first. The processor's own instruction takes
+// subnormal numbers for zero and rounds its own way; so bfloat16 results differ between machines with it and without.
+CHAINRULE_INLINE Vec<float> add_term(Vec<float> a, Vec<float> b, Vec<float> c) { return fma(a, b, c); }
+CHAINRULE_INLINE Vec<double> add_term(Vec<double> a, Vec<double> b, Vec<double> c) { return fma(a, b, c); }
+#if defined(__AVX512F__)
+CHAINRULE_INLINE Vec<float> add_term(Vec<Pair> a, Vec<Pair> b, Vec<float> c) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));  // AVX512_BF16; dispatch.cpp asks the processor first
+    return c;
+}
+#else
+CHAINRULE_INLINE Vec<float> add_term(Vec<Pair> a, Vec<Pair> b, Vec<float> c) {
+    const Pair high = 0xffff0000u;
+    const Vec<float> low = fma((Vec<float>)(a << 16), (Vec<float>)(b << 16), c);
+    return fma((Vec<float>)(a & high), (Vec<float>)(b & high), low);
+}
+#endif
+
+// The bits of x rounded to bfloat16, in the upper halves; to nearest, ties to even.
+CHAINRULE_INLINE Vec<Pair> round_to_bfloat16(Vec<float> x) {
+    const Vec<Pair> bits = (Vec<Pair>)x, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return select(x == x, rounded, Vec<Pair>{} + 0x7fc00000u) & 0xffff0000u;
+}
+CHAINRULE_INLINE Vec<Pair> pair_up(Vec<float> first, Vec<float> second) {
+    return round_to_bfloat16(second) | (round_to_bfloat16(first) >> 16);
+}
 
 // Lane by lane, which compilers turn into the vector instruction.
 CHAINRULE_INLINE Vec<float> sqrt(Vec<float> a) {
@@ -364,12 +396,38 @@ CHAINRULE_INLINE void transpose_square(Vec<T> (&rows)[kWidth<T>]) {
     }
 }
 
+// Two vectors of neighbours to the vector of the even elements and that of the odd ones.
+template <class V, int... L>
+CHAINRULE_INLINE void split_pairs(V& a, V& b, std::integer_sequence<int, L...>) {
+    const V even = __builtin_shufflevector(a, b, (2 * L)...);
+    b = __builtin_shufflevector(a, b, (2 * L + 1)...);
+    a = even;
+}
+CHAINRULE_INLINE void split_pairs(Vec<float>& a, Vec<float>& b) {
+    split_pairs(a, b, std::make_integer_sequence<int, kWidth<float>>{});
+}
+
 // Sum over the elements of an array in an order that does not depend on the vector width: the lanes of a cache line
 // are summed down the array, then folded in halves.
 template <class T>
 struct LineSum {
     static constexpr int vectors = static_cast<int>(kLineBytes) / kVectorBytes;
     Vec<T> v[vectors] = {};
+
+    // The totals of kWidth sums, one a lane; the same order of additions as total().
+    CHAINRULE_INLINE Vec<T> totals(LineSum (&sums)[kWidth<T>]) {
+        Vec<T> lanes[kWidth<T>];
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth<T>; ++i) {
+            for (int half = vectors / 2; half > 0; half /= 2)
+                for (int k = 0; k < half; ++k) sums[i].v[k] = sums[i].v[k] + sums[i].v[k + half];
+            lanes[i] = sums[i].v[0];
+        }
+        transpose_square<T>(lanes);
+        for (int half = kWidth<T> / 2; half > 0; half /= 2)
+            for (int i = 0; i < half; ++i) lanes[i] = lanes[i] + lanes[i + half];
+        return lanes[0];
+    }
 
     CHAINRULE_INLINE T total(const LineSum& sum) {
         alignas(kLineBytes) T lane[kLine<T>];

@@ -13,16 +13,31 @@ namespace {
 template <class T>
 using Kind = typename Layer<T>::Kind;
 
-// Input rows of a gradient tile: 8 register tiles high, and with its 64 columns small enough for the first-level cache.
-constexpr Index kTileInputs = 48;
-
-// Tiles are visited in groups of this many input rows, all columns of a group after each other: its part of X then stays
-// in the shared cache. Column by column instead, X came from memory again for each (75 % of peak at 2048 x 2048, batch
-// 2048).
-constexpr Index kGroupInputs = 8 * kTileInputs;
+// Input rows of a gradient tile, whole vectors for the transposed copy. Usually 8 register tiles, which with 64 columns fit
+// the first-level cache, where the update rule finds them. Small networks: fewer, so that there are enough tiles to share
+// out evenly. Batches of several blocks of kDepth: as many as let their part of X stay in the shared cache while all
+// columns are visited, so that packing dZ pays (2048 x 2048, batch 2048, one core: 67 to 88 % of peak). The number of
+// threads has no say: sums over tiles (penalties, the norm of the gradient) would depend on it.
+Index tile_inputs(Index batch, Index parameters) {
+    constexpr Index small_network = 1 << 16;
+    return batch > kDepth ? 384 : (parameters > small_network ? 48 : 16);
+}
 
 // What the update rule costs for one weight, in multiplications: square root and division are slow.
 constexpr double kUpdateCost = 20;
+
+// Short rows by hand: the call of memmove costs more than the few numbers it moves.
+template <class T>
+void copy_row(const T* from, Index cols, T* to) {
+    if (cols > 4) {
+        std::copy_n(from, cols, to);
+    } else {
+        to[0] = from[0];
+        if (cols > 1) to[1] = from[1];
+        if (cols > 2) to[2] = from[2];
+        if (cols > 3) to[3] = from[3];
+    }
+}
 
 template <class T>
 Dataset<T> slice(Dataset<T> data, Index inputs, Index first, Index rows) {
@@ -49,6 +64,7 @@ Step<T>::Step(Network<T>& net, const Loss<T>& loss, Index rows, Index target_col
     : net_(&net),
       loss_(loss),
       activations_(net.layers(), rows, true),
+      tile_inputs_(tile_inputs(rows, net.size())),
       target_cols_(target_cols),
       target_stride_(padded_stride<T>(target_cols)),
       targets_(rows * target_stride_),
@@ -69,6 +85,7 @@ void Step<T>::weigh(const Dataset<T>& data, const std::int64_t* order) {
             total += static_cast<double>(weights_[i]);
         }
     }
+    total_weight_ = total;
     scale_ = static_cast<T>(!loss_.mean ? 1.0 : (total > 0 ? 1 / total : 0.0));
 }
 
@@ -77,11 +94,11 @@ void Step<T>::gather(const Dataset<T>& data, const std::int64_t* order, Index be
     const MatrixView<T> x = activations_.phi(0);
     for (Index i = begin; i < end; ++i) {
         const Index row = order ? order[i] : i;
-        std::copy_n(data.x + row * x.cols, x.cols, x.data + i * x.stride);
+        copy_row(data.x + row * x.cols, x.cols, x.data + i * x.stride);
         if (data.labels)
             labels_[i] = data.labels[row];
         else
-            std::copy_n(data.y + row * target_cols_, target_cols_, targets_.data() + i * target_stride_);
+            copy_row(data.y + row * target_cols_, target_cols_, targets_.data() + i * target_stride_);
     }
     net_->append_ones(activations_, 0, begin, end);
 }
@@ -143,53 +160,89 @@ template <class T>
 void Step<T>::plan() {
     for (Index l = 0; l < net_->depth(); ++l) {
         const Layer<T>& layer = net_->layers()[static_cast<std::size_t>(l)];
-        if (layer.kind == Kind<T>::external && layer.size > 0) units_.push_back({l, 0, 0, 0, layer.size});
-        if (layer.kind != Kind<T>::linear) continue;
-        for (Index group = 0; group < layer.weight_rows(); group += kGroupInputs)
-            for (Index column = 0; column < layer.outputs; column += kPanel<T>)
-                for (Index first = group; first < std::min(group + kGroupInputs, layer.weight_rows());
-                     first += kTileInputs)
-                    units_.push_back({l, column, round_up(std::min(layer.outputs - column, kPanel<T>), kLine<T>), first,
-                                      std::min(layer.weight_rows() - first, kTileInputs)});
+        if (layer.kind == Kind<T>::external && layer.size > 0)
+            units_.push_back({Unit::Kind::external, l, 0, 1, 0, layer.size, layer.offset});
+        has_bfloat16_ |= layer.bfloat16;
+        if (layer.kind == Kind<T>::linear) layer.narrow() ? plan_narrow(l, layer) : plan_wide(l, layer);
     }
-    double total = 0;
-    for (const Unit& unit : units_)
-        work_.push_back(total += static_cast<double>(unit.count * std::max<Index>(unit.width, 1)));
+    for (const Unit& unit : units_) {
+        middles_.push_back(work_ + static_cast<double>(unit.size()) / 2);
+        work_ += static_cast<double>(unit.size());
+    }
     penalties_.resize(units_.size());
     squares_.resize(units_.size());
 }
 
-// f(unit, its number, a scratch tile) for every unit, on several threads where it pays; each thread takes a run of
+template <class T>
+void Step<T>::plan_wide(Index l, const Layer<T>& layer) {
+    for (Index first = 0; first < layer.weight_rows(); first += tile_inputs_)
+        for (Index column = 0; column < layer.outputs; column += kPanel<T>) {
+            const Index width = panel_width<T>(layer.outputs, column);
+            units_.push_back({Unit::Kind::wide, l, column, width, first,
+                              std::min(layer.weight_rows() - first, tile_inputs_),
+                              layer.offset + column * layer.weight_rows() + first * width});
+        }
+}
+
+template <class T>
+void Step<T>::plan_narrow(Index l, const Layer<T>& layer) {
+    for (Index column = 0; column < layer.inputs; column += kPanel<T>)
+        units_.push_back({Unit::Kind::narrow, l, column, panel_width<T>(layer.inputs, column), 0, layer.outputs,
+                          layer.offset + column * layer.outputs});
+    if (layer.bias) units_.push_back({Unit::Kind::wide, l, 0, kLine<T>, layer.inputs, 1, layer.bias_offset()});
+}
+
+// f(unit, its number, its thread's scratch) for every unit, on several threads where it pays; each thread takes a run of
 // neighbours with its share of the work.
 template <class T>
 template <class F>
 void Step<T>::over_units(F f) {
     if (units_.empty()) return;
-    const double total = work_.back();
-    const int parts = parts_for(total * (static_cast<double>(rows_) + kUpdateCost));
-    constexpr Index tile_size = kTileInputs * kPanel<T>;
-    if (tiles_.size() < parts * tile_size) tiles_ = Array<T>(parts * tile_size);
+    const int parts = parts_for(work_ * (static_cast<double>(rows_) + kUpdateCost));
+    const Index tile_size = tile_inputs_ * kPanel<T>, size = tile_size + kDepth * kPanel<T>;
+    const Index x_pairs = has_bfloat16_ ? tile_inputs_ * ((capacity() + 1) / 2) : 0;
+    const Index pairs = has_bfloat16_ ? x_pairs + kDepth / 2 * kPanel<T> : 0;
+    if (tiles_.size() < parts * size) tiles_ = Array<T>(parts * size);
+    if (pairs_.size() < parts * pairs) pairs_ = Array<Pair>(parts * pairs);
     parallel(parts, [&](int part, int count) {
+        T* const tile = tiles_.data() + part * size;
+        Pair* const x = pairs_.data() + part * pairs;
+        Scratch scratch = {tile, tile + tile_size, x, x + x_pairs, nullptr};
         const auto start_of = [&](int p) {
-            return std::upper_bound(work_.begin(), work_.end(), total * p / count) - work_.begin();
+            return std::lower_bound(middles_.begin(), middles_.end(), work_ * p / count) - middles_.begin();
         };
         for (Index u = start_of(part), end = start_of(part + 1); u < end; ++u)
-            f(units_[static_cast<std::size_t>(u)], static_cast<std::size_t>(u), tiles_.data() + part * tile_size);
+            f(units_[static_cast<std::size_t>(u)], static_cast<std::size_t>(u), scratch);
     });
 }
 
 template <class T>
-Index Step<T>::place(const Unit& unit) const {
-    const Layer<T>& layer = net_->layers()[static_cast<std::size_t>(unit.layer)];
-    return layer.offset + unit.column * layer.weight_rows() + unit.first * unit.width;
+void Step<T>::differentiate(const Unit& unit, Scratch& scratch, T* tile) const {
+    if (unit.kind == Unit::Kind::external) return;  // it wrote its gradient itself
+    const MatrixView<T> x = activations_.phi(unit.layer), dz = activations_.dphi(unit.layer + 1);
+    if constexpr (std::is_same_v<T, float>)
+        if (net_->layers()[static_cast<std::size_t>(unit.layer)].bfloat16)
+            return differentiate_paired(unit, x, dz, scratch, tile);
+    const bool narrow = unit.kind == Unit::Kind::narrow;
+    const MatrixView<T>&across = narrow ? dz : x, &along = narrow ? x : dz;
+    kernels<T>().linear_vjp_weight(rows_, unit.count, unit.width, across.data + unit.first, across.stride,
+                                   along.data + unit.column, along.stride, scratch.packed, tile);
+    if (narrow)  // the padding of X may hold anything, that of the weights stays zero
+        for (Index o = 0; o < unit.count; ++o)
+            for (Index j = x.cols - unit.column; j < unit.width; ++j) tile[o * unit.width + j] = 0;
 }
 
+// Units of the same rows of W follow each other and share the pairs of X.
 template <class T>
-void Step<T>::differentiate(const Unit& unit, T* tile) const {
-    if (unit.width == 0) return;  // an external layer wrote its gradient itself
-    const MatrixView<T> x = activations_.phi(unit.layer), dz = activations_.dphi(unit.layer + 1);
-    kernels<T>().linear_vjp_weight(rows_, unit.count, unit.width, x.data + unit.first, x.stride, dz.data + unit.column,
-                                   dz.stride, tile);
+void Step<T>::differentiate_paired(const Unit& unit, MatrixView<float> x, MatrixView<float> dz, Scratch& scratch,
+                                   float* tile) const {
+    const Index x_stride = round_up(unit.count, kLine<float>);
+    const Unit* shared = scratch.paired_for;
+    if (shared == nullptr || shared->layer != unit.layer || shared->first != unit.first)
+        bfloat16_kernels().pair_rows(rows_, x_stride, x.data + unit.first, x.stride, scratch.x_pairs, x_stride);
+    scratch.paired_for = &unit;
+    bfloat16_kernels().vjp_weight(rows_, unit.count, unit.width, scratch.x_pairs, x_stride, dz.data + unit.column,
+                                  dz.stride, scratch.packed_pairs, tile);
 }
 
 template <class T>
@@ -197,12 +250,14 @@ double Step<T>::regularize(const Unit& unit, T* tile, const Regularization& r) c
     const Kernels<T>& k = kernels<T>();
     const Layer<T>& layer = net_->layers()[static_cast<std::size_t>(unit.layer)];
     double penalty = 0;
-    if ((r.l1 != 0 || r.l2 != 0) && unit.width > 0) {
-        const Index rows = std::min(unit.count, layer.inputs - unit.first);  // weights, not the bias below them
-        penalty = static_cast<double>(k.penalize(rows * unit.width, net_->theta() + place(unit), tile,
+    if ((r.l1 != 0 || r.l2 != 0) && unit.kind != Unit::Kind::external) {
+        // Of a wide layer the weights, not the bias below them; a narrow layer's bias has a unit of its own.
+        const Index rows =
+            unit.kind == Unit::Kind::narrow ? unit.count : std::min(unit.count, layer.inputs - unit.first);
+        penalty = static_cast<double>(k.penalize(rows * unit.width, net_->theta() + unit.place, tile,
                                                  static_cast<T>(r.l1), static_cast<T>(r.l2)));
     }
-    if (r.clip_value != 0) k.clip(unit.count * std::max<Index>(unit.width, 1), tile, static_cast<T>(r.clip_value));
+    if (r.clip_value != 0) k.clip(unit.size(), tile, static_cast<T>(r.clip_value));
     return penalty;
 }
 
@@ -210,16 +265,12 @@ template <class T>
 void Step<T>::apply(const Unit& unit, const T* tile, T scale, Optimizer<T>& optimizer, const Hyper<T>& hyper) const {
     const Kernels<T>& k = kernels<T>();
     const Layer<T>& layer = net_->layers()[static_cast<std::size_t>(unit.layer)];
-    const Index begin = place(unit);
     T* slots[kSlots];
     for (int s = 0; s < kSlots; ++s)
-        slots[s] = optimizer.slots[s].size() > 0 ? optimizer.slots[s].data() + begin : nullptr;
-    k.optimize[static_cast<int>(optimizer.settings.rule)](unit.count * std::max<Index>(unit.width, 1),
-                                                          net_->theta() + begin, tile, scale, slots, hyper);
-    if (unit.width > 0 && unit.layer >= net_->first_cotangent())
-        k.linear_transpose(layer.inputs, layer.outputs, unit.first, std::min(unit.count, layer.inputs - unit.first),
-                           unit.column, net_->theta() + layer.offset + unit.column * layer.weight_rows(), unit.width,
-                           net_->backward_weights(layer));
+        slots[s] = optimizer.slots[s].size() > 0 ? optimizer.slots[s].data() + unit.place : nullptr;
+    k.optimize[static_cast<int>(optimizer.settings.rule)](unit.size(), net_->theta() + unit.place, tile, scale, slots,
+                                                          hyper);
+    if (unit.kind == Unit::Kind::wide && !layer.narrow()) net_->copy_tile(layer, unit.first, unit.count, unit.column);
 }
 
 template <class T>
@@ -231,7 +282,8 @@ Array<T>& Step<T>::stored_gradient() {
 template <class T>
 const T* Step<T>::gradient() {
     T* flat = stored_gradient().data();
-    over_units([&](const Unit& unit, std::size_t, T*) { differentiate(unit, flat + place(unit)); });
+    over_units(
+        [&](const Unit& unit, std::size_t, Scratch& scratch) { differentiate(unit, scratch, flat + unit.place); });
     return flat;
 }
 
@@ -240,29 +292,27 @@ double Step<T>::update(Optimizer<T>& optimizer, double lr, const Regularization&
     const Hyper<T> hyper = prepare_step<T>(optimizer.settings, lr, optimizer.step_count + 1);
     const auto penalty = [&] { return std::accumulate(penalties_.begin(), penalties_.end(), 0.0); };
     if (r.clip_norm == 0 && !net_->has_external()) {
-        over_units([&](const Unit& unit, std::size_t u, T* tile) {
-            differentiate(unit, tile);
-            penalties_[u] = regularize(unit, tile, r);
-            apply(unit, tile, T{1}, optimizer, hyper);
+        over_units([&](const Unit& unit, std::size_t u, Scratch& scratch) {
+            differentiate(unit, scratch, scratch.tile);
+            penalties_[u] = regularize(unit, scratch.tile, r);
+            apply(unit, scratch.tile, T{1}, optimizer, hyper);
         });
         return penalty();
     }
     T* flat = stored_gradient().data();
-    over_units([&](const Unit& unit, std::size_t u, T*) {
-        T* tile = flat + place(unit);
-        differentiate(unit, tile);
+    over_units([&](const Unit& unit, std::size_t u, Scratch& scratch) {
+        T* tile = flat + unit.place;
+        differentiate(unit, scratch, tile);
         penalties_[u] = regularize(unit, tile, r);
-        if (r.clip_norm != 0)
-            squares_[u] =
-                static_cast<double>(kernels<T>().sum_of_squares(unit.count * std::max<Index>(unit.width, 1), tile));
+        if (r.clip_norm != 0) squares_[u] = static_cast<double>(kernels<T>().sum_of_squares(unit.size(), tile));
     });
     double scale = 1;
     if (r.clip_norm != 0) {
         const double norm = std::sqrt(std::accumulate(squares_.begin(), squares_.end(), 0.0));
         scale = std::min(1.0, r.clip_norm / (norm + 1e-6));  // PyTorch's clip_grad_norm_
     }
-    over_units([&](const Unit& unit, std::size_t, T*) {
-        apply(unit, flat + place(unit), static_cast<T>(scale), optimizer, hyper);
+    over_units([&](const Unit& unit, std::size_t, Scratch&) {
+        apply(unit, flat + unit.place, static_cast<T>(scale), optimizer, hyper);
     });
     return penalty();
 }
@@ -305,6 +355,7 @@ Index Trainer<T>::steps_per_epoch() const {
 
 template <class T>
 double Trainer<T>::one_step(const Dataset<T>& data, const std::int64_t* order, Index rows, double lr) {
+    const FlushSubnormals flush(!net_.has_external() && !loss_.external);  // a user's code keeps the user's mode
     const Noise noise = {true, options_.seed, static_cast<std::uint64_t>(optimizer_.step_count)};
     const double loss = step_.sweep(data, order, rows, noise);
     const double penalty = step_.update(optimizer_, lr, options_.regularization);
@@ -333,12 +384,14 @@ std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const doubl
     for (Index epoch = 0; epoch < epochs; ++epoch) {
         if (options_.shuffle)
             permute(data_.rows, options_.seed, static_cast<std::uint64_t>(first_epoch + epoch), order_.data());
-        double total = 0;
+        if (multiplies * static_cast<double>(steps_per_epoch()) > 1e7) rouse_workers();  // an epoch of 0.1 ms or more
+        double total = 0, weight = 0;
         for (Index step = 0, first = 0; first < data_.rows; ++step, first += options_.batch_size) {
             const Index rows = std::min(options_.batch_size, data_.rows - first);
             const double rate = lr[epoch * lr_stride + (lr_stride > 1 ? step : 0)];
-            total += run_batch(first, rows, rate) *
-                     (loss_.mean ? static_cast<double>(rows) / static_cast<double>(data_.rows) : 1.0);
+            const double loss = run_batch(first, rows, rate), share = loss_.mean ? step_.total_weight() : 1.0;
+            total += loss * share;
+            weight += share;
             if (++since_look < look) continue;
             since_look = 0;
             if (const auto now = Clock::now(); now - polled >= poll_interval) {
@@ -346,7 +399,7 @@ std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const doubl
                 polled = now;
             }
         }
-        losses.push_back(total);
+        losses.push_back(loss_.mean && weight > 0 ? total / weight : total);
         if (!std::isfinite(total)) break;
     }
     return losses;

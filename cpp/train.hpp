@@ -67,6 +67,7 @@ class Step {
     // it ends there.
     double sweep(const Dataset<T>& data, const std::int64_t* order, Index rows, const Noise& noise,
                  bool backward = true);
+    double total_weight() const { return total_weight_; }  // of that batch; its rows where none is given
     // Phase 2, one of the two. `update` is step number optimizer.step_count + 1 and returns the penalty.
     double update(Optimizer<T>& optimizer, double lr, const Regularization& regularization);
     const T* gradient();  // laid out like theta
@@ -74,16 +75,29 @@ class Step {
     MatrixView<T> output_cotangent() const { return activations_.dphi(net_->depth()); }  // dL/df after sweep
 
    private:
-    struct Unit {  // a tile of a linear layer's gradient, or (width 0) a piece of an external layer's
-        Index layer, column, width, first, count;
+    // A tile of a linear layer's gradient: `count` rows from `first`, `width` columns from `column` of its master copy,
+    // or all of an external layer's gradient. It begins at `place` of a buffer laid out like theta.
+    struct Unit {
+        enum class Kind { wide, narrow, external };
+        Kind kind;
+        Index layer, column, width, first, count, place;
+        Index size() const { return count * width; }
     };
     void plan();
+    void plan_wide(Index l, const Layer<T>& layer);
+    void plan_narrow(Index l, const Layer<T>& layer);
     void gather(const Dataset<T>& data, const std::int64_t* order, Index begin, Index end);
     void weigh(const Dataset<T>& data, const std::int64_t* order);
     void run_loss(Index begin, Index end);
     double total_loss() const;
-    Index place(const Unit& unit) const;
-    void differentiate(const Unit& unit, T* tile) const;
+    struct Scratch {  // of one thread
+        T *tile, *packed;
+        Pair *x_pairs, *packed_pairs;
+        const Unit* paired_for;  // whose rows x_pairs holds
+    };
+    void differentiate(const Unit& unit, Scratch& scratch, T* tile) const;
+    void differentiate_paired(const Unit& unit, MatrixView<float> x, MatrixView<float> dz, Scratch& scratch,
+                              float* tile) const;
     double regularize(const Unit& unit, T* tile, const Regularization& regularization) const;
     void apply(const Unit& unit, const T* tile, T scale, Optimizer<T>& optimizer, const Hyper<T>& hyper) const;
     template <class F>
@@ -93,14 +107,18 @@ class Step {
     Network<T>* net_;
     Loss<T> loss_;
     Activations<T> activations_;
-    Index target_cols_, target_stride_;
+    Index tile_inputs_, target_cols_, target_stride_;
     Array<T> targets_, weights_, values_, gradient_, tiles_;
+    Array<Pair> pairs_;
     Array<std::int64_t> labels_;
+    bool has_bfloat16_ = false;
     bool weighted_ = false;
+    double total_weight_ = 0;
     T scale_ = 0;
     Index rows_ = 0;  // of the batch in hand
     std::vector<Unit> units_;
-    std::vector<double> work_;                 // elements of all units up to and including each
+    double work_ = 0;                          // elements of all units
+    std::vector<double> middles_;              // elements before the middle of each: where it lies decides who does it
     std::vector<double> penalties_, squares_;  // of each unit
 };
 

@@ -3,6 +3,7 @@
 
 import csv
 import fcntl
+import importlib
 import io as streams
 import os
 import pty
@@ -238,8 +239,6 @@ def test_parquet_all_the_way(flowers, capsys):
 
 
 def test_a_toml_file_holds_options_and_the_command_line_overrides_them(flowers, capsys):
-    if sys.version_info < (3, 11):
-        pytest.importorskip("tomli")
     with open("o.toml", "w") as file:
         file.write('target = "kind"\nignore = ["id", "price"]\nhidden = [8, 4]\nbatch_size = 16\n')
         file.write("lr = 0.01\nepochs = 3\nquiet = false\noutput = 'toml.safetensors'\n")
@@ -260,11 +259,25 @@ def test_a_toml_file_holds_options_and_the_command_line_overrides_them(flowers, 
     ],
 )
 def test_toml_files_that_cannot_be_used(flowers, capsys, text, code, message):
-    if sys.version_info < (3, 11):
-        pytest.importorskip("tomli")
     Path("o.toml").write_text(text)
     got, _, err = run(capsys, "train", "flowers.csv", "--target", "kind", "--config", "o.toml")
     assert got == code and re.search(message, err)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_python_3_10_reads_toml_with_another_package(flowers, capsys, monkeypatch, installed):
+    """An import that only older Pythons reach, and the advice where it fails."""
+    Path("o.toml").write_text("epochs = 3")
+    reader = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    monkeypatch.setitem(sys.modules, "tomli", reader if installed else None)
+    monkeypatch.setattr(sys, "version_info", (3, 10, 0, "final", 0))
+    code, _, err = run(capsys, "train", "flowers.csv", "--target", "kind", "--config", "o.toml")
+    if installed:
+        assert code == 0
+    else:
+        assert code == 1 and re.search(
+            r"o\.toml: expected .* tomli, got .*pip install .chainrule\[config\]", err
+        )
 
 
 def test_quiet_prints_the_scores_only(flowers, capsys):

@@ -128,13 +128,28 @@ def test_bits_do_not_depend_on_the_tile(form, isa, dtype, rng):
     for m in (1, 2, 5, 6, 7, 96):
         assert_same_bits(product(form, a[:m], b), whole[:m], f"{m} rows")
         assert_same_bits(product(form, a[-m:], b), whole[-m:], f"last {m} rows")
-    for n in (1, 2, 15, 16, 17, 33, 64, 65, 130):
+    for n in (5, 6, 15, 16, 17, 33, 64, 65, 130):
         assert_same_bits(product(form, a, b[:, :n]), whole[:, :n], f"{n} columns")
         assert_same_bits(product(form, a, b[:, -n:]), whole[:, -n:], f"last {n} columns")
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_bits_of_few_columns_do_not_depend_on_the_rows(n, isa, dtype, rng):
+    """Up to four columns are dot products, several rows at a time: rows that share their lanes' sums."""
+    a, b = rng.standard_normal((97, 70)).astype(dtype), rng.standard_normal((70, n)).astype(dtype)
+    bias = rng.standard_normal(n).astype(dtype)
+    whole = product("nn", a, b, bias)
+    for m in (1, 2, 7, 8, 15, 16, 17, 96):
+        assert_same_bits(product("nn", a[:m], b, bias), whole[:m], f"{m} rows")
+        assert_same_bits(product("nn", a[-m:], b, bias), whole[-m:], f"last {m} rows")
+    for j in range(n):
+        assert_same_bits(product("nn", a, b[:, j:], bias[j:]), whole[:, j:], f"columns from {j}")
+
+
 @FORMS
-@pytest.mark.parametrize("m, n, k", [(97, 131, 70), (6, 64, 300), (257, 33, 1), (5, 7, 2049)])
+@pytest.mark.parametrize(
+    "m, n, k", [(97, 131, 70), (6, 64, 300), (257, 33, 1), (5, 7, 2049), (33, 1, 65), (5, 4, 129)]
+)
 def test_instruction_sets_agree_bit_for_bit(form, m, n, k, dtype, rng, on_fused_isas):
     """Sums split over lanes or over K, whose order depends on the vector length."""
     a, b = rng.standard_normal((m, k)).astype(dtype), rng.standard_normal((k, n)).astype(dtype)

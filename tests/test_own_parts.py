@@ -235,6 +235,34 @@ def test_own_layers_in_files(data, tmp_path):
     assert_same_bits(again(data[0]), net(data[0]))
 
 
+class Cut(cr.Layer):
+    """The first columns; its arguments are named like those of Linear, and it has no weight."""
+
+    def __init__(self, in_features, out_features):
+        self.in_features, self.out_features = in_features, out_features
+
+    def forward(self, x):
+        return x[:, : self.out_features]
+
+    def vjp(self, x, y, dy):
+        return np.pad(dy, ((0, 0), (0, self.in_features - self.out_features)))
+
+    def jvp(self, x, y, dx):
+        return dx[:, : self.out_features]
+
+    def config(self):
+        return {"in_features": self.in_features, "out_features": self.out_features}
+
+
+def test_own_layers_with_the_arguments_of_linear_in_files(data, tmp_path):
+    """Only a Linear's widths are those of a weight in the file: Cut has none."""
+    net = cr.Sequential(cr.Linear(4, 5), Cut(in_features=5, out_features=3), seed=0)
+    net.save(tmp_path / "cut.safetensors")
+    again = cr.load(tmp_path / "cut.safetensors")
+    assert type(again[1]) is Cut
+    assert_same_bits(again(data[0]), net(data[0]))
+
+
 def test_a_name_of_ours_is_not_taken_for_one_of_theirs():
     class ReLU(OwnTanh):
         pass

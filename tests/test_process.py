@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the library does to the process that imports it: nothing. And Ctrl-C, threads, and the end."""
+"""What the library does to the process that imports it: nothing. And Ctrl-C, threads, memory, and the end."""
 
 import os
 import subprocess
@@ -8,6 +8,9 @@ import textwrap
 
 import pytest
 
+from conftest import FREED_IS_FREE
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="affinity masks and /proc are Linux's")
 posix = pytest.mark.skipif(os.name != "posix", reason="signals of this kind are POSIX's")
 
 
@@ -249,3 +252,118 @@ def test_other_threads_run_during_a_fit():
         assert after > before + 3, (before, after)
     """)
     )
+
+
+# ---- processors --------------------------------------------------------------------------------------------
+
+ONE_PROCESSOR = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+"""
+
+
+@linux
+@pytest.mark.parametrize("asked, expected", [("", 1), ("3", 3)])
+def test_one_processor_in_the_mask_is_one_thread(asked, expected):
+    """Two threads on the only processor that a batch system gave; or asked for, and not made.
+
+    The other way to be given less than the machine has, a CPU quota: tests/kernels/processors.hpp.
+    """
+    run_python(
+        ONE_PROCESSOR
+        + textwrap.dedent(TRAINING)
+        + textwrap.dedent(f"""
+        assert cr.get_num_threads() == {expected}
+        before = len(os.listdir("/proc/self/task"))
+        train()
+        assert len(os.listdir("/proc/self/task")) - before == {expected} - 1
+    """),
+        CHAINRULE_NUM_THREADS=asked,
+        OMP_NUM_THREADS="",
+    )
+
+
+@pytest.fixture
+def busy_processor():
+    """Another process that computes until the test is over."""
+    code = "print(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        try:
+            other.stdout.readline()  # it runs
+            yield
+            assert other.poll() is None
+        finally:
+            other.kill()
+
+
+def test_a_busy_processor_changes_no_bit(busy_processor):
+    """A part done twice, or not at all, when the thread that was to do it has lost its processor."""
+    run_python(
+        textwrap.dedent(TRAINING)
+        + textwrap.dedent("""
+        def bits(threads):
+            cr.set_num_threads(threads)
+            net = train(epochs=20)
+            return [p.tobytes() for p in (*net.state_dict().values(), net.predict(X))]
+
+        expected = bits(1)
+        for threads in (2, 3, 4, 7, 2, 1):
+            assert bits(threads) == expected, threads
+    """)
+    )
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+@linux
+def test_memory_is_given_back():
+    """Some bytes a step or an arena a fit that nobody frees: a process that trains for weeks dies of them.
+
+    Pages are counted in the page table, exactly. 64 may come, because allocators and the garbage collector
+    fill those they have begun: 20 000 steps that lose 16 bytes each take 78, as do 2000 fits that lose 160.
+    Large arenas are mapped before they are touched, so they are looked for in the address space: 40 fits map
+    more than 160 of at least 2 MiB, and 16 of those may stay.
+    """
+    code = """
+        import ctypes, os, re
+        import numpy as np
+        import chainrule as cr
+
+        ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: no 2 MiB where a page is used
+
+        rng = np.random.default_rng(0)
+        X, y = rng.standard_normal((16, 8)).astype(np.float32), rng.standard_normal(16).astype(np.float32)
+        wide = rng.standard_normal((64, 512)).astype(np.float32)
+        small, large, optimizer = cr.mlp([8, 16, 1], seed=0), cr.mlp([512, 1100, 512], seed=0), cr.Adam()
+
+        def steps():
+            for _ in range(20_000):
+                small.train_step(X, y, loss="mse", optimizer=optimizer)
+                small.predict(X)
+
+        def fits():
+            for _ in range(2000):
+                small.fit(X, y, loss="mse", epochs=2, validation_split=0.25, verbose=0)
+
+        def large_fits():
+            for _ in range(40):
+                large.fit(wide, wide, loss="mse", batch_size=64, verbose=0)
+
+        def number(path, pattern):
+            with open(f"/proc/self/{path}") as file:
+                return int(re.search(pattern, file.read(), re.MULTILINE)[1])
+
+        def pages():
+            return number("smaps_rollup", "^Anonymous: +([0-9]+) kB") * 1024 // os.sysconf("SC_PAGESIZE")
+
+        def mebibytes():
+            return number("status", "^VmSize:[^0-9]+([0-9]+) kB") // 1024
+
+        for work, measure, allowed in ((steps, pages, 64), (fits, pages, 64), (large_fits, mebibytes, 32)):
+            work()
+            before = measure()
+            work()
+            assert measure() - before <= allowed, (work.__name__, before, measure())
+    """
+    run_python(code, CHAINRULE_NUM_THREADS="2", **FREED_IS_FREE)

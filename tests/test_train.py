@@ -13,7 +13,7 @@ import pytest
 
 import chainrule as cr
 from chainrule import _core
-from conftest import assert_same_bits, engine, eps, layers_of, typed
+from conftest import FREED_IS_FREE, assert_same_bits, engine, eps, layers_of, typed
 
 
 def run_python(code, timeout=120, **environment):
@@ -156,6 +156,22 @@ def test_generalised_linear_models_reach_maximum_likelihood(loss, rng):
     net.fit(X, y, loss=loss, optimizer=cr.GD(rate), epochs=steps, verbose=0)
     got = net.state_dict()
     np.testing.assert_allclose([*got["0.weight"][0], got["0.bias"][0]], theta, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [[3, 5, 2], [64, 128, 2]])  # for one thread, and for two
+def test_fading_moments_are_never_subnormal(shape, isa, rng):
+    """Subnormal moments of units that died stay for ever; some processors need a hundred cycles for each."""
+    net = engine(layers_of(shape, "relu"), np.float32, rng)
+    state = _core.Optimizer32(net, "adam", [0.9, 0.9, 1e-8, 0.0])
+    x, y = (rng.standard_normal((64, n)).astype(np.float32) for n in (shape[0], shape[-1]))
+    how = _core.Loss("least_squares", 0.0, "mean", None)
+    trainer = _core.Trainer32(net, state, how, x, y, None, 64, False, 0, 0.0, 0.0, 0.0, 0.0)
+    trainer.step(x, y, None, 0.001)
+    assert all(slot.any() for slot in state.get_state()[:2])
+    for _ in range(1200):  # 0.9 ** 1200 is 1e-55
+        trainer.step(x, y, np.zeros(64, np.float32), 0.001)
+    for slot in state.get_state():
+        assert not ((slot != 0) & (abs(slot) < np.finfo(np.float32).tiny)).any()
 
 
 # ---- steps and data of any size ----------------------------------------------------------------------------
@@ -341,4 +357,4 @@ def test_memory_does_not_grow(rng):
         before = peak()
         work(20_000)
         assert peak() - before < 4 << 20, f"{(peak() - before) / 2**20:.1f} MiB"
-        """)
+        """, **FREED_IS_FREE)  # fmt: skip

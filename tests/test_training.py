@@ -276,6 +276,21 @@ def test_a_batch_without_weight_changes_nothing(data):
     assert math.isfinite(history["loss"][0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_loss_of_an_epoch_is_the_weighted_mean_over_its_rows(shuffle, dtype, data, rng):
+    """Whatever the batches, one without any weight among them: at rate 0 it is what `evaluate` says."""
+    X, y = data
+    weight = rng.random(23) * rng.integers(0, 3, 23)
+    weight[5:10] = 0
+    net = make(dtype=dtype)
+    expected = net.evaluate(X, y, loss="mse", sample_weight=weight)
+    for batch_size in (1, 5, 22, 23):
+        how = {"sample_weight": weight, "batch_size": batch_size, "shuffle": shuffle}
+        _, history = fitted(X, y, net=net, optimizer=cr.SGD(0.0), epochs=2, **how)
+        np.testing.assert_allclose(history["loss"], expected, rtol=30 * np.finfo(dtype).eps)
+
+
 LABELS = np.arange(23) % 4 % 3  # 0 1 2 0 0 1 2 0 …
 
 

@@ -14,47 +14,55 @@ struct CrossEntropy {
     template <class T>
     static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
                     T* values, T* df, Index df_stride, T) {
-        for (Index i = 0; i < rows; ++i) {
-            const T factor = (weight ? weight[i] : T{1}) * scale;
-            if (y.labels)
-                values[i] = label_row(cols, f + i * f_stride, y.labels[i], factor, df + i * df_stride);
-            else
-                values[i] =
-                    probability_row(cols, f + i * f_stride, y.values + i * y.stride, factor, df + i * df_stride);
-        }
-    }
-
-    // df = factor * softmax(f); returns `rest`, see sum_exponentials.
-    template <class T>
-    CHAINRULE_INLINE T softmax_row(Index n, const T* f, T largest, T factor, T* df) {
-        const T rest = sum_exponentials(n, f, largest, [&](Index j, Vec<T> e) { store(df + j, e); });
-        const Vec<T> share = Vec<T>{} + factor / (1 + rest);
-        for (Index j = 0; j < round_up(n, kLine<T>); j += kWidth<T>)  // the terms went to the end of the line
-            store(df + j, select(real_columns<T>(j, n), load(df + j) * share, Vec<T>{}));
-        return rest;
-    }
-
-    template <class T>
-    CHAINRULE_INLINE T label_row(Index n, const T* f, std::int64_t label, T factor, T* df) {
-        const T largest = max_column(n, f);
-        const T rest = softmax_row(n, f, largest, factor, df);
-        const bool right = f[label] == largest;
-        // Of a confident and right prediction p - 1 keeps its digits as minus the other classes' share.
-        df[label] = right ? -factor * (rest / (1 + rest)) : df[label] - factor;
-        return log1p(Vec<T>{} + rest)[0] - (right ? T{0} : f[label] - largest);
-    }
-
-    template <class T>
-    CHAINRULE_INLINE T probability_row(Index n, const T* f, const T* p, T factor, T* df) {
-        const T largest = max_column(n, f);
-        const T mass = sum_columns<T>(n, [&](Index j) { return load(p + j); });
-        const Vec<T> log_sum = log1p(Vec<T>{} + softmax_row(n, f, largest, factor * mass, df));
-        const Vec<T> m = Vec<T>{} + largest, f_factor = Vec<T>{} + factor;
-        return sum_columns<T>(n, [&](Index j) {
-            const Vec<T> pj = load(p + j);
-            store(df + j, select(real_columns<T>(j, n), load(df + j) - f_factor * pj, Vec<T>{}));
-            return select(pj == Vec<T>{}, Vec<T>{}, pj * (log_sum - below_max(load(f + j), m)));
+        row_blocks(rows, weight, scale, [&](Index i, Index count, Vec<T> factor) {
+            const Rows<T> logits = {f + i * f_stride, f_stride};
+            T* d = df + i * df_stride;
+            const Vec<T> value = y.labels ? labels(count, cols, logits, y.labels + i, factor, d, df_stride)
+                                          : probabilities(count, cols, logits, {y.values + i * y.stride, y.stride},
+                                                          factor, d, df_stride);
+            store_some(count, values + i, value);
         });
+    }
+
+    template <class T>
+    CHAINRULE_INLINE Vec<T> labels(Index rows, Index cols, Rows<T> f, const std::int64_t* y, Vec<T> factor, T* df,
+                                   Index df_stride) {
+        Vec<T> label{}, right{};
+        for (Index i = 0; i < rows; ++i) label[i] = static_cast<T>(y[i]);
+        const auto is_label = [&](Index j) { return label == Vec<T>{} + static_cast<T>(j); };
+        const Vec<T> largest = max_columns(rows, cols, f);
+        Exponentials<T> sum;
+        map_columns(rows, cols, {f}, df, df_stride, [&](Index j, const Vec<T>(&column)[1]) {
+            right = select(is_label(j), column[0], right);
+            return sum.add(column[0], largest);
+        });
+        const Vec<T> rest = sum.rest(), share = factor / (1 + rest);
+        const auto hit = right == largest;
+        // Of a confident and right prediction p - 1 keeps its digits as minus the other classes' share.
+        const Vec<T> at_hit = -factor * (rest / (1 + rest));
+        map_columns(rows, cols, {Rows<T>{df, df_stride}}, df, df_stride, [&](Index j, const Vec<T>(&column)[1]) {
+            const Vec<T> p = column[0] * share;
+            return select(is_label(j), select(hit, at_hit, p - factor), p);
+        });
+        return log1p(rest) - select(hit, Vec<T>{}, right - largest);
+    }
+
+    template <class T>
+    CHAINRULE_INLINE Vec<T> probabilities(Index rows, Index cols, Rows<T> f, Rows<T> y, Vec<T> factor, T* df,
+                                          Index df_stride) {
+        const Vec<T> largest = max_columns(rows, cols, f);
+        Vec<T> mass{}, dot{};
+        Exponentials<T> sum;
+        map_columns(rows, cols, {f, y}, df, df_stride, [&](Index, const Vec<T>(&column)[2]) {
+            const Vec<T> p = column[1];
+            mass = mass + p;
+            dot = dot + select(p == Vec<T>{}, Vec<T>{}, p * below_max(column[0], largest));
+            return sum.add(column[0], largest);
+        });
+        const Vec<T> rest = sum.rest(), share = factor * mass / (1 + rest);
+        map_columns(rows, cols, {Rows<T>{df, df_stride}, y}, df, df_stride,
+                    [&](Index, const Vec<T>(&column)[2]) { return column[0] * share - factor * column[1]; });
+        return mass * log1p(rest) - dot;
     }
 };
 

@@ -7,6 +7,8 @@
 //
 // Two packed copies of W stay in memory across steps: `forward`, Wᵀ over b in panels of output columns, which is the
 // master copy, and `backward`, W in panels of input columns. (panels: see multiply_panels)
+// A narrow layer, of up to kNarrowOutputs, would waste most of a vector of outputs. Its vectors run along the inputs: the
+// master copy is W in panels of input columns, then b, and serves both ways.
 #pragma once
 
 #include "../gemm.hpp"
@@ -21,6 +23,13 @@ void linear_forward(Index rows, Index inputs, Index outputs, bool bias, const T*
 }
 
 template <class T>
+void linear_forward_narrow(Index rows, Index inputs, Index outputs, bool bias, const T* x, Index x_stride,
+                           const T* master, T* z, Index z_stride) {
+    multiply_narrow(rows, outputs, inputs, Operand<T>{x, x_stride}, master,
+                    bias ? master + outputs * round_up(inputs, kLine<T>) : nullptr, z, z_stride);
+}
+
+template <class T>
 void linear_vjp_input(Index rows, Index inputs, Index outputs, const T* dz, Index dz_stride, const T* backward, T* dx,
                       Index dx_stride) {
     multiply_panels(rows, inputs, outputs, Operand<T>{dz, dz_stride}, backward, outputs, false, dx, dx_stride);
@@ -29,16 +38,8 @@ void linear_vjp_input(Index rows, Index inputs, Index outputs, const T* dz, Inde
 // A tile of dWᵀ over db: `count` input rows from x's first column, `width` outputs from dz's; tile stride = width.
 template <class T>
 void linear_vjp_weight(Index batch, Index count, Index width, const T* x, Index x_stride, const T* dz, Index dz_stride,
-                       T* tile) {
-    multiply_transposed(count, width, batch, Operand<T>{x, x_stride}, dz, dz_stride, tile, width);
-}
-
-// Where input column i of output row 0 stands in the `backward` panels, and the stride from one output row to the next.
-template <class T>
-CHAINRULE_INLINE T* backward_column(T* backward, Index inputs, Index outputs, Index i, Index& stride) {
-    const Index start = i / kPanel<T> * kPanel<T>;
-    stride = round_up(inputs - start < kPanel<T> ? inputs - start : kPanel<T>, kLine<T>);
-    return backward + start * outputs + (i - start);
+                       T* packed, T* tile) {
+    multiply_transposed(count, width, batch, Operand<T>{x, x_stride}, dz, dz_stride, packed, tile, width);
 }
 
 // Copies rows [first, first + count) of one `forward` panel, `width` wide, into the `backward` panels: element (i, o)
@@ -46,24 +47,7 @@ CHAINRULE_INLINE T* backward_column(T* backward, Index inputs, Index outputs, In
 template <class T>
 void linear_transpose(Index inputs, Index outputs, Index first, Index count, Index column, const T* panel, Index width,
                       T* backward) {
-    constexpr Index W = kWidth<T>;
-    const Index columns = outputs - column < width ? outputs - column : width, end = first + count;
-    Index i = first, stride;
-    for (; i + W <= end; i += W) {
-        T* to = backward_column(backward, inputs, outputs, i, stride) + column * stride;
-        for (Index o = 0; o < columns; o += W) {
-            Vec<T> square[W];
-#pragma GCC unroll 16
-            for (int r = 0; r < W; ++r) square[r] = load(panel + (i + r) * width + o);
-            transpose_square<T>(square);
-            const Index height = columns - o < W ? columns - o : W;
-            for (Index r = 0; r < height; ++r) store(to + (o + r) * stride, square[r]);
-        }
-    }
-    for (; i < end; ++i) {
-        T* to = backward_column(backward, inputs, outputs, i, stride) + column * stride;
-        for (Index o = 0; o < columns; ++o) to[o * stride] = panel[i * width + o];
-    }
+    transpose_panel(inputs, outputs, first, count, column, panel, width, backward);
 }
 
 }  // namespace CHAINRULE_ISA

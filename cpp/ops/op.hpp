@@ -117,7 +117,102 @@ CHAINRULE_INLINE T sum_exponentials(Index cols, const T* x, T largest, F each) {
     return rest + (count > 1 ? count - 1 : T{0});
 }
 
-// ---- losses ---------------------------------------------------------------------------------------------------------
+// ---- losses -------------------------------------------------------------------------------------------------------
+// Losses lay kWidth rows on their side: a row a lane, a column a vector. Sums over columns then need no folding of lanes,
+// and one exp serves kWidth rows (cross-entropy of 200 rows with 10 classes: 20 µs with vectors along the row, 3 µs so).
+
+template <class T>
+struct Rows {
+    const T* data;
+    Index stride;
+};
+
+// kWidth columns of up to kWidth rows; not inlined, or the transposition would stand in every loss again.
+template <class T>
+static __attribute__((noinline)) void load_columns(Index rows, const T* x, Index stride, Vec<T>* column) {
+    constexpr int W = kWidth<T>;
+    Vec<T> square[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) square[i] = load(x + (i < rows ? i : 0) * stride);
+    transpose_square<T>(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) column[i] = square[i];
+}
+template <class T>
+static __attribute__((noinline)) void store_columns(Index rows, const Vec<T>* column, T* x, Index stride) {
+    constexpr int W = kWidth<T>;
+    Vec<T> square[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) square[i] = column[i];
+    transpose_square<T>(square);
+    for (Index i = 0; i < W && i < rows; ++i) store(x + i * stride, square[i]);
+}
+
+// For each column j of the N matrices `in`, of at most kWidth rows: out's column j = f(j, in's columns). Zeros go to out's
+// padding, to the end of the line. No `out`, no store.
+template <class T, int N, class F>
+CHAINRULE_INLINE void map_columns(Index rows, Index cols, const Rows<T> (&in)[N], T* out, Index out_stride, F f) {
+    constexpr int W = kWidth<T>;
+    for (Index start = 0; start < (out ? round_up(cols, kLine<T>) : cols); start += W) {
+        Vec<T> columns[N][W];
+        for (int n = 0; n < N; ++n) load_columns(rows, in[n].data + start, in[n].stride, columns[n]);
+#pragma GCC unroll 1  // W copies of every formula would make a third of the package
+        for (int k = 0; k < W; ++k) {
+            Vec<T> column[N];
+            for (int n = 0; n < N; ++n) column[n] = columns[n][k];
+            columns[0][k] = start + k < cols ? f(start + k, column) : Vec<T>{};
+        }
+        if (out) store_columns(rows, columns[0], out + start, out_stride);
+    }
+}
+
+// The first n lanes; n at most kWidth.
+template <class T>
+CHAINRULE_INLINE Vec<T> load_some(Index n, const T* p) {
+    if (n >= kWidth<T>) return load(p);
+    Vec<T> v{};
+    for (Index i = 0; i < n; ++i) v[i] = p[i];
+    return v;
+}
+template <class T>
+CHAINRULE_INLINE void store_some(Index n, T* p, Vec<T> v) {
+    if (n >= kWidth<T>) return store(p, v);
+    for (Index i = 0; i < n; ++i) p[i] = v[i];
+}
+
+// f(first row, rows, their weight * scale) for each block of at most kWidth rows.
+template <class T, class F>
+CHAINRULE_INLINE void row_blocks(Index rows, const T* weight, T scale, F f) {
+    for (Index i = 0; i < rows; i += kWidth<T>) {
+        const Index count = rows - i < kWidth<T> ? rows - i : kWidth<T>;
+        f(i, count, weight ? load_some(count, weight + i) * scale : Vec<T>{} + scale);
+    }
+}
+
+// The largest of each row's elements, NaN aside.
+template <class T>
+CHAINRULE_INLINE Vec<T> max_columns(Index rows, Index cols, Rows<T> x) {
+    Vec<T> largest = splat<Vec<T>>(-__builtin_inf());
+    map_columns(rows, cols, {x}, static_cast<T*>(nullptr), 0, [&](Index, const Vec<T>(&column)[1]) {
+        largest = max(column[0], largest);
+        return column[0];
+    });
+    return largest;
+}
+
+// sum_exponentials, column by column: add() gives e^(x - max).
+template <class T>
+struct Exponentials {
+    Vec<T> sum = {}, maxima = {};
+    Vec<T> add(Vec<T> x, Vec<T> largest) {
+        const Vec<T> e = exp(below_max(x, largest));
+        const auto is_max = x == largest;
+        sum = sum + select(is_max, Vec<T>{}, e);
+        maxima = maxima + select(is_max, splat<Vec<T>>(1), Vec<T>{});
+        return e;
+    }
+    Vec<T> rest() const { return sum + max(maxima - 1, Vec<T>{}); }
+};
 
 template <class V>
 struct ValueGrad {
@@ -131,17 +226,17 @@ void elementwise_loss(Index rows, Index cols, const T* f, Index f_stride, const 
                       T* values, T* df, Index df_stride, T param) {
     const Vec<T> p = Vec<T>{} + param;
     const T share = Loss::mean_over_outputs ? T{1} / static_cast<T>(cols) : T{1};
-    for (Index i = 0; i < rows; ++i) {
-        const T* fi = f + i * f_stride;
-        const T* yi = y.values + i * y.stride;
-        T* dfi = df + i * df_stride;
-        const Vec<T> factor = Vec<T>{} + (weight ? weight[i] : T{1}) * scale * share;
-        values[i] = share * sum_columns<T>(cols, [&](Index j) {
-                        const ValueGrad<Vec<T>> l = Loss::value_grad(load(fi + j), load(yi + j), p);
-                        store(dfi + j, select(real_columns<T>(j, cols), factor * l.grad, Vec<T>{}));
-                        return l.value;
-                    });
-    }
+    row_blocks(rows, weight, scale, [&](Index i, Index count, Vec<T> factor) {
+        factor = factor * share;
+        Vec<T> sum{};
+        const Rows<T> in[] = {{f + i * f_stride, f_stride}, {y.values + i * y.stride, y.stride}};
+        map_columns(count, cols, in, df + i * df_stride, df_stride, [&](Index, const Vec<T>(&column)[2]) {
+            const ValueGrad<Vec<T>> l = Loss::value_grad(column[0], column[1], p);
+            sum = sum + l.value;
+            return factor * l.grad;
+        });
+        store_some(count, values + i, share * sum);
+    });
 }
 
 }  // namespace CHAINRULE_ISA

@@ -129,7 +129,7 @@ def _train_options(train: argparse.ArgumentParser) -> None:
     add("--hidden", type=_widths, default="64,64", metavar="WIDTHS", help='hidden layers, or "none"')
     add("--activation", choices=cli.ACTIVATIONS, default="relu", metavar="NAME", help=f"one of {names}")
     add("--dropout", type=_real(0, 1), default=0.0, metavar="P", help="share of activations dropped")
-    add("--dtype", choices=("float32", "float64"), default="float32", help="of weights and arithmetic")
+    add("--dtype", choices=("float32", "float64", "bfloat16"), default="float32", help="of arithmetic")
     add = train.add_argument_group("training").add_argument
     names = ", ".join(cli.REGRESSION_LOSSES)
     add("--loss", metavar="NAME", help=f"cross_entropy for classes; mse for numbers, or one of {names}")
@@ -218,9 +218,8 @@ def _toml(path: str) -> dict[str, Any]:
         try:
             import tomli as tomllib
         except ImportError:
-            raise ImportError(
-                "[config] TOML: expected Python 3.11 or tomli, got neither; pip install tomli"
-            ) from None
+            wanted = 'expected Python 3.11 or tomli, got neither; pip install "chainrule[config]"'
+            raise ImportError(f"[config] {path}: {wanted}") from None
     with open(path, "rb") as file:
         try:
             return tomllib.load(file)

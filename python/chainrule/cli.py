@@ -25,7 +25,7 @@ from . import _core, metrics
 from .data import Preprocessor, TableModel, class_labels, infer_task, outputs_for, split_rows
 from .io import require_suffix
 from .losses import LOSSES
-from .model import mlp, set_num_threads
+from .model import array_dtype, mlp, set_num_threads
 from .optim import GD, OPTIMIZERS
 from .tables import Table, as_text, is_missing, read_table
 from .terminal import Screen, confusion_lines, curve, duration, enlarged, picture
@@ -122,7 +122,9 @@ def _prepare(args: Namespace, table: Table, loss: str) -> tuple[Preprocessor, Pa
     rows = split_rows(len(table), shares, args.seed, labels)
     tables = [table.take(part) for part in rows]
     preprocessor = Preprocessor.fit(tables[-1], args.target, args.task, ignored, loss != "poisson")
-    parts = [Part(t, preprocessor.transform(t, args.dtype), preprocessor.targets(t)) for t in tables]
+    parts = [
+        Part(t, preprocessor.transform(t, array_dtype(args.dtype)), preprocessor.targets(t)) for t in tables
+    ]
     return preprocessor, parts[0], parts[1], parts[2]
 
 

@@ -389,7 +389,7 @@ class TableModel:
     @property
     def dtype(self) -> np.dtype[Any]:
         """Of the network."""
-        return np.dtype(self.net.dtype)
+        return np.dtype(self.net.array_dtype)
 
     def answers(self, table: Any) -> dict[str, NDArray[Any]]:
         """Columns (B,): the target, then each class's probability, or the spread if the loss has one."""

@@ -8,6 +8,7 @@ your own is any callable (f, y) -> (value, ∂L/∂f), and a built-in one can be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
@@ -42,6 +43,9 @@ class Loss(Description):
     """
 
     name: ClassVar[str]
+    domain: ClassVar[tuple[float, float]] = (-math.inf, math.inf)  # real targets: the least and the greatest
+    _valid: ClassVar[str] = ""  # what lies in there, in words
+    _hint: ClassVar[str] = ""
     reduction: str
 
     def __init__(self, *, reduction: str = "mean") -> None:
@@ -85,7 +89,11 @@ class Loss(Description):
         return outputs
 
     def _check_domain(self, op: str, name: str, values: Array) -> None:
-        """Nothing here: any real target will do."""
+        low, high = self.domain
+        too_low = low > -math.inf and values.size and values.min() < low
+        if too_low or (high < math.inf and values.size and values.max() > high):
+            bad = (values < low) | (values > high)
+            refuse_rows(op, name, f"{self._valid} for loss {self.name!r}", values, bad, self._hint)
 
     def engine(self, flat: bool, weighted: bool) -> _core.Loss:
         """The engine's loss for targets that were `flat` or not, with or without weights."""
@@ -237,10 +245,8 @@ class Poisson(Loss):
     """
 
     name = "poisson"
-
-    def _check_domain(self, op: str, name: str, values: Array) -> None:
-        if values.size and values.min() < 0:
-            refuse_rows(op, name, "counts ≥ 0 for loss 'poisson'", values, values < 0)
+    domain = (0.0, math.inf)
+    _valid = "counts ≥ 0"
 
 
 @final
@@ -286,11 +292,9 @@ class Logistic(Loss):
     """
 
     name = "logistic"
-
-    def _check_domain(self, op: str, name: str, values: Array) -> None:
-        if values.size and (values.min() < 0 or values.max() > 1):
-            hint = "; several classes need loss='cross_entropy'"
-            refuse_rows(op, name, "0 to 1 for loss 'logistic'", values, (values < 0) | (values > 1), hint)
+    domain = (0.0, 1.0)
+    _valid = "0 to 1"
+    _hint = "; several classes need loss='cross_entropy'"
 
 
 @final
@@ -308,6 +312,8 @@ class CrossEntropy(Loss):
     """
 
     name = "cross_entropy"
+    domain = (0.0, math.inf)  # of probabilities
+    _valid = "probabilities ≥ 0"
 
     def targets(self, op: str, y: object, rows: int, outputs: int, dtype: str, name: str = "y") -> Targets:
         array = _with_rows(op, name, y, rows)
@@ -327,10 +333,6 @@ class CrossEntropy(Loss):
             bad = array >= outputs if array.dtype.kind in "ub" else (array < 0) | (array >= outputs)
             refuse_rows(op, name, f"labels 0 to {outputs - 1}", array, bad, hint)
         return Targets(np.require(array, np.int64, ["C", "A"]), True)
-
-    def _check_domain(self, op: str, name: str, values: Array) -> None:
-        if values.size and values.min() < 0:
-            refuse_rows(op, name, "probabilities ≥ 0 for loss 'cross_entropy'", values, values < 0)
 
 
 def _are_labels(array: Array, outputs: int) -> bool:

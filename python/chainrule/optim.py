@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Network(Protocol):
     """What an optimizer needs to know of a network."""
 
-    dtype: str
+    array_dtype: str
     _core: Any
 
 
@@ -68,7 +68,7 @@ class Optimizer(Description):
         engines: WeakKeyDictionary[Network, Engine] = vars(self)["_engines"]
         found = engines.get(net)
         if found is None:
-            kind = _core.Optimizer32 if net.dtype == "float32" else _core.Optimizer64
+            kind = _core.Optimizer32 if net.array_dtype == "float32" else _core.Optimizer64
             found = engines[net] = kind(net._core, self.rule, self._hyper())
         return found
 

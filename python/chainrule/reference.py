@@ -340,7 +340,8 @@ class Trainer:
         self, X: Array, y: Array, lr: float, batch_size: int, orders: Iterable[Array], weight: Array = None
     ) -> Iterator[float]:
         """One epoch for each order, a permutation of the rows; yields its mean loss over the rows."""
+        w = np.ones(len(X)) if weight is None else weight
         for order in orders:
             batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
             losses = [self.step(X[b], y[b], lr, None if weight is None else weight[b]) for b in batches]
-            yield float(np.average(losses, weights=[len(b) for b in batches]))
+            yield float(np.average(losses, weights=[w[b].sum() for b in batches]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 import numpy as np
@@ -28,7 +28,7 @@ class Network(Protocol):
 
     in_features: int
     out_features: int
-    dtype: str
+    array_dtype: str
     _core: Any
 
 
@@ -84,7 +84,7 @@ def take(
     op: str, net: Network, loss: losses.Loss, X: Any, y: Any, sample_weight: Any = None, *, where: str = ""
 ) -> Data:
     """The user's X, y and weights, checked; `where` is put before their names in messages."""
-    dtype = net.dtype
+    dtype = net.array_dtype
     matrix = as_matrix(op, X, net.in_features, dtype, name=f"{where}X")
     if not len(matrix):
         raise ValueError(f"[{op}] {where}X must not be empty: expected at least one row, got 0")
@@ -133,7 +133,7 @@ def _class_weights(net: Network, loss: losses.Loss, data: Data, class_weight: An
     weight = of_label[place.reshape(-1)]
     if data.weight is not None:
         weight = weight * data.weight
-    return losses.weights("fit", weight, len(weight), net.dtype, "class_weight times sample_weight")
+    return losses.weights("fit", weight, len(weight), net.array_dtype, "class_weight times sample_weight")
 
 
 def _label(key: Any, classes: int) -> int:
@@ -456,7 +456,7 @@ class _Run:
     def __init__(self, net: Network, plan: Plan) -> None:
         self.net, self.plan, data = net, plan, plan.data
         self.engine = plan.optimizer.engine(net)
-        kind = _core.Trainer64 if net.dtype == "float64" else _core.Trainer32
+        kind = _core.Trainer64 if net.array_dtype == "float64" else _core.Trainer32
         self.trainer: Any = kind(
             net._core, self.engine, plan.loss.engine(data.flat, data.weight is not None), *data[:3],
             plan.batch_size, plan.shuffle, plan.seed, *plan.penalties,
@@ -530,7 +530,7 @@ class _Run:
 
     def _check_parameters(self) -> None:
         """The last update of all may overflow after the last loss was finite."""
-        if not all_finite(self.net._core.snapshot()):
+        if not self.net._core.all_finite():
             raise self._diverged("parameters", "NaN or infinity")
 
     def _diverged(self, what: str, got: str) -> FloatingPointError:
@@ -576,6 +576,8 @@ class Stepper:
         self.loss, self.optimizer = losses.resolve("train_step", loss), optim.resolve("train_step", optimizer)
         self.engine = self.optimizer.engine(net)
         self.trainers: dict[tuple[bool, bool], Any] = {}
+        # The step for arrays that fit as they are, by the trainer that was used last; None for all others.
+        self.as_is: Callable[[Any, Any, float], float | None] = _never
 
     def step(self, net: Network, X: Any, y: Any, sample_weight: Any) -> float:
         data = take("train_step", net, self.loss, X, y, sample_weight)
@@ -583,13 +585,20 @@ class Stepper:
         trainer = self.trainers.get(kind)
         if trainer is None:
             trainer = self.trainers[kind] = self._trainer(net, data)
+        self.as_is = trainer.step_as_is
         loss: float = trainer.step(data.X, data.y, data.weight, self.optimizer.lr)
         return loss
 
     def _trainer(self, net: Network, data: Data) -> Any:
-        kind = _core.Trainer64 if net.dtype == "float64" else _core.Trainer32
+        kind = _core.Trainer64 if net.array_dtype == "float64" else _core.Trainer32
         one = data.rows(0, 1)  # a trainer is made with data; its step is given its own
-        return kind(
+        trainer: Any = kind(
             net._core, self.engine, self.loss.engine(data.flat, data.weight is not None),
             one.X.copy(), one.y.copy(), None, 1, False, 0, 0.0, 0.0, 0.0, 0.0,
         )  # fmt: skip
+        trainer.domain = self.loss.domain
+        return trainer
+
+
+def _never(X: Any, y: Any, lr: float) -> None:
+    """No batch fits before there is a trainer."""

@@ -109,6 +109,8 @@ class ProductCase {
         a.freeze();
         forward("linear_forward", a, false);
         forward("linear_forward with bias", a, true);
+        for (const bool bias : {false, true})
+            if (n_ > 0 && n_ <= kNarrowOutputs) narrow(a, bias);
         backward(a);
         check(a.unchanged(), "the left-hand matrix is only read");
         weight(m);
@@ -134,6 +136,20 @@ class ProductCase {
                                     c.data(), c.stride);
         verify(c, bias);
     }
+    void narrow(const Matrix<T>& a, bool bias) const {
+        begin_case<T>(bias ? "linear_forward_narrow with bias" : "linear_forward_narrow", a.rows, n_, k_);
+        const Index weights = n_ * padded<T>(k_);
+        Fenced<T> master(weights + line<T>);
+        pack(master, n_, k_, T{0}, [&](Index o, Index i) { return data_.b(i)[o]; });
+        std::copy_n(data_.bias(), n_, master.data() + weights);
+        master.freeze();
+        const Matrix<T> c(a.rows, n_, n_ % 2);
+        kernels<T>().linear_forward_narrow(a.rows, k_, n_, bias, a.data(), a.stride, master.data(), c.data(), c.stride);
+        check_bits("exact on integers", c.rows, c.cols, c.data(), c.stride, data_.product(k_index_, bias), data_.cols);
+        check(c.gaps_hold(), "nothing written beyond the padded rows");
+        check(c.padding_is_zero(), "zeros after the last column, whatever pads the left-hand matrix");
+        check(master.unchanged(), "the right-hand matrix is only read");
+    }
     void backward(const Matrix<T>& a) const {
         begin_case<T>("linear_vjp_input", a.rows, n_, k_);
         const Matrix<T> c(a.rows, n_, (n_ + 1) % 2);
@@ -150,8 +166,9 @@ class ProductCase {
             begin_case<T>("linear_vjp_weight", m, n_, k_);
             const Index width = std::min(panel, n_ - column);
             const Matrix<T> tile(m, width);
+            const Fenced<T> packed(kDepth * tile.stride);
             kernels<T>().linear_vjp_weight(k_, m, tile.stride, x.data(), x.stride, b_.data() + column, b_.stride,
-                                           tile.data());
+                                           packed.data(), tile.data());
             check_bits("exact on integers", m, width, tile.data(), tile.stride, data_.product(k_index_, false) + column,
                        data_.cols);
             if (zeros_) check(tile.padding_is_zero(), "zero padding in, zero padding out");
@@ -271,9 +288,9 @@ class OrderedCase {
         for (Index column = 0; column < n; column += panel) {
             begin_case<T>("linear_vjp_weight", m, n, k_);
             const Index width = std::min(panel, padded<T>(n - column));
-            const Fenced<T> tile(m * width);
+            const Fenced<T> tile(m * width), packed(kDepth * width);
             kernels<T>().linear_vjp_weight(k_, m, width, at_.data() + skip, at_.stride, b_.data() + column, b_.stride,
-                                           tile.data());
+                                           packed.data(), tile.data());
             check_bits("the promised order of additions, to the bit", m, std::min(width, n - column), tile.data(),
                        width, want_.row(skip) + column, want_.stride);
         }
