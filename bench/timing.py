@@ -9,9 +9,11 @@ import platform
 import shutil
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 
@@ -40,25 +42,95 @@ def show_time(seconds: float) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
-class Peak:
-    """The machine's measured float32 peak, from peak.hpp compiled with the system's C++ compiler.
+class Program:
+    """A C++ file of this directory that needs nothing else, compiled with the system's compiler.
 
-    `available` is False where no compiler is found; shares of peak are then left out.
+    `available` is False where no compiler is found; what the program would have measured is then left out.
     """
 
+    source: str
+    options: tuple[str, ...] = ()
+
     def __init__(self, folder: Path) -> None:
-        self.program = folder / "peak"
+        self.program = folder / Path(self.source).stem
         candidates = (os.environ.get("CXX"), "c++", "g++", "clang++")
         compiler = next((c for c in candidates if c and shutil.which(c)), None)
         self.available = compiler is not None
         if compiler is not None:
-            options = ["-std=c++17", "-O2", "-pthread", "-x", "c++", "-DCHAINRULE_PEAK_MAIN"]
-            subprocess.run([compiler, *options, str(HERE / "peak.hpp"), "-o", str(self.program)], check=True)
+            options = ["-std=c++17", "-O2", "-pthread", "-x", "c++", *self.options]
+            subprocess.run([compiler, *options, str(HERE / self.source), "-o", str(self.program)], check=True)
+
+    def ask(self, *arguments: object) -> dict[str, Any]:
+        """Run it; it prints one line of JSON."""
+        return ask(self.program, *arguments)
+
+
+def ask(program: Path, *arguments: object) -> dict[str, Any]:
+    """Run a program that prints one JSON object."""
+    command = [str(program), *map(str, arguments)]
+    return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+
+
+class Peak(Program):
+    """The machine's measured float32 peak."""
+
+    source = "peak.hpp"
+    options = ("-DCHAINRULE_PEAK_MAIN",)
 
     def measure(self, threads: int) -> dict[str, float | str]:
         """{"isa", "gflops" of `threads` cores together, "ghz"}; takes about 50 ms."""
-        command = [str(self.program), str(threads)]
-        return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        return self.ask(threads)
+
+
+@dataclass(frozen=True)
+class Level:
+    """A cache or the memory: its size in bytes and the bytes/s through it, of all threads together."""
+
+    name: str
+    size: float
+    read: float
+    copy: float
+    triad: float
+    update: float  # read and written in place, as by an update rule
+
+
+class Bandwidth(Program):
+    """The measured bandwidth of every cache and of the memory."""
+
+    source = "bandwidth.cpp"
+
+    def measure(self, threads: int) -> list[Level]:
+        """Smallest level first; private caches count once a thread. Takes a second or two."""
+        return [Level(**level) for level in self.ask(threads)["levels"]]
+
+
+class Phases:
+    """phases.cpp, built with the engine of this source tree by CMake (half a minute the first time).
+
+    `available` is False where there is no CMake or no compiler; `why` says so.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.program, self.why = folder / "phases", ""
+        source = ["cmake", "-S", str(HERE.parent), "-B", str(folder)]
+        options = ["-DCHAINRULE_BENCH=ON", "-DCHAINRULE_PYTHON=OFF"]
+        try:
+            for command in ([*source, *options], ["cmake", "--build", str(folder), "--target", "phases"]):
+                subprocess.run(command, check=True, capture_output=True, text=True)
+        except FileNotFoundError:
+            self.why = "no cmake"
+        except subprocess.CalledProcessError as error:
+            self.why = (error.stderr.strip().splitlines() or ["cmake failed"])[-1]
+        self.available = not self.why
+
+    def measure(self, *arguments: object) -> dict[str, float]:
+        """Seconds of {"forward", "sweep", "gradient", "update", "step"}; see phases.cpp."""
+        return ask(self.program, *arguments)
+
+
+def level_of(levels: list[Level], size: float) -> Level:
+    """The smallest level that holds so many bytes."""
+    return next((level for level in levels if size <= level.size), levels[-1])
 
 
 @dataclass(frozen=True)
@@ -96,6 +168,35 @@ def process_cpu(pids: Iterable[int]) -> float:
             continue
         seconds += sum(int(v) for v in fields[11:15]) / os.sysconf("SC_CLK_TCK")
     return seconds
+
+
+class Neighbours:
+    """How much of the machine others used while we measured."""
+
+    def __init__(self) -> None:
+        self.passed = self.foreign = self.stolen = 0.0
+
+    @contextmanager
+    def watched(self, pids: Iterable[int] = ()) -> Iterator[None]:
+        """Count what passes meanwhile; `pids` and this process are not others."""
+        own = [os.getpid(), *pids]
+        before, used = CpuTimes.now(), process_cpu(own)
+        yield
+        passed, used = CpuTimes.now().since(before), process_cpu(own) - used
+        self.passed += passed.total
+        self.foreign += max(0.0, passed.busy - used)
+        self.stolen += passed.steal
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of all CPU time: {"foreign_cpu_share", "steal_share"}."""
+        whole = max(self.passed, 1e-9)
+        return {"foreign_cpu_share": self.foreign / whole, "steal_share": self.stolen / whole}
+
+    def __str__(self) -> str:
+        foreign, stolen = self.shares.values()
+        busy = "  THE MACHINE WAS NOT IDLE" if foreign + stolen > 0.05 else ""
+        return f"others used {foreign:.1%} of the CPUs, stolen {stolen:.1%}{busy}"
 
 
 def _first_line(path: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 import chainrule as cr
 
-from .problem import ADAM, ROUNDING, Workload
+from .problem import ADAM, PREDICTION_ROUNDING, ROUNDING, Workload
 
 
 def configure(threads: int) -> None:
@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
 
 class _Chainrule:
     note = ""
-    tolerance = ROUNDING
+    tolerance: tuple[float, ...] = ROUNDING
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
         self.work = work
@@ -107,4 +107,29 @@ class TrainStep(_Chainrule):
         return [float(self._step(x, y)) for _ in range(epochs) for x, y in self.batches]
 
 
+class Predict(_Chainrule):
+    """The network called on one batch of rows."""
+
+    form = "net(x)"
+    tolerance = PREDICTION_ROUNDING
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        super().__init__(work, problem)
+        self.net.load_state_dict(self.initial)
+
+    def reset(self) -> None:
+        """Nothing changes."""
+
+    def run(self, calls: int) -> None:
+        """The results are dropped."""
+        net, x = self.net, self.X
+        for _ in range(calls):
+            net(x)
+
+    def outputs(self) -> np.ndarray:
+        """Of one call."""
+        return self.net(self.X)
+
+
 VARIANTS: dict[str, Any] = {"chainrule fit": Fit, "chainrule train_step": TrainStep}
+PREDICTORS: dict[str, Any] = {"chainrule": Predict}

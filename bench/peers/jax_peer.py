@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .problem import ADAM, ROUNDING, Workload
+from .problem import ADAM, PREDICTION_ROUNDING, ROUNDING, Workload
 
 Params = list[tuple[jax.Array, jax.Array]]
 
@@ -28,13 +28,19 @@ def versions() -> dict[str, str]:
     return {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
 
 
-def _value(work: Workload, params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Mean loss of one batch; weights are kept (in, out), as JAX users do."""
+def _forward(work: Workload, params: Params, x: jax.Array) -> jax.Array:
+    """The outputs; weights are kept (in, out), as JAX users do."""
     f = x
     for k, (w, b) in enumerate(params):
         f = f @ w + b
         if k < len(params) - 1:
             f = jax.nn.relu(f) if work.activation == "relu" else jnp.tanh(f)
+    return f
+
+
+def _value(work: Workload, params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Mean loss of one batch."""
+    f = _forward(work, params, x)
     if work.loss == "cross_entropy":
         return -jnp.take_along_axis(jax.nn.log_softmax(f), y[:, None], axis=1).mean()
     if work.loss == "logistic":
@@ -67,7 +73,7 @@ def _step(work: Workload, state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, 
 
 class _Jax:
     note = ""
-    tolerance = ROUNDING
+    tolerance: tuple[float, ...] = ROUNDING
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
         self.work = work
@@ -151,4 +157,30 @@ class Scan(_Jax):
         return [float(v) for v in np.asarray(values).ravel()]
 
 
+class Predict(_Jax):
+    """The compiled forward pass on one batch of rows."""
+
+    form = "jax.jit(forward)(params, x).block_until_ready(), device arrays in and out"
+    tolerance = PREDICTION_ROUNDING
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        super().__init__(work, problem)
+        super().reset()
+        self.x, self.forward = self.X[0], jax.jit(partial(_forward, work))
+
+    def reset(self) -> None:
+        """Nothing changes."""
+
+    def run(self, calls: int) -> None:
+        """Each call waits for its result: that is its latency."""
+        forward, params, x = self.forward, self.state[0], self.x
+        for _ in range(calls):
+            forward(params, x).block_until_ready()
+
+    def outputs(self) -> np.ndarray:
+        """Of one call."""
+        return np.asarray(self.forward(self.state[0], self.x))
+
+
 VARIANTS: dict[str, Any] = {"jax.jit": Jit, "jax lax.scan": Scan}
+PREDICTORS: dict[str, Any] = {"jax.jit": Predict}

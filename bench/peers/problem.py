@@ -17,6 +17,7 @@ import numpy as np
 # enough to have caught an Adam whose 1 - beta2 was rounded in float32 (1.3e-5 off): 2.4e-3 in the weights of
 # "mnist".
 ROUNDING = (1e-4, 2e-3)
+PREDICTION_ROUNDING = (1e-5,)  # the same for outputs
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 
 
@@ -73,46 +74,63 @@ def make(work: Workload, seed: int = 0) -> dict[str, np.ndarray]:
     and (O,) float32; `losses` (steps,) float64, each before its update; `ref_W0`, `ref_b0`, ... the float64
     parameters after the last step.
     """
-    rng = np.random.default_rng(seed)
-    rows = work.batch * work.batches
-    X = rng.standard_normal((rows, work.sizes[0]), dtype=np.float32)
-    y = _targets(work, X, rng)
-    weights, biases = _initial(work, rng)
-    problem = {"X": X, "y": y}
-    problem |= {f"W{k}": w for k, w in enumerate(weights)} | {f"b{k}": b for k, b in enumerate(biases)}
-    losses, trained = _reference(work, problem)
-    problem["losses"] = losses
-    for k, (w, b) in enumerate(zip(trained[0::2], trained[1::2], strict=True)):
-        problem[f"ref_W{k}"], problem[f"ref_b{k}"] = w, b
-    return problem
+    problem = _start(work, seed)
+    losses, trained = reference(work, problem)
+    return problem | {"losses": losses} | _named("ref_", trained)
 
 
-def save(work: Workload, path: Path) -> np.ndarray:
-    """Write the problem where the contenders read it; returns the reference losses."""
-    problem = make(work)
+def make_prediction(work: Workload, seed: int = 0) -> dict[str, np.ndarray]:
+    """The same with `outputs` (N, k) float64, the network's values at X, in place of the trajectory."""
+    problem = _start(work, seed)
+    return problem | {"outputs": predict(work, problem["X"], _parameters(work, problem))}
+
+
+def save(problem: dict[str, np.ndarray], path: Path) -> None:
+    """Write a problem where the contenders read it."""
     np.savez(path, allow_pickle=False, **problem)
-    return problem["losses"]
+
+
+def data(work: Workload, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """X and y of all batches."""
+    X = rng.standard_normal((work.batch * work.batches, work.sizes[0]), dtype=np.float32)
+    return X, _targets(work, X, rng)
+
+
+def _start(work: Workload, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    X, y = data(work, rng)
+    return {"X": X, "y": y} | _named("", _initial(work, rng))
+
+
+def _named(prefix: str, parameters: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """W0, b0, W1, b1, ..."""
+    return {f"{prefix}{'Wb'[k % 2]}{k // 2}": value for k, value in enumerate(parameters)}
+
+
+def _parameters(work: Workload, problem: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """W0, b0, W1, b1, ... in float64."""
+    return [problem[f"{kind}{k}"].astype(np.float64) for k in range(len(work.sizes) - 1) for kind in "Wb"]
 
 
 def _targets(work: Workload, X: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Something a network can learn: a random linear map of the inputs, bent by a sine."""
     teacher = rng.standard_normal((work.sizes[0], work.sizes[-1]), dtype=np.float32)
-    scores = np.sin(X @ teacher / np.float32(np.sqrt(work.sizes[0])) * 2)
+    scores: np.ndarray = np.sin(X @ teacher / np.float32(np.sqrt(work.sizes[0])) * 2)
     if work.loss == "cross_entropy":
-        return scores.argmax(axis=1).astype(np.int64)
+        return np.asarray(scores.argmax(axis=1), dtype=np.int64)
     if work.loss == "logistic":
-        return (scores > 0).astype(np.float32)
+        return np.asarray(scores > 0, dtype=np.float32)
     return scores
 
 
-def _initial(work: Workload, rng: np.random.Generator) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _initial(work: Workload, rng: np.random.Generator) -> list[np.ndarray]:
     """He (relu) or Glorot (tanh) normal weights; biases that are not zero, so that a forgotten bias shows."""
-    weights, biases = [], []
+    parameters = []
     for i, o in zip(work.sizes, work.sizes[1:], strict=False):
         spread = np.sqrt(2.0 / i if work.activation == "relu" else 2.0 / (i + o))
-        weights.append((rng.standard_normal((o, i)) * spread).astype(np.float32))
-        biases.append((rng.standard_normal(o) * 0.01).astype(np.float32))
-    return weights, biases
+        parameters.append((rng.standard_normal((o, i)) * spread).astype(np.float32))
+        parameters.append((rng.standard_normal(o) * 0.01).astype(np.float32))
+    return parameters
 
 
 def _loss(name: str, f: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
@@ -134,10 +152,8 @@ def _loss(name: str, f: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
     return float(0.5 * (d * d).sum(axis=1).mean()), d / rows  # least_squares
 
 
-def _gradient(
-    work: Workload, X: np.ndarray, y: np.ndarray, params: list[np.ndarray]
-) -> tuple[float, list[np.ndarray]]:
-    """Loss and gradients in the order W0, b0, W1, b1, ... (the chain rule, written out)."""
+def _forward(work: Workload, X: np.ndarray, params: list[np.ndarray]) -> list[np.ndarray]:
+    """X, the activations of each layer, the outputs."""
     depth = len(params) // 2
     phi = [X]
     for k in range(depth):
@@ -145,6 +161,20 @@ def _gradient(
         if k < depth - 1:
             z = np.maximum(z, 0.0) if work.activation == "relu" else np.tanh(z)
         phi.append(z)
+    return phi
+
+
+def predict(work: Workload, X: np.ndarray, params: list[np.ndarray]) -> np.ndarray:
+    """The network's outputs in float64."""
+    return _forward(work, X.astype(np.float64), params)[-1]
+
+
+def _gradient(
+    work: Workload, X: np.ndarray, y: np.ndarray, params: list[np.ndarray]
+) -> tuple[float, list[np.ndarray]]:
+    """Loss and gradients in the order W0, b0, W1, b1, ... (the chain rule, written out)."""
+    depth = len(params) // 2
+    phi = _forward(work, X, params)
     value, cotangent = _loss(work.loss, phi[-1], y)
     grads: list[np.ndarray] = [np.empty(0)] * len(params)
     for k in reversed(range(depth)):
@@ -156,10 +186,9 @@ def _gradient(
     return value, grads
 
 
-def _reference(work: Workload, problem: dict[str, np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+def reference(work: Workload, problem: dict[str, np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     """Train `verify_epochs` epochs in float64: losses before each update; W0, b0, W1, ... at the end."""
-    depth = len(work.sizes) - 1
-    params = [problem[f"{kind}{k}"].astype(np.float64) for k in range(depth) for kind in "Wb"]
+    params = _parameters(work, problem)
     first = [np.zeros_like(p) for p in params]
     second = [np.zeros_like(p) for p in params]
     X = problem["X"].astype(np.float64)

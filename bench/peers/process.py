@@ -32,7 +32,7 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=os.environ | _settings(threads),
+                env=os.environ | settings(threads),
             )
         self.pending = b""
         self.hello = self._reply()
@@ -84,12 +84,16 @@ class Process:
         return lines[-1] if lines else f"exit status {self.child.poll()}"
 
 
-def _settings(threads: int) -> dict[str, str]:
+def settings(threads: int) -> dict[str, str]:
     """Every library's own way of being told its threads, read once at import; and where `peers` is."""
-    settings = {
-        name: str(threads)
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PJRT_NPROC")
-    }
+    names = (
+        "CHAINRULE_NUM_THREADS",
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "PJRT_NPROC",
+    )
+    settings = dict.fromkeys(names, str(threads))
     settings["PYTHONPATH"] = os.pathsep.join(filter(None, (str(BENCH), os.environ.get("PYTHONPATH"))))
     settings["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of idle compiler processes
     if threads == 1:

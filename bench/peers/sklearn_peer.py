@@ -18,7 +18,7 @@ import sklearn
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 
-from .problem import ADAM, ROUNDING, Workload
+from .problem import ADAM, PREDICTION_ROUNDING, ROUNDING, Workload
 
 
 def configure(threads: int) -> None:
@@ -34,6 +34,9 @@ def versions() -> dict[str, str]:
 
 
 class _Sklearn:
+    note: str
+    tolerance: tuple[float, ...]
+
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
         self.work = work
         self.initial = [
@@ -133,4 +136,29 @@ class PartialFit(_Sklearn):
         return [v * self.loss_scale for v in self.net.loss_curve_]
 
 
+class Predict(_Sklearn):
+    """The regressor called on one batch of rows."""
+
+    form = "MLPRegressor.predict(x), float32"
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        super().__init__(work, problem)
+        super().reset()
+        self.note, self.tolerance = "", PREDICTION_ROUNDING
+
+    def reset(self) -> None:
+        """Nothing changes."""
+
+    def run(self, calls: int) -> None:
+        """The results are dropped."""
+        predict, x = self.net.predict, self.X
+        for _ in range(calls):
+            predict(x)
+
+    def outputs(self) -> np.ndarray:
+        """Of one call."""
+        return np.asarray(self.net.predict(self.X)).reshape(len(self.X), -1)
+
+
 VARIANTS: dict[str, Any] = {"sklearn fit": Fit, "sklearn partial_fit": PartialFit}
+PREDICTORS: dict[str, Any] = {"sklearn": Predict}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .problem import ADAM, ROUNDING, Workload
+from .problem import ADAM, PREDICTION_ROUNDING, ROUNDING, Workload
 
 
 def configure(threads: int) -> None:
@@ -42,7 +43,7 @@ class Eager:
 
     form = "nn.Sequential, Adam/SGD(fused=True), zero_grad(set_to_none=True)"
     note = ""
-    tolerance = ROUNDING
+    tolerance: tuple[float, ...] = ROUNDING
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
         self.work = work
@@ -116,4 +117,44 @@ class Compiled(Eager):
         self.forward = torch.compile(self._forward, dynamic=False)
 
 
+class Predict(Eager):
+    """The module called on one batch of rows."""
+
+    form = "model(x), model.eval(), one torch.inference_mode() around all calls, tensors in and out"
+    tolerance = PREDICTION_ROUNDING
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        super().__init__(work, problem)
+        super().reset()
+        self.model.eval()
+        self.x = self.batches[0][0]
+        self.call: Callable[[torch.Tensor], torch.Tensor] = self.model
+
+    def reset(self) -> None:
+        """Nothing changes."""
+
+    def run(self, calls: int) -> None:
+        """The results are dropped."""
+        call, x = self.call, self.x
+        with torch.inference_mode():
+            for _ in range(calls):
+                call(x)
+
+    def outputs(self) -> np.ndarray:
+        """Of one call."""
+        with torch.inference_mode():
+            return self.call(self.x).numpy()
+
+
+class PredictCompiled(Predict):
+    """The same through torch.compile."""
+
+    form = "torch.compile(model)(x), otherwise the same"
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        super().__init__(work, problem)
+        self.call = torch.compile(self.model, dynamic=False)
+
+
 VARIANTS: dict[str, Any] = {"torch eager": Eager, "torch.compile": Compiled}
+PREDICTORS: dict[str, Any] = {"torch eager": Predict, "torch.compile": PredictCompiled}

@@ -24,27 +24,47 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .problem import WORKLOADS, Workload
+from .problem import Workload
 
 
-class Contender(Protocol):
-    """One way of training with one library, made per workload; all it needs is resident afterwards."""
+class Runner(Protocol):
+    """One way of using one library, made per workload; all it needs is resident afterwards."""
 
     form: str  # how the library is used, in the words of its documentation
     note: str  # where its mathematics differs from the others', or ""
-    tolerance: tuple[float, float]  # largest relative difference from float64 allowed: in losses, in weights
+    tolerance: tuple[float, ...]  # largest relative difference from float64 allowed, of each thing compared
 
     def reset(self) -> None:
         """Back to the initial weights and a fresh optimizer."""
 
     def run(self, epochs: int) -> None:
-        """Train; returns only when the last update is really done."""
+        """Do it so many times; returns only when the last result is really there."""
+
+
+class Contender(Runner, Protocol):
+    """One way of training; tolerances are of losses and of weights."""
 
     def losses(self, epochs: int) -> list[float]:
         """Train and return the losses before each update, one per step or one mean per epoch."""
 
     def parameters(self) -> list[np.ndarray]:
         """Current parameters in the order W0, b0, W1, b1, ... with W of shape (out, in)."""
+
+
+class Predictor(Runner, Protocol):
+    """One way of predicting the rows of one batch; the tolerance is of outputs."""
+
+    def outputs(self) -> np.ndarray:
+        """The result of one call, (rows, outputs)."""
+
+
+def output_error(predictor: Predictor, problem: dict[str, np.ndarray]) -> dict[str, float]:
+    """Largest difference from float64, relative to the outputs' root mean square."""
+    want = problem["outputs"]
+    got = np.asarray(predictor.outputs(), dtype=np.float64)
+    if got.shape != want.shape:
+        raise ValueError(f"outputs: expected shape {want.shape}, got {got.shape}")
+    return {"output_difference": float(np.abs(got - want).max() / np.sqrt((want**2).mean()))}
 
 
 def relative_errors(contender: Contender, work: Workload, problem: dict[str, np.ndarray]) -> dict[str, float]:
@@ -68,7 +88,7 @@ def relative_errors(contender: Contender, work: Workload, problem: dict[str, np.
     }
 
 
-def sample(contender: Contender, epochs: int) -> dict[str, float]:
+def sample(contender: Runner, epochs: int) -> dict[str, float]:
     """Seconds of wall clock and of CPU (all threads) for `epochs` epochs from the initial weights."""
     contender.reset()
     gc.collect()
@@ -82,7 +102,7 @@ def sample(contender: Contender, epochs: int) -> dict[str, float]:
     return {"seconds": stop - start, "cpu_seconds": cpu_stop - cpu}
 
 
-def calibrate(contender: Contender, seconds: float) -> int:
+def calibrate(contender: Runner, seconds: float) -> int:
     """Epochs that fill `seconds`; warms up caches, compilers and thread pools on the way."""
     epochs = 1
     sample(contender, epochs)
@@ -100,30 +120,38 @@ class Worker:
         self.module = importlib.import_module(f".{peer}_peer", __package__)
         self.module.configure(threads)
         self.problem: dict[str, np.ndarray] = {}
-        self.contenders: dict[str, Contender] = {}
+        self.contenders: dict[str, Runner] = {}
         self.work: Workload | None = None
 
     def hello(self) -> dict[str, Any]:
         """What this process can run, and with which versions."""
         versions = {"python": sys.version.split()[0], "numpy": np.__version__} | self.module.versions()
-        return {"versions": versions, "variants": list(self.module.VARIANTS), "pid": os.getpid()}
+        return {
+            "versions": versions,
+            "variants": list(self.module.VARIANTS),
+            "predictors": list(self.module.PREDICTORS),
+        }
 
-    def load(self, workload: str, path: str) -> dict[str, Any]:
+    def load(self, workload: dict[str, Any], path: str) -> dict[str, Any]:
         """Read a problem and forget the previous one."""
         self.contenders.clear()
-        self.work = WORKLOADS[workload]
+        self.work = Workload(**workload | {"sizes": tuple(workload["sizes"])})
         with np.load(path) as arrays:
             self.problem = dict(arrays)
         gc.collect()
         return {}
 
-    def prepare(self, variant: str) -> dict[str, Any]:
-        """Build (and compile) one contender and check it against the float64 trajectory."""
+    def prepare(self, kind: str, variant: str) -> dict[str, Any]:
+        """Build (and compile) one contender of "variants" or "predictors" and check it against float64."""
         assert self.work is not None
         start = time.perf_counter()
-        contender = self.module.VARIANTS[variant](self.work, self.problem)
+        if kind == "predictors":
+            contender = self.module.PREDICTORS[variant](self.work, self.problem)
+            errors = output_error(contender, self.problem)
+        else:
+            contender = self.module.VARIANTS[variant](self.work, self.problem)
+            errors = relative_errors(contender, self.work, self.problem)
         self.contenders[variant] = contender
-        errors = relative_errors(contender, self.work, self.problem)
         return errors | {
             "form": contender.form,
             "note": contender.note,
