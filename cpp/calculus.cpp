@@ -383,7 +383,7 @@ double Derivatives<T>::square_of_gradient(Index l, Index row) const {
                               [](T a, T b) { return static_cast<double>(a) * static_cast<double>(b); });
 }
 
-// The gradients of rows, one by one: c ⊗ x for weights, c for biases; to[k] has a parameter's size for each row.
+// The gradients of rows, one by one: cᵀ x for weights, cᵀ 1 for biases; to[k] has a parameter's size for each row.
 template <class T>
 void Derivatives<T>::outer_products(Index begin, Index end, T* const* to) const {
     for (std::size_t k = 0; k < net_.parameters().size(); ++k) {
@@ -391,14 +391,11 @@ void Derivatives<T>::outer_products(Index begin, Index end, T* const* to) const 
         const MatrixView<T> x = tape_.at(Kind::primal, parameter.layer);
         const MatrixView<T> c = tape_.at(Kind::cotangent, parameter.layer + 1);
         if (net_.layers()[static_cast<std::size_t>(parameter.layer)].kind != LayerKind<T>::linear) continue;
-        for (Index r = begin; r < end; ++r) {
-            const T *xr = x.data + tape_.example(r) * x.stride, *cr = c.data + r * c.stride;
-            T* out = to[k] + r * parameter.size;
-            if (parameter.shape.size() == 1)
-                std::copy_n(cr, c.cols, out);
-            else
-                kernels<T>().outer(c.cols, x.cols, cr, xr, out);
-        }
+        const T one = 1;
+        const bool bias = parameter.shape.size() == 1;
+        for (Index r = begin; r < end; ++r)
+            kernels<T>().outer(c.cols, bias ? 1 : x.cols, c.data + r * c.stride,
+                               bias ? &one : x.data + tape_.example(r) * x.stride, to[k] + r * parameter.size);
     }
     if (net_.has_external()) own_gradients(begin, end, to);
 }

@@ -207,13 +207,14 @@ void multiply_narrow(Index rows, Index cols, Index depth, Operand<T> a, const T*
     }
 }
 
-// C (rows x cols, not padded) = aᵀ b for single rows: the gradient of one example's weights.
+// C (rows x cols, not padded) = aᵀ b for single rows: the gradient of one example's weights, with the bits that a sum of
+// one term has, the sign of zero included.
 template <class T>
 void outer(Index rows, Index cols, const T* a, const T* b, T* c) {
     for (Index i = 0; i < rows; ++i, c += cols) {
         Index j = 0;
-        for (; j + kWidth<T> <= cols; j += kWidth<T>) store(c + j, (Vec<T>{} + a[i]) * load(b + j));
-        for (; j < cols; ++j) c[j] = a[i] * b[j];
+        for (; j + kWidth<T> <= cols; j += kWidth<T>) store(c + j, (Vec<T>{} + a[i]) * load(b + j) + Vec<T>{});
+        for (; j < cols; ++j) c[j] = a[i] * b[j] + T{0};
     }
 }
 
