@@ -160,6 +160,58 @@ def test_gradient_is_that_of_the_value(row, outputs, reduction, isa, rng):
     assert bound < 0.02 * np.abs(df).sum() or (row.name == "cross_entropy" and outputs == 1)
 
 
+def hvp(row, f, y, t, weight=None, reduction="mean"):
+    return _core.loss_hvp(row.name, f, y, t, weight, row.a, reduction)
+
+
+@each_loss
+@pytest.mark.parametrize("outputs", [1, 2, 5, 16, 17, 33])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_hvp_equals_reference(row, outputs, reduction, isa, dtype, rng):
+    """A Hessian that forgets weights, rows, outputs or a mixed term; widths around the vectors' lengths."""
+    f, y = sample(row, rng, 11, outputs, dtype)
+    t, weight = rng.standard_normal(f.shape).astype(dtype), rng.random(11).astype(dtype) + dtype.type(0.1)
+    for w in (None, weight):
+        right = reference.loss_hvp(row.name, *as64(f, y, t), weight=as64(w)[0], a=row.a, reduction=reduction)
+        share = reference.shares(11, as64(w)[0], reduction)[:, None]
+        parts = (1 + np.abs(f).max()) ** 2 * (2 + np.abs(y).max()) ** 2 * np.exp(np.abs(f).max())
+        bound = (16 + f.shape[1]) * eps(dtype) * share * parts * np.abs(t).sum(axis=1, keepdims=True)
+        got = hvp(row, f, y, t, w, reduction)
+        assert got.dtype == dtype
+        assert_within(got, right, bound)
+
+
+@each_loss
+@pytest.mark.parametrize("outputs", [1, 2, 5])
+def test_hvp_is_the_slope_of_the_gradient(row, outputs, isa, rng):
+    """What engine and reference both have wrong; with weights. Symmetric, too: u · (H t) = t · (H u).
+
+    Errors: h²/6 of the fourth derivative, and the gradient's rounding over h, of parts as above.
+    """
+    h = 1e-5
+    f, y = sample(row, rng, 13, outputs, np.float64)
+    weight, t, u = rng.random(13), *rng.choice([-1.0, 1.0], (2, *f.shape))
+    ends = [loss(row, f + s * t, y, weight)[1] for s in (h, -h)]
+    parts = np.exp(np.abs(f).max()) * (1 + np.abs(y).max()) ** 2
+    got = hvp(row, f, y, t, weight)
+    assert_within(got, (ends[0] - ends[1]) / (2 * h), (h * h + 40 * eps(float) / h) * parts)
+    left, right = (u * got).sum(), (t * hvp(row, f, y, u, weight)).sum()
+    assert abs(left - right) <= 40 * eps(float) * parts * f.size
+
+
+@each_loss
+def test_hvp_agrees_bit_for_bit(row, dtype, rng, on_fused_isas):
+    """Instruction sets, and rows that know their neighbours."""
+    f, y = sample(row, rng, 7, 18, dtype)
+    t = rng.standard_normal(f.shape).astype(dtype)
+    first, *others = on_fused_isas(lambda: hvp(row, f, y, t, None, "sum"))
+    for other in others:
+        assert_same_bits(first, other, row.name)
+    for i in range(7):
+        one = slice(i, i + 1)
+        assert_same_bits(hvp(row, f[one], y[one], t[one], None, "sum"), first[one], f"row {i}")
+
+
 @each_loss
 def test_limits(row, isa, dtype):
     """0 · inf, inf − inf or overflow where the limit is finite; an undocumented gradient at a kink."""

@@ -11,7 +11,7 @@ import pytest
 from chainrule import _core, reference
 from conftest import assert_same_bits, assert_within, eps, in_ulps
 
-INF, LOG2 = math.inf, math.log(2)
+INF, LOG2, PEAK = math.inf, math.log(2), 2 / math.sqrt(math.tau)  # PEAK = 2 φ(0), φ the normal density
 LD = np.longdouble
 
 
@@ -58,8 +58,9 @@ class Row(NamedTuple):
     ulp: float  # forward's error in units of the last place, as the op's header states it
     values: tuple = ()  # g(−∞), g(0), g(∞)
     slopes: tuple = ()  # g′(−∞), g′(0), g′(∞)
+    bend: float = 0.0  # g″(0); it is 0 at both ends
     a: float = 0.0
-    kink: bool = False  # no derivative at 0
+    kink: bool = False  # no first or no second derivative at 0
     scale: float = 4.0  # inputs are scale · N(0, 1)
 
     @property
@@ -69,18 +70,18 @@ class Row(NamedTuple):
 
 # fmt: off
 ROWS = [
-    #   name         g                                  ulp  g(−∞, 0, ∞)        g′(−∞, 0, ∞)    a, kink
+    #   name         g                                  ulp  g(−∞, 0, ∞)        g′(−∞, 0, ∞)    g″(0), a, kink
     Row("identity",  lambda x, a: x,                    0,   (-INF, 0, INF),    (1, 1, 1)),
     Row("sigmoid",   lambda x, a: exact_sigmoid(x),     3,   (0, 0.5, 1),       (0, 0.25, 0)),
     Row("tanh",      lambda x, a: np.tanh(x),           5,   (-1, 0, 1),        (0, 1, 0)),
-    Row("relu",      lambda x, a: np.maximum(x, 0),     0,   (0, 0, INF),       (0, 0, 1),      0.0, True),
-    Row("leaky_relu", lambda x, a: exact_leaky(x, a),   0.5, (-INF, 0, INF),    (0.1, 0.1, 1),  0.1, True),
-    Row("leaky_relu", lambda x, a: np.maximum(x, 0),    0,   (0, 0, INF),       (0, 0, 1),      0.0, True),
-    Row("elu",       lambda x, a: exact_elu(x, a),      3,   (-1, 0, INF),      (0, 1, 1),      1.0),
-    Row("elu",       lambda x, a: exact_elu(x, a),      3,   (-0.7, 0, INF),    (0, 0.7, 1),    0.7, True),
-    Row("gelu",      lambda x, a: x * exact_cdf(x),     9,   (0, 0, INF),       (0, 0.5, 1)),
-    Row("silu",      lambda x, a: x * exact_sigmoid(x), 4,   (0, 0, INF),       (0, 0.5, 1)),
-    Row("softplus",  lambda x, a: exact_softplus(x),    3,   (0, LOG2, INF),    (0, 0.5, 1)),
+    Row("relu",      lambda x, a: np.maximum(x, 0),     0,   (0, 0, INF),       (0, 0, 1),      0, 0.0, True),
+    Row("leaky_relu", lambda x, a: exact_leaky(x, a),   0.5, (-INF, 0, INF),    (0.1, 0.1, 1),  0, 0.1, True),
+    Row("leaky_relu", lambda x, a: np.maximum(x, 0),    0,   (0, 0, INF),       (0, 0, 1),      0, 0.0, True),
+    Row("elu",       lambda x, a: exact_elu(x, a),      3,   (-1, 0, INF),      (0, 1, 1),      0, 1.0, True),
+    Row("elu",       lambda x, a: exact_elu(x, a),      3,   (-0.7, 0, INF),    (0, 0.7, 1),    0, 0.7, True),
+    Row("gelu",      lambda x, a: x * exact_cdf(x),     9,   (0, 0, INF),       (0, 0.5, 1),    PEAK),
+    Row("silu",      lambda x, a: x * exact_sigmoid(x), 4,   (0, 0, INF),       (0, 0.5, 1),    0.5),
+    Row("softplus",  lambda x, a: exact_softplus(x),    3,   (0, LOG2, INF),    (0, 0.5, 1),    0.25),
     Row("softmax",   lambda x, a: exact_softmax(x),     6),
     Row("log_softmax", lambda x, a: exact_log_softmax(x), 3),
 ]
@@ -321,6 +322,91 @@ def test_vjp_and_jvp_are_transposes(row, isa, dtype, rng):
     right = (vjp(row, u, x, y) * v.astype(float)).sum(axis=1)
     terms = np.abs(u.astype(float)) * size_of(row, v) + size_of(row, u) * np.abs(v.astype(float))
     assert_within(left, right, roundings(row, 29) * eps(dtype) * terms.sum(axis=1))
+
+
+# ---- second order ------------------------------------------------------------------------------------------
+
+
+def vjp_jvp(row, c, dx, dc, x, y):
+    return _core.op_vjp_jvp(row.name, c, dx, dc, saved(row, x, y), row.a)
+
+
+def jvp_jvp(row, dx, ddx, x, y):
+    return _core.op_jvp_jvp(row.name, dx, ddx, saved(row, x, y), row.a)
+
+
+def second_order_case(row, rng, shape, dtype):
+    """x away from a kink, y, and four matrices of directions."""
+    x = sample(rng, row, shape, dtype)
+    return x, forward(row, x), [rng.standard_normal(shape).astype(dtype) for _ in range(4)]
+
+
+def size_of_second(row, v, dx, dv, columns):
+    """The size of the terms: |dv| and |v dx|, the latter with up to |x| < 20 in a bend; sums over a row."""
+    return size_of(row, dv) + 3 * size_of(row, v) * (size_of(row, dx) if not row.elementwise else np.abs(dx))
+
+
+@each_op
+@pytest.mark.parametrize("columns", [1, 2, 7, 16, 17, 33])
+def test_second_order_equals_reference(row, columns, isa, dtype, rng):
+    """A wrong g″, or a wrong arrangement of the product rule; at widths around the vectors' lengths.
+
+    A bend is a product of a few factors of at most 9 ulps each; gelu's density rounds x² twice.
+    """
+    x, y, (c, dx, dc, ddx) = second_order_case(row, rng, (9, columns), dtype)
+    rule, a = reference.OPS[row.name], float(dtype.type(row.a))
+    args = [v.astype(float) for v in (c, dx, dc, ddx, x, y)]
+    step = (2 * roundings(row, columns) + 20) * eps(dtype)
+    right = rule.vjp_jvp(args[0], args[1], args[2], *args[4:], a)
+    assert_within(
+        vjp_jvp(row, c, dx, dc, x, y), right, step * size_of_second(row, c, dx, dc, columns), "vjp_jvp"
+    )
+    right = rule.jvp_jvp(args[1], args[1], args[3], *args[4:], a)
+    assert_within(
+        jvp_jvp(row, dx, ddx, x, y), right, step * size_of_second(row, dx, dx, ddx, columns), "jvp_jvp"
+    )
+
+
+@each_op
+def test_second_order_is_the_slope_of_the_first(row, isa, rng):
+    """What engine and reference both have wrong: both maps against central differences of vjp and of jvp.
+
+    Errors: h²/6 of the third derivative of g′, below 8, and the slope's ulps over h.
+    """
+    h = 1e-5
+    x, y, (c, dx, dc, ddx) = second_order_case(row, rng, (20, 9), np.float64)
+    dx = np.clip(dx, -1, 1)
+    ends = [(x + s * dx, forward(row, x + s * dx), s) for s in (h, -h)]
+    down = [vjp(row, c + s * dc, at, g) for at, g, s in ends]
+    up = [jvp(row, dx + s * ddx, at, g) for at, g, s in ends]
+    bound = (8 * h * h + 40 * eps(float) / h) * (1 + sum(size_of(row, v) for v in (c, dx, dc, ddx))) ** 2
+    assert_within(vjp_jvp(row, c, dx, dc, x, y), (down[0] - down[1]) / (2 * h), bound, "vjp_jvp")
+    assert_within(jvp_jvp(row, dx, ddx, x, y), (up[0] - up[1]) / (2 * h), bound, "jvp_jvp")
+
+
+@each_elementwise
+def test_bends_at_zero_and_at_the_ends(row, isa, dtype):
+    """The value taken at a kink, 0, and 0 · ∞ or NaN where g″ fades out."""
+    x = np.array([[-INF, -1e4, -0.0, 0.0, 1e4, INF, math.nan]], dtype)
+    y, one, zero = forward(row, x), np.ones_like(x), np.zeros_like(x)
+    bends = vjp_jvp(row, one, one, zero, x, y)
+    assert_within(bends[0, :6], np.array([0, 0, row.bend, row.bend, 0, 0]), 4 * eps(dtype))
+    assert np.isnan(bends[0, 6]) or row.name == "identity"
+    assert_same_bits(bends, jvp_jvp(row, one, zero, x, y))
+
+
+@each_op
+def test_second_order_agrees_bit_for_bit(row, dtype, rng, on_fused_isas):
+    """Instruction sets, and rows that know their neighbours."""
+    x, y, (c, dx, dc, ddx) = second_order_case(row, rng, (7, 37), dtype)
+    first, *others = on_fused_isas(
+        lambda: np.stack([vjp_jvp(row, c, dx, dc, x, y), jvp_jvp(row, dx, ddx, x, y)])
+    )
+    for other in others:
+        assert_same_bits(first, other, row.name)
+    for i in range(7):
+        one = slice(i, i + 1)
+        assert_same_bits(vjp_jvp(row, c[one], dx[one], dc[one], x[one], y[one]), first[0, one], f"row {i}")
 
 
 def test_relu_at_its_kink(isa, dtype):

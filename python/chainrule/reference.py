@@ -8,8 +8,8 @@ A network is a chain  x = φ⁰ → φ¹ → … → φᴸ = f,  closed by a los
     jvp       t = φ̇ˡ⁻¹    ↦  J[φˡ] t = φ̇ˡ           forward mode: the Jacobian times a column
 
 Numerator layout: J_x[y] is M×N for y ∈ Rᴹ and x ∈ Rᴺ, so the gradient of a scalar is a row. No Jacobian is
-ever formed. Examples are stacked as rows: X is (B, I) for B examples of I inputs. Brackets name sections of
-the lecture.
+ever formed; the maps themselves have tangents, which give products with Hessians. Examples are stacked as
+rows: X is (B, I) for B examples of I inputs. Brackets name sections of the lecture.
 
 >>> rng = np.random.default_rng(0)
 >>> net = Network([Linear(rng.normal(size=(4, 3)), np.zeros(4)), Op("tanh"), Linear(rng.normal(size=(2, 4)))])
@@ -35,20 +35,40 @@ Map = Callable[..., Array]
 
 
 class Rule(NamedTuple):
-    """The three maps of an op with input x, output y and parameter a; c is a cotangent, t a tangent."""
+    """The maps of an op with input x, output y and parameter a; c a cotangent, t a tangent, dc, dt theirs."""
 
     forward: Map  # (x, a) -> y
     vjp: Map  # (c, x, y, a) -> c J
     jvp: Map  # (t, x, y, a) -> J t
+    vjp_jvp: Map  # (c, t, dc, x, y, a) -> d(c J), its tangent along t
+    jvp_jvp: Map  # (t, t, dt, x, y, a) -> d(J t)
 
 
-def elementwise(g: Map, slope: Map) -> Rule:
+def elementwise(g: Map, slope: Map, bend: Map) -> Rule:
     """J = diag(g′), symmetric: both products are v g′, with g′ read off y where that is exact, else off x."""
 
     def product(v: Array, x: Array, y: Array, a: Array) -> Array:
         return v * slope(x, y, a)
 
-    return Rule(g, product, product)
+    def tangent(v: Array, t: Array, dv: Array, x: Array, y: Array, a: Array) -> Array:
+        return dv * slope(x, y, a) + v * t * bend(x, y, a)  # d(v g′) = dv g′ + v g″ t
+
+    return Rule(g, product, product, tangent, tangent)
+
+
+def total(v: Array) -> Array:
+    return v.sum(axis=-1, keepdims=True)
+
+
+def softmax_tangent(v: Array, t: Array, dv: Array, x: Array, y: Array, a: Array) -> Array:
+    """d(y v − y Σ v y), with dy = y (t − Σ y t)."""
+    dy = y * (t - total(y * t))
+    return dy * (v - total(v * y)) + y * (dv - total(dv * y + v * dy))
+
+
+def off(t: Array, y: Array) -> Array:
+    """The tangent t − Σ p t of y = log p."""
+    return t - total(np.exp(y) * t)
 
 
 def times(a: Array, b: Array) -> Array:
@@ -80,27 +100,35 @@ def log_softmax(x: Array) -> Array:
 
 # fmt: off
 OPS: dict[str, Rule] = {
-    # name                     y = g(x)                                   g′; at a kink, the one from the left
-    "identity":    elementwise(lambda x, a: x,                            lambda x, y, a: 1.0),
-    "sigmoid":     elementwise(lambda x, a: sigmoid(x),                   lambda x, y, a: y * (1 - y)),
-    "tanh":        elementwise(lambda x, a: np.tanh(x),                   lambda x, y, a: (1 - y) * (1 + y)),
-    "relu":        elementwise(lambda x, a: np.maximum(x, 0),             lambda x, y, a: y > 0),
+    # name                     y = g(x); g′, at a kink the one from the left; g″, at a kink 0
+    "identity":    elementwise(lambda x, a: x, lambda x, y, a: 1.0, lambda x, y, a: 0.0),
+    "sigmoid":     elementwise(lambda x, a: sigmoid(x), lambda x, y, a: y * (1 - y),
+                               lambda x, y, a: y * (1 - y) * (1 - 2 * y)),
+    "tanh":        elementwise(lambda x, a: np.tanh(x), lambda x, y, a: (1 - y) * (1 + y),
+                               lambda x, y, a: -2 * y * (1 - y) * (1 + y)),
+    "relu":        elementwise(lambda x, a: np.maximum(x, 0), lambda x, y, a: y > 0, lambda x, y, a: 0.0),
     "leaky_relu":  elementwise(lambda x, a: np.where(x > 0, x, times(a, x)),
-                               lambda x, y, a: np.where(y > 0, 1, a)),
+                               lambda x, y, a: np.where(y > 0, 1, a), lambda x, y, a: 0.0),
     "elu":         elementwise(lambda x, a: np.where(x > 0, x, a * np.expm1(np.minimum(x, 0))),
-                               lambda x, y, a: np.where(y > 0, 1, y + a)),
+                               lambda x, y, a: np.where(y > 0, 1, y + a),
+                               lambda x, y, a: np.where(y < 0, y + a, 0)),
     "gelu":        elementwise(lambda x, a: times(x, normal_cdf(x)),
-                               lambda x, y, a: normal_cdf(x) + times(x, normal_density(x))),
+                               lambda x, y, a: normal_cdf(x) + times(x, normal_density(x)),
+                               lambda x, y, a: times(normal_density(x), 2 - x * x)),
     "silu":        elementwise(lambda x, a: times(x, sigmoid(x)),
-                               lambda x, y, a: sigmoid(x) + times(x, sigmoid(x) * sigmoid(-x))),
-    "softplus":    elementwise(lambda x, a: np.logaddexp(0, x),           lambda x, y, a: sigmoid(x)),
+                               lambda x, y, a: sigmoid(x) + times(x, sigmoid(x) * sigmoid(-x)),
+                               lambda x, y, a: times(sigmoid(x) * sigmoid(-x), 2 - x * np.tanh(x / 2))),
+    "softplus":    elementwise(lambda x, a: np.logaddexp(0, x), lambda x, y, a: sigmoid(x),
+                               lambda x, y, a: sigmoid(x) * sigmoid(-x)),
     # by rows: J = diag(y) − yᵀy for softmax, J = I − 1ᵀ softmax(x) for its logarithm
     "softmax":     Rule(lambda x, a: np.exp(log_softmax(x)),
-                        lambda c, x, y, a: y * (c - (c * y).sum(axis=-1, keepdims=True)),
-                        lambda t, x, y, a: y * (t - (y * t).sum(axis=-1, keepdims=True))),
+                        lambda c, x, y, a: y * (c - total(c * y)),
+                        lambda t, x, y, a: y * (t - total(y * t)), softmax_tangent, softmax_tangent),
     "log_softmax": Rule(lambda x, a: log_softmax(x),
-                        lambda c, x, y, a: c - np.exp(y) * c.sum(axis=-1, keepdims=True),
-                        lambda t, x, y, a: t - (np.exp(y) * t).sum(axis=-1, keepdims=True)),
+                        lambda c, x, y, a: c - np.exp(y) * total(c),
+                        lambda t, x, y, a: t - total(np.exp(y) * t),
+                        lambda c, t, dc, x, y, a: dc - np.exp(y) * (total(dc) + off(t, y) * total(c)),
+                        lambda t, _, dt, x, y, a: dt - total(np.exp(y) * (dt + off(t, y) * t))),
 }
 # fmt: on
 
@@ -153,6 +181,17 @@ def gaussian_nll(f: Array, y: Array, a: float) -> tuple[Array, Array]:
     return 0.5 * (s + z * (mu - y)).mean(axis=-1), np.hstack([z, 0.5 - 0.5 * z * (mu - y)]) / mu.shape[-1]
 
 
+def gaussian_hessian(f: Array, y: Array, a: float, t: Array) -> Array:
+    (mu, s), (t_mu, t_s) = np.split(f, 2, axis=-1), np.split(t, 2, axis=-1)
+    z, k = (mu - y) * np.exp(-s), mu.shape[-1]
+    return np.hstack([np.exp(-s) * t_mu - z * t_s, 0.5 * z * (mu - y) * t_s - z * t_mu]) / k
+
+
+def cross_entropy_hessian(f: Array, y: Array, a: float, t: Array) -> Array:
+    q = np.exp(log_softmax(f))
+    return (1.0 if y.ndim == 1 else total(y)) * q * (t - total(q * t))
+
+
 # fmt: off
 LOSSES: dict[str, Loss] = {
     "least_squares": least_squares,
@@ -166,6 +205,17 @@ LOSSES: dict[str, Loss] = {
     "logistic":      averaged(logistic),
     "cross_entropy": cross_entropy,
 }
+HESSIANS: dict[str, Map] = {  # f, y, a, t -> H t for each example; 0 at kinks
+    "least_squares": lambda f, y, a, t: t,
+    "mse":           lambda f, y, a, t: 2 * t / f.shape[-1],
+    "mae":           lambda f, y, a, t: 0 * t,
+    "huber":         lambda f, y, a, t: (abs(f - y) <= a) * t / f.shape[-1],
+    "pinball":       lambda f, y, a, t: 0 * t,
+    "poisson":       lambda f, y, a, t: np.exp(f) * t / f.shape[-1],
+    "gaussian_nll":  gaussian_hessian,
+    "logistic":      lambda f, y, a, t: sigmoid(f) * sigmoid(-f) * t / f.shape[-1],
+    "cross_entropy": cross_entropy_hessian,
+}
 # fmt: on
 
 
@@ -174,9 +224,19 @@ def loss(
 ) -> tuple[float, Array]:
     """𝓛 = Σ wᵢLᵢ / Σ wᵢ ("sum": without the denominator) and ∂𝓛/∂f. "If we swap L, only ∂L/∂f changes"."""
     value, df = LOSSES[name](f, y, a)
-    w = np.ones(len(f)) if weight is None else weight
-    w = w / w.sum() if reduction == "mean" else w
+    w = shares(len(f), weight, reduction)
     return float(times(w, value).sum()), w[:, None] * df
+
+
+def loss_hvp(name: str, f: Array, y: Array, t: Array, *, a: float = 0.0, **how: Any) -> Array:
+    """The Hessian of 𝓛 in f times t: the tangent of ∂𝓛/∂f where f moves along t."""
+    return shares(len(f), **how)[:, None] * HESSIANS[name](f, y, a, t)
+
+
+def shares(rows: int, weight: Array = None, reduction: str = "mean") -> Array:
+    """What each example counts in 𝓛."""
+    w = np.ones(rows) if weight is None else weight
+    return w / w.sum() if reduction == "mean" else w
 
 
 # ---- the chain ---------------------------------------------------------------------------------------------
@@ -199,6 +259,11 @@ class Linear:
         """ż = W ẋ + Ẇ x + ḃ."""
         return t @ self.params[0].T + (x @ dparams[0].T + sum(dparams[1:]) if dparams else 0.0)
 
+    def vjp_jvp(self, c: Array, t: Array, dc: Array, x: Array, dW: Array) -> tuple[Array, list[Array]]:
+        """The tangents of c W, of cᵀx and of c by the product rule."""
+        ddx = dc @ self.params[0] + c @ dW
+        return ddx, [dc.T @ x + c.T @ t, dc.sum(axis=0)][: len(self.params)]
+
 
 class Op:
     """A row of OPS as a link of the chain; it has nothing to learn."""
@@ -220,7 +285,8 @@ class Dropout(Op):
     """φ ↦ m φ, J = diag(m): m is 0 for a random share p, 1/(1 − p) for the rest, and 1 outside training."""
 
     def __init__(self, mask: Array = 1.0) -> None:
-        self.rule, self.a, self.params = elementwise(lambda x, a: a * x, lambda x, y, a: a), mask, []
+        self.rule = elementwise(lambda x, a: a * x, lambda x, y, a: a, lambda x, y, a: 0.0)
+        self.a, self.params = mask, []
 
 
 class Network:
@@ -255,6 +321,34 @@ class Network:
         for layer, x, y in zip(self.layers, phi[:-1], phi[1:], strict=True):
             dots.append(layer.jvp(dots[-1], x, y, [next(rest) for _ in layer.params] if dparams else ()))
         return dots
+
+    def tangent_backward(self, phi: list[Array], dots: list[Array], dphi: list[Array], dc: Array,
+                         dparams: Sequence[Array]) -> list[Array]:  # fmt: skip
+        """Forward over reverse: the tangents of all gradients, from those of the φˡ and of c = ∂𝓛/∂φᴸ."""
+        grads: list[Array] = []
+        rest = list(dparams)
+        for layer, c, t, x, y in list(zip(self.layers, dphi[1:], dots, phi, phi[1:], strict=False))[::-1]:
+            if isinstance(layer, Op):
+                dc = layer.rule.vjp_jvp(c, t, dc, x, y, layer.a)
+                continue
+            own = [rest.pop() for _ in layer.params][::-1]
+            dc, dgrads = layer.vjp_jvp(c, t, dc, x, own[0])
+            grads = dgrads + grads
+        return grads
+
+    def second_tangent(self, phi: list[Array], dots: list[Array]) -> Array:
+        """d²f/ds² along x + s t: every φ̈ˡ from φ̈ˡ⁻¹ and φ̇ˡ⁻¹, from φ̈⁰ = 0."""
+        dt = 0 * phi[0]
+        for layer, t, x, y in zip(self.layers, dots, phi, phi[1:], strict=False):
+            dt = layer.rule.jvp_jvp(t, t, dt, x, y, layer.a) if isinstance(layer, Op) else layer.jvp(dt, x, y)
+        return dt
+
+    def hvp(self, X: Array, y: Array, loss_name: str, v: Sequence[Array], **how: Any) -> list[Array]:
+        """H v, the Hessian of 𝓛 in all parameters times a direction: the tangent of the gradient along v."""
+        phi = self.forward(X)
+        dots = self.tangent(phi, 0 * X, v)
+        dphi, _ = self.backward(phi, loss(loss_name, phi[-1], y, **how)[1])
+        return self.tangent_backward(phi, dots, dphi, loss_hvp(loss_name, phi[-1], y, dots[-1], **how), v)
 
     def value_and_grad(self, X: Array, y: Array, loss_name: str, **how: Any) -> tuple[float, list[Array]]:
         """𝓛 and its gradient in every parameter: up the chain, through the loss, down the chain."""
