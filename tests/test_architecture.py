@@ -52,6 +52,7 @@ PYTHON_LEVELS = {
     "reference": 0,
     "checks": 0,
     "metrics": 0,
+    "solvers": 0,
     "terminal": 0,
     "layers": 1,
     "losses": 1,

@@ -45,11 +45,13 @@ from .losses import (
 from .model import Sequential, get_num_threads, info, mlp, set_num_threads, threads
 from .optim import (
     GD,
+    LBFGS,
     SGD,
     Adam,
     AdamW,
     CosineAnnealingLR,
     ExponentialLR,
+    LevenbergMarquardt,
     ReduceLROnPlateau,
     RMSprop,
     Schedule,
@@ -62,11 +64,12 @@ if TYPE_CHECKING:
     from .io import load
 
 __all__ = [
-    "ELU", "GD", "GELU", "MAE", "MSE", "SGD", "Adam", "AdamW", "CosineAnnealingLR", "CrossEntropy",
+    "ELU", "GD", "GELU", "LBFGS", "MAE", "MSE", "SGD", "Adam", "AdamW", "CosineAnnealingLR", "CrossEntropy",
     "CustomLoss", "Dropout", "EarlyStopping", "ExponentialLR", "GaussianNLL", "History", "Huber", "Identity",
-    "Layer", "LeakyReLU", "LeastSquares", "Linear", "LogSoftmax", "Logistic", "Pinball", "Poisson", "RMSprop",
-    "ReLU", "ReduceLROnPlateau", "Schedule", "Sequential", "SiLU", "Sigmoid", "Softmax", "Softplus", "StepLR",
-    "Tanh", "WarmupLR", "__version__", "get_num_threads", "info", "load", "mlp", "set_num_threads", "threads",
+    "Layer", "LeakyReLU", "LeastSquares", "LevenbergMarquardt", "Linear", "LogSoftmax", "Logistic", "Pinball",
+    "Poisson", "RMSprop", "ReLU", "ReduceLROnPlateau", "Schedule", "Sequential", "SiLU", "Sigmoid", "Softmax",
+    "Softplus", "StepLR", "Tanh", "WarmupLR", "__version__", "get_num_threads", "info", "load", "mlp",
+    "set_num_threads", "threads",
 ]  # fmt: skip
 
 
