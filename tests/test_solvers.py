@@ -119,6 +119,13 @@ def test_no_fall_is_no_step(value):
     assert len(tried) <= solvers.MOST_TRIALS
 
 
+@pytest.mark.parametrize("beyond", [(-math.inf, -1.0), (-2.0, math.nan), (-2.0, -math.inf)])
+def test_what_is_not_finite_is_not_accepted(beyond):
+    """Values and slopes that overflow from 2 on, on a slope downhill to a minimum at 1.5."""
+    _, found, _ = searched(lambda t: (t * t - 3 * t, 2 * t - 3) if t < 2 else beyond, 2.0)
+    assert found.t < 2
+
+
 # --------------------------------------------------------------------------------------------------- L-BFGS
 
 

@@ -417,6 +417,37 @@ def test_a_rate_of_zero_is_no_step(data):
     assert_same_bits(weights_of(net), before)
 
 
+def test_a_step_without_search_costs_one_evaluation(data, dtype):
+    """In float32, too: where a step ends is where the network is."""
+    calls = []
+
+    def counting(f, y):
+        calls.append(None)
+        return 0.5 * ((f - y) ** 2).sum() / len(f), (f - y) / len(f)
+
+    make(dtype=dtype.name).fit(*data, loss=counting, optimizer=cr.LBFGS(0.1, line_search=None), epochs=5)
+    assert len(calls) == 1 + 5
+
+
+def test_no_trials_for_falls_that_rounding_hides(data, monkeypatch):
+    """At the minimum λ would have to grow to 1e16, by half at a time; for the next fit it is small again."""
+    trials, trial = [], wholebatch.LevenbergMarquardtRun._trial
+
+    def counted(self, theta):
+        trials.append(None)
+        return trial(self, theta)
+
+    monkeypatch.setattr(wholebatch.LevenbergMarquardtRun, "_trial", counted)
+    net, how = (
+        cr.Sequential(cr.Linear(3, 2), dtype="float64"),
+        cr.LevenbergMarquardt(tolerance_grad=0, tolerance_change=0),
+    )
+    history = net.fit(*data, loss="mse", optimizer=how, epochs=100)
+    assert history.stopped_epoch is not None
+    assert len(trials) < 20
+    assert history["damping"][-1] == how.state_dict(net)["slots"][0][0] < 0.1
+
+
 class Cube(cr.Layer):
     """x³ and a factor of its own."""
 
@@ -431,6 +462,27 @@ class Cube(cr.Layer):
 
     def jvp(self, x, y, dx):
         return self.params["factor"] * 3 * x**2 * dx
+
+
+@both
+def test_l2_is_about_the_weights_of_linear_layers(name, data):
+    class Named(cr.Layer):
+        def __init__(self):
+            self.params = {"weight": np.array([2.0, 3.0])}
+
+        def forward(self, x):
+            return self.params["weight"] * x
+
+        def vjp(self, x, y, dy):
+            return dy * self.params["weight"], {"weight": (dy * x).sum(axis=0)}
+
+        def jvp(self, x, y, dx):
+            return self.params["weight"] * dx
+
+    net = cr.Sequential(cr.Linear(3, 2), Named(), dtype="float64")
+    history = net.fit(*data, loss="mse", optimizer=name, epochs=3, l2=0.5)
+    penalty = 0.25 * (net.state_dict()["0.weight"] ** 2).sum()
+    assert history["loss"][-1] == pytest.approx(net.evaluate(*data, loss="mse") + penalty, rel=1e-14)
 
 
 @both
@@ -464,12 +516,13 @@ def test_a_layer_of_ones_own_trains_as_ours_does(name, data):
 # ------------------------------------------------------------------------------------- when things go wrong
 
 
+@pytest.mark.parametrize("lr", [1e30, 1e40])  # the loss overflows, or the weights do already
 @pytest.mark.parametrize("trained", [False, True])
-def test_divergence_puts_the_weights_and_the_memory_back(trained, data):
+def test_divergence_puts_the_weights_and_the_memory_back(trained, lr, data):
     net, how = make(dtype="float32"), cr.LBFGS(line_search=None)
     if trained:
         net.fit(*data, loss="mse", optimizer=how, epochs=3)
-    how.lr = 1e30
+    how.lr = lr
     before, state = weights_of(net), how.state_dict(net)
     with pytest.raises(FloatingPointError, match=r"loss must stay finite.* at learning rate 1e"):
         net.fit(*data, loss="mse", optimizer=how, epochs=50)
@@ -500,6 +553,44 @@ def test_a_gradient_that_is_not_finite_is_noticed(data):
     assert_same_bits(weights_of(net), before)
 
 
+def test_derivatives_that_are_not_finite_are_noticed(data):
+    class Vertical(Cube):
+        def vjp(self, x, y, dy):
+            return np.full_like(x, np.inf), {"factor": np.full(2, np.inf)}
+
+    net = cr.Sequential(cr.Linear(3, 2), Vertical(), dtype="float64")
+    before = weights_of(net)
+    with pytest.raises(FloatingPointError, match=r"derivatives must stay finite.* before the first step"):
+        net.fit(*data, loss="mse", optimizer="levenberg_marquardt")
+    assert_same_bits(weights_of(net), before)
+
+
+def test_a_search_without_a_fall_leaves_the_weights(data):
+    calls = []
+
+    def rising(f, y):
+        calls.append(None)
+        return float(len(calls)), f - y
+
+    net = make()
+    before = weights_of(net)
+    history = net.fit(*data, loss=rising, optimizer="lbfgs", epochs=9)
+    assert history["loss"] == [1.0] and history.stopped_epoch == 0
+    assert len(calls) > 1
+    assert_same_bits(weights_of(net), before)
+
+
+def test_a_memory_that_misleads_is_dropped(data):
+    """A pair that makes the step 1e300 times too long: it is forgotten, and the step is a gradient's."""
+    net, how = make(), cr.LBFGS()
+    s = np.eye(net.num_parameters)[0]
+    slots = [np.outer(np.arange(10) == 9, scale * s) for scale in (1e150, 1e-150)]
+    how.load_state_dict(net, {"step": 1, "slots": slots})
+    first = net.evaluate(*data, loss="mse")
+    history = net.fit(*data, loss="mse", optimizer=how)
+    assert history["loss"][0] < 0.9 * first and history.stopped_epoch is None
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_an_error_in_a_line_search_leaves_the_last_accepted_weights(error, data):
     calls, kept = [], []
@@ -520,26 +611,18 @@ def test_an_error_in_a_line_search_leaves_the_last_accepted_weights(error, data)
 
 
 def test_an_error_in_a_trial_leaves_the_last_accepted_weights(data):
-    class Failing(Cube):
-        left = 10**9
+    kept = []
 
+    class Failing(Cube):
         def forward(self, x):
-            Failing.left -= 1
-            if not Failing.left:
+            if len(kept) == 3 and (self.params["factor"] != kept[-1][-2:]).any():
                 raise ZeroDivisionError
             return super().forward(x)
 
     net = cr.Sequential(cr.Linear(3, 2), Failing(), dtype="float64")
-    kept = []
-
-    def arm(epoch, logs):
-        kept.append(weights_of(net))
-        if epoch == 2:
-            Failing.left = 3 + len(net.trace(data[0]).phi)
-
     with pytest.raises(ZeroDivisionError):
-        net.fit(*data, loss="mse", optimizer="levenberg_marquardt", epochs=50, callbacks=[arm])
-    assert len(kept) == 3
+        net.fit(*data, loss="mse", optimizer="levenberg_marquardt", epochs=50,
+                callbacks=[lambda epoch, logs: kept.append(weights_of(net))])  # fmt: skip
     assert_same_bits(weights_of(net), kept[-1])
 
 

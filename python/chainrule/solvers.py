@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
+# What overflows shows in the result, and is seen there; a warning would tell it to the wrong reader.
+quiet = np.errstate(over="ignore", invalid="ignore")
+
 # ------------------------------------------------------------ line search
 
 ARMIJO, CURVATURE = 1e-4, 0.9  # c₁ and c₂ of the Wolfe conditions, as in Nocedal and Wright for quasi-Newton
@@ -110,12 +113,14 @@ class LBFGSMemory:
         self.size, self.step_count = size, 0
         self.pairs: deque[tuple[Array, Array, float]] = deque(maxlen=pairs)  # s, y, 1/sᵀy
 
+    @quiet
     def see(self, s: Array, y: Array) -> None:
         """Remember a pair, unless the loss hardly curves along s: such a pair would blow up the next step."""
         curve = float(s @ y)
         if curve > 1e-10 * np.linalg.norm(s) * np.linalg.norm(y):
             self.pairs.append((s, y, 1 / curve))
 
+    @quiet
     def direction(self, g: Array) -> Array:
         """−H g, H ≈ (∂²L/∂θ²)⁻¹; −g as long as nothing is remembered."""
         d, shares = -g, []
@@ -174,6 +179,7 @@ class NormalEquations:
         self.ridge = ridge  # the diagonal of K
         self.hessian, self.gradient = np.zeros((theta.size, theta.size)), ridge * theta
 
+    @quiet
     def add(self, jacobian: Array, residual: Array) -> None:
         """Further rows of J, and their r."""
         self.hessian += jacobian.T @ jacobian
@@ -189,6 +195,7 @@ class NormalEquations:
         """The least damping that counts beside the rounding of the system."""
         return EPS * self.scale
 
+    @quiet
     def step(self, damping: float) -> Array:
         """δ; LinAlgError where the system is singular.
 
@@ -209,16 +216,19 @@ class DualEquations:
         self.ridge, self.pull = ridge, ridge * theta
         self.jacobian, self.residual, self.filled = np.empty((rows, theta.size)), np.empty(rows), 0
 
+    @quiet
     def add(self, jacobian: Array, residual: Array) -> None:
         place = slice(self.filled, self.filled + len(residual))
         self.jacobian[place], self.residual[place], self.filled = jacobian, residual, place.stop
 
     @property
+    @quiet
     def gradient(self) -> Array:
         """Jᵀr + Kθ."""
         return np.asarray(self.residual @ self.jacobian + self.pull)
 
     @property
+    @quiet
     def scale(self) -> float:
         return float(np.einsum("np,np->p", self.jacobian, self.jacobian).max())
 
@@ -227,6 +237,7 @@ class DualEquations:
         """Where some parameters have a penalty and others only λ, their parts of J E⁻¹ Jᵀ differ by 1/λ."""
         return (math.sqrt(EPS) if self.ridge.any() else EPS) * self.scale
 
+    @quiet
     def step(self, damping: float) -> Array:
         inverse = 1 / (self.ridge + damping)
         scaled = self.jacobian * inverse

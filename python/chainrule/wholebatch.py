@@ -42,10 +42,10 @@ class Parameters:
             part = theta[self.cuts[k] : self.cuts[k + 1]].reshape(shape)
             self.core.set_parameter(k, part.astype(self.net.array_dtype))
 
-    def rounded(self, theta: Array) -> Array:
-        """θ as the network will hold it; what is too large becomes infinite, and then so does the loss."""
-        with np.errstate(over="ignore"):
-            return theta.astype(self.net.array_dtype).astype(np.float64)
+    @solvers.quiet
+    def moved(self, theta: Array, direction: Array, t: float = 1.0) -> Array:
+        """θ + t d as the network will hold it; what is too large becomes infinite, and so will the loss."""
+        return np.asarray((theta + t * direction).astype(self.net.array_dtype).astype(np.float64))
 
     def penalized(self) -> Array:
         """1 for the weights of Linear layers, which `l2` is about, 0 for all else."""
@@ -102,8 +102,11 @@ class _WholeBatchRun(Run):
                 why = "a smooth loss" if name == "l1" else "whole gradients"
                 raise ValueError(f"[fit] {kind} needs {why}: expected no {name}, got {name}={value:g}")
 
-    def _penalty(self, theta: Array) -> float:
-        return 0.5 * float(self.ridge @ (theta * theta))
+    @solvers.quiet
+    def _penalty(self, theta: Array) -> tuple[float, Array]:
+        """½ l2 Σw² and its gradient."""
+        pull = self.ridge * theta
+        return 0.5 * float(pull @ theta), pull
 
     def _flat(self, gradient: Array) -> bool:
         least: float = self._optimizer.tolerance_grad
@@ -165,8 +168,8 @@ class LBFGSRun(_WholeBatchRun):
         self.parameters.put(theta)
         data = self.plan.data
         value, grads = self.net._core.value_and_grad(data.X, data.y, data.weight, self.loss)
-        gradient = self.parameters.join(grads) + self.ridge * theta
-        return Point(theta, value + self._penalty(theta), gradient)
+        penalty, pull = self._penalty(theta)
+        return Point(theta, value + penalty, self.parameters.join(grads) + pull)
 
     def _step(self, start: Point, rate: float) -> Point:
         """Where one step leads; `start` itself where there is no step to take."""
@@ -189,20 +192,25 @@ class LBFGSRun(_WholeBatchRun):
     def _along(self, start: Point, rate: float) -> Point | None:
         """A step in the direction of L-BFGS; None where the line search finds none."""
         direction = self.engine.direction(start.gradient)
-        slope = float(direction @ start.gradient)
+        slope = _product(direction, start.gradient)
         if not slope < 0:
             return None
         length = rate if self.engine.pairs else rate * min(1.0, 1 / float(np.abs(start.gradient).sum()))
 
         def phi(t: float) -> solvers.Trial:
-            point = self._point(self.parameters.rounded(start.theta + t * direction))
-            return solvers.Trial(t, point.value, float(point.gradient @ direction), point)
+            point = self._point(self.parameters.moved(start.theta, direction, t))
+            return solvers.Trial(t, point.value, _product(point.gradient, direction), point)
 
         if self._optimizer.line_search is None:
             found: solvers.Trial | None = phi(length)
         else:
             found = solvers.strong_wolfe(phi, solvers.Trial(0.0, start.value, slope, start), length)
         return None if found is None else found.point
+
+
+@solvers.quiet
+def _product(a: Array, b: Array) -> float:
+    return float(a @ b)
 
 
 # ------------------------------------------------------------ Levenberg-Marquardt
@@ -264,7 +272,7 @@ class LevenbergMarquardtRun(_WholeBatchRun):
         return np.asarray(self.root * (f - data.y))
 
     def _value(self, theta: Array, residual: Array) -> float:
-        return 0.5 * float(np.vdot(residual, residual)) + self._penalty(theta)
+        return 0.5 * float(np.vdot(residual, residual)) + self._penalty(theta)[0]
 
     def _step(self, theta: Array, value: float, equations: Any) -> tuple[Array, float]:
         """The first damped step that makes the loss fall: where it leads, and the loss there."""
@@ -272,27 +280,25 @@ class LevenbergMarquardtRun(_WholeBatchRun):
         if self._flat(gradient):
             self.converged = True
             return theta, value
-        first, most = optimizer.damping * equations.scale, equations.scale / solvers.EPS
-        damping = self.engine.value or first
+        most = equations.scale / solvers.EPS
+        damping = self.engine.value or optimizer.damping * equations.scale
         visible = value * float(np.finfo(self.net.array_dtype).eps)  # a smaller fall is lost in rounding
         while damping <= most:  # beyond, θ + δ is θ
             step = _solved(equations, damping)
-            if step is not None and -0.5 * float(gradient @ step) < visible:
+            if step is not None and -0.5 * _product(gradient, step) < visible:
                 break
-            trial = None if step is None else self._trial(theta + step)
+            trial = None if step is None else self._trial(self.parameters.moved(theta, step))
             if trial is not None and trial[1] < value:
                 self.engine.value = max(damping / optimizer.down, equations.least)
                 self.engine.step_count += 1
                 self.converged = self._settled(value, trial[1])
                 return trial
             damping *= optimizer.up
-        self.engine.value = first  # for a later fit, with other data
         self.converged = True
         return theta, value
 
     def _trial(self, theta: Array) -> tuple[Array, float]:
-        """θ as the network holds it, and the loss there."""
-        theta = self.parameters.rounded(theta)
+        """A θ with the loss there."""
         self.parameters.put(theta)
         return theta, self._value(theta, self._residual())
 
@@ -322,7 +328,7 @@ def _solved(equations: Any, damping: float) -> Array | None:
         step: Array = equations.step(damping)
     except np.linalg.LinAlgError:
         return None
-    return step if float(equations.gradient @ step) < 0 else None
+    return step if _product(equations.gradient, step) < 0 else None
 
 
 RUNS: dict[type[optim.Optimizer], type[Run]] = {
