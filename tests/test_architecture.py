@@ -42,6 +42,10 @@ CPP_LEVELS = {
     "kernels": 2,
     "dispatch": 2,
     "network": 3,
+    "loss": 3,
+    "tiles": 3,
+    "tape": 3,
+    "calculus": 3,
     "train": 3,
     "bindings*": 4,
 }

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import calculus, losses, optim, solvers
 from .layers import Dropout, Linear
-from .training import Network, Plan, Run
+from .training import Plan, Run
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,8 +65,9 @@ class _WholeBatchRun(Run):
     """What both have in common: what they refuse, the lock on the network, the tests of convergence."""
 
     remedy = "Scale X and y to about unit size, or begin with cr.Adam()"
+    net: calculus.Network
 
-    def __init__(self, net: Network, plan: Plan) -> None:
+    def __init__(self, net: calculus.Network, plan: Plan) -> None:
         self._refuse(net, plan)
         super().__init__(net, plan)
         self.parameters = Parameters(net)
@@ -137,7 +138,7 @@ class LBFGSRun(_WholeBatchRun):
 
     remedy = f"Lower lr, set line_search='strong_wolfe', or: {_WholeBatchRun.remedy}"
 
-    def __init__(self, net: Network, plan: Plan) -> None:
+    def __init__(self, net: calculus.Network, plan: Plan) -> None:
         super().__init__(net, plan)
         data = plan.data
         self.loss = plan.loss.engine(data.flat, data.weight is not None)
@@ -219,7 +220,7 @@ def _product(a: Array, b: Array) -> float:
 class LevenbergMarquardtRun(_WholeBatchRun):
     """A fit by damped Gauss-Newton steps: L = ½ Σ ω (f − y)² + ½ θᵀKθ, ω from the loss and its weights."""
 
-    def __init__(self, net: Network, plan: Plan) -> None:
+    def __init__(self, net: calculus.Network, plan: Plan) -> None:
         super().__init__(net, plan)
         data, loss = plan.data, plan.loss
         weight = np.ones(len(data.X)) if data.weight is None else data.weight.astype(np.float64)
