@@ -175,6 +175,11 @@ py::object random_numbers(Index n, F next) {
 
 // ---- networks -------------------------------------------------------------------------------------------------------
 
+[[noreturn]] void refuse_second_training() {
+    throw std::runtime_error(
+        "[fit] a network trains in one place at a time: expected an idle network, got one that is being trained");
+}
+
 // One training at a time: a second thread, or a callback, that trains the same network is told so.
 template <class T>
 class TrainingLock {
@@ -187,10 +192,7 @@ class TrainingLock {
     TrainingLock& operator=(const TrainingLock&) = delete;
     bool held() const { return held_; }
     void demand() const {
-        if (!held_)
-            throw std::runtime_error(
-                "[fit] a network trains in one place at a time: expected an idle network, got one that is being "
-                "trained");
+        if (!held_) refuse_second_training();
     }
 
    private:
@@ -491,6 +493,12 @@ void bind_network(py::module_& m, const std::string& bits) {
             },
             py::arg("snapshot"))
         .def("all_finite", [](const Net& self) { return self.net.all_finite(); })
+        // The lock for steps that Python takes: it holds from one call to the other.
+        .def("begin_training",
+             [](Net& self) {
+                 if (self.training.exchange(true)) refuse_second_training();
+             })
+        .def("end_training", [](Net& self) { self.training.store(false); })
         .def("predict", &predict<T>, py::arg("X"))
         .def("predict_as_is", &predict_as_is<T>, py::arg("X"))
         .def("trace", &trace<T>, py::arg("X"))

@@ -56,18 +56,20 @@ PYTHON_LEVELS = {
     "reference": 0,
     "checks": 0,
     "metrics": 0,
+    "solvers": 0,
     "terminal": 0,
     "layers": 1,
     "losses": 1,
     "optim": 1,
     "training": 2,
     "calculus": 3,
-    "model": 4,
-    "io": 5,
-    "tables": 5,
-    "data": 6,
-    "cli": 7,
-    "__main__": 8,
+    "wholebatch": 4,
+    "model": 5,
+    "io": 6,
+    "tables": 6,
+    "data": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 # One call goes up and imports what it calls only then: net.save(path) writes a file.
 UPWARD_CALLS = {("model", "io")}
@@ -250,7 +252,7 @@ def test_each_layer_has_a_python_class():
 def test_each_loss_and_optimizer_has_a_python_class():
     assert set(losses.LOSSES) - {"bce"} == set(names_of("loss"))  # bce is another name for logistic
     assert set(optim.OPTIMIZERS) == set(names_of("optimizer"))
-    classes = {*losses.LOSSES.values(), *optim.OPTIMIZERS.values()}
+    classes = {*losses.LOSSES.values(), *optim.OPTIMIZERS.values(), *optim.WHOLE_BATCH.values()}
     assert {cls.__name__ for cls in classes} <= set(chainrule.__all__)
 
 

@@ -232,7 +232,7 @@ OPTIMIZERS = [
     (lambda s: cr.RMSprop(centered="no"), TypeError, "[RMSprop] centered must be a bool"),
     (lambda s: setattr(s.adam, "lr", NAN), ValueError, "[Adam] lr must be a finite number"),
     (lambda s: setattr(s.adam, "betas", (0, 0)), AttributeError, "[Adam] betas is read-only"),
-    (lambda s: s.fit(optimizer="momentum"), ValueError, "[fit] optimizer must be a known name: expected one of 'sgd', 'adam', 'adamw', 'rmsprop', got 'momentum'"),
+    (lambda s: s.fit(optimizer="momentum"), ValueError, "[fit] optimizer must be a known name: expected one of 'sgd', 'adam', 'adamw', 'rmsprop', 'lbfgs', 'levenberg_marquardt', got 'momentum'"),
     (lambda s: s.fit(optimizer=cr.Adam), TypeError, "[fit] optimizer must be a name or an optimizer: expected Adam(...), got the class"),
     (lambda s: s.fit(optimizer=0.1), TypeError, "[fit] optimizer must be a name or an optimizer: expected one of 'sgd'"),
     (lambda s: s.adam.load_state_dict(s.net, {}), ValueError, "[Adam] state must be a state_dict: expected step and slots, got {}"),
@@ -256,6 +256,40 @@ OPTIMIZERS = [
     (lambda s: s.fit(schedule=RatesOf(np.ones(5)), epochs=2), ValueError, "got array([1., 1., 1., 1., 1.]) of shape (5,)"),
     (lambda s: s.fit(schedule=RatesOf("fast")), TypeError, "[fit] rates of RatesOf must hold real numbers"),
     (lambda s: s.fit(schedule=optim.Schedule()), NotImplementedError, "[Schedule] rates must be defined: expected a method, got none"),
+]
+
+WHOLE_BATCH = [
+    (lambda s: cr.LBFGS(lr=-1), ValueError, "[LBFGS] lr must be a finite number: expected ≥ 0, got -1"),
+    (lambda s: cr.LBFGS(history_size=0), ValueError, "[LBFGS] history_size must be a positive int: expected ≥ 1, got 0"),
+    (lambda s: cr.LBFGS(line_search="armijo"), ValueError, "[LBFGS] line_search must be a known name: expected one of 'strong_wolfe', got 'armijo'"),
+    (lambda s: cr.LBFGS(line_search=True), TypeError, "[LBFGS] line_search must be a string"),
+    (lambda s: cr.LBFGS(tolerance_grad=-1), ValueError, "[LBFGS] tolerance_grad must be a finite number: expected ≥ 0, got -1"),
+    (lambda s: cr.LBFGS(tolerance_change=NAN), ValueError, "[LBFGS] tolerance_change must be a finite number"),
+    (lambda s: setattr(cr.LBFGS(), "history_size", 3), AttributeError, "[LBFGS] history_size is read-only"),
+    (lambda s: cr.LevenbergMarquardt(damping=0), ValueError, "[LevenbergMarquardt] damping must be a finite number: expected > 0, got 0"),
+    (lambda s: cr.LevenbergMarquardt(up=1), ValueError, "[LevenbergMarquardt] up must be a finite number: expected > 1, got 1"),
+    (lambda s: cr.LevenbergMarquardt(down=0.5), ValueError, "[LevenbergMarquardt] down must be a finite number: expected ≥ 1, got 0.5"),
+    (lambda s: cr.LevenbergMarquardt(tolerance_grad="tight"), TypeError, "[LevenbergMarquardt] tolerance_grad must be a number"),
+    (lambda s: setattr(cr.LevenbergMarquardt(), "lr", 0.1), AttributeError, "[LevenbergMarquardt] lr is read-only"),
+    (lambda s: cr.LBFGS().load_state_dict(s.net, {"step": 1, "slots": []}), ValueError, "[LBFGS] slots must be of the same network"),
+    (lambda s: cr.LBFGS().load_state_dict(s.net, cr.LBFGS(history_size=3).state_dict(s.net)), ValueError, "[LBFGS] slots must be of the same network"),
+    (lambda s: s.step(optimizer=cr.LBFGS()), TypeError, "[train_step] optimizer must take one gradient a step: expected cr.Adam() or the like, got LBFGS(), which takes a whole fit"),
+    (lambda s: s.fit(optimizer=cr.LBFGS), TypeError, "[fit] optimizer must be a name or an optimizer: expected LBFGS(...), got the class"),
+    (lambda s: s.fit(optimizer="lbfgs", batch_size=11), ValueError, "[fit] LBFGS takes all rows at once: expected no batch_size, or one ≥ 12, got 11"),
+    (lambda s: s.fit(optimizer="lbfgs", batch_size=0), ValueError, "[fit] batch_size must be a positive int: expected ≥ 1, got 0"),
+    (lambda s: s.fit(optimizer="lbfgs", l1=0.1), ValueError, "[fit] LBFGS needs a smooth loss: expected no l1, got l1=0.1"),
+    (lambda s: s.fit(optimizer="lbfgs", clip_norm=1.0), ValueError, "[fit] LBFGS needs whole gradients: expected no clip_norm, got clip_norm=1"),
+    (lambda s: s.fit(optimizer="lbfgs", clip_value=2), ValueError, "[fit] LBFGS needs whole gradients: expected no clip_value, got clip_value=2"),
+    (lambda s: s.fit(optimizer="lbfgs", y=at(Y, 0, 0, NAN)), ValueError, "[fit] y must be in range"),
+    (lambda s: s.fit(optimizer="lbfgs", schedule=cr.ReduceLROnPlateau()), ValueError, "[fit] ReduceLROnPlateau monitors 'val_loss'"),
+    (lambda s: cr.mlp([3, 4, 2], dropout=0.2).fit(X, Y, loss="mse", optimizer="lbfgs"), ValueError, "[fit] LBFGS compares losses of one and the same network: expected no dropout, got Dropout(p=0.2) as layer 2; use l2"),
+    (lambda s: cr.mlp([3, 4, 2], dtype="bfloat16").fit(X, Y, loss="mse", optimizer="lbfgs"), ValueError, "[fit] LBFGS needs exact derivatives: expected dtype float32 or float64, got bfloat16"),
+    (lambda s: s.fit(optimizer="levenberg_marquardt", batch_size=4), ValueError, "[fit] LevenbergMarquardt takes all rows at once"),
+    (lambda s: s.fit(optimizer="levenberg_marquardt", l1=0.1), ValueError, "[fit] LevenbergMarquardt needs a smooth loss"),
+    (lambda s: s.fit(optimizer="levenberg_marquardt", loss="mae"), ValueError, "[fit] LevenbergMarquardt needs a sum of squares: expected loss 'least_squares' or 'mse', got MAE(); use LBFGS"),
+    (lambda s: s.fit(optimizer="levenberg_marquardt", loss=lambda f, y: (0.0, f)), ValueError, "expected loss 'least_squares' or 'mse', got CustomLoss("),
+    (lambda s: s.classify(optimizer="levenberg_marquardt"), ValueError, "got CrossEntropy(); use LBFGS"),
+    (lambda s: s.fit(optimizer="levenberg_marquardt", schedule=cr.StepLR(2)), ValueError, "[fit] LevenbergMarquardt has no lr: expected no schedule, got StepLR(2)"),
 ]
 
 INPUTS = [
@@ -367,7 +401,7 @@ WEIGHTS = [
 
 FIT = [
     (lambda s: s.fit(batch_size=0), ValueError, "[fit] batch_size must be a positive int: expected ≥ 1, got 0"),
-    (lambda s: s.fit(batch_size=None), TypeError, "[fit] batch_size must be a positive int: expected an int, got None"),
+    (lambda s: s.fit(batch_size="all"), TypeError, "[fit] batch_size must be a positive int: expected an int, got 'all'"),
     (lambda s: s.fit(batch_size=3.0), TypeError, "expected an int, got 3.0 (float)"),
     (lambda s: s.fit(epochs=0), ValueError, "[fit] epochs must be a positive int: expected ≥ 1, got 0"),
     (lambda s: s.fit(epochs=-1), ValueError, "[fit] epochs must be a positive int: expected ≥ 1, got -1"),
@@ -414,7 +448,8 @@ class Sparse:
 
 
 TABLES = {
-    "layers": LAYERS, "networks": NETWORKS, "losses": LOSSES, "optimizers": OPTIMIZERS, "inputs": INPUTS,
+    "layers": LAYERS, "networks": NETWORKS, "losses": LOSSES, "optimizers": OPTIMIZERS,
+    "whole batch": WHOLE_BATCH, "inputs": INPUTS,
     "targets": TARGETS, "weights": WEIGHTS, "fit": FIT,
 }  # fmt: skip
 CASES = [

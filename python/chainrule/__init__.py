@@ -59,11 +59,13 @@ from .losses import (
 from .model import Sequential, get_num_threads, info, mlp, set_num_threads, threads
 from .optim import (
     GD,
+    LBFGS,
     SGD,
     Adam,
     AdamW,
     CosineAnnealingLR,
     ExponentialLR,
+    LevenbergMarquardt,
     ReduceLROnPlateau,
     RMSprop,
     Schedule,
@@ -76,13 +78,14 @@ if TYPE_CHECKING:
     from .io import load
 
 __all__ = [
-    "ELU", "GD", "GELU", "MAE", "MSE", "SGD", "Adam", "AdamW", "CosineAnnealingLR", "CrossEntropy",
+    "ELU", "GD", "GELU", "LBFGS", "MAE", "MSE", "SGD", "Adam", "AdamW", "CosineAnnealingLR", "CrossEntropy",
     "CustomLoss", "Dropout", "EarlyStopping", "ExponentialLR", "GaussianNLL", "History", "Huber", "Identity",
-    "Layer", "LeakyReLU", "LeastSquares", "Linear", "LogSoftmax", "Logistic", "Pinball", "Poisson", "RMSprop",
-    "ReLU", "ReduceLROnPlateau", "Schedule", "Sequential", "SiLU", "Sigmoid", "Softmax", "Softplus", "StepLR",
-    "Tanh", "WarmupLR", "__version__", "gauss_newton_product", "get_num_threads", "hessian", "hvp", "info",
-    "input_gradient", "input_hessian_diagonal", "jacobian", "jvp", "laplacian", "load", "mlp",
-    "per_example_grad_norms", "per_example_grads", "sensitivity", "set_num_threads", "threads", "vjp",
+    "Layer", "LeakyReLU", "LeastSquares", "LevenbergMarquardt", "Linear", "LogSoftmax", "Logistic", "Pinball",
+    "Poisson", "RMSprop", "ReLU", "ReduceLROnPlateau", "Schedule", "Sequential", "SiLU", "Sigmoid", "Softmax",
+    "Softplus", "StepLR", "Tanh", "WarmupLR", "__version__", "gauss_newton_product", "get_num_threads",
+    "hessian", "hvp", "info", "input_gradient", "input_hessian_diagonal", "jacobian", "jvp", "laplacian",
+    "load", "mlp", "per_example_grad_norms", "per_example_grads", "sensitivity", "set_num_threads", "threads",
+    "vjp",
 ]  # fmt: skip
 
 

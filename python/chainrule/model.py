@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _core, calculus, losses, training
+from . import _core, calculus, losses, training, wholebatch
 from .checks import converted, flag, listed, one_of, real_array, short, whole
 from .layers import BUILT_IN, Dropout, Guard, Identity, Layer, Linear, _BuiltIn, initial
 
@@ -147,7 +147,7 @@ class Sequential:
         *,
         loss: Any,
         optimizer: Any = "adam",
-        batch_size: int = 32,
+        batch_size: int | None = None,
         epochs: int = 1,
         shuffle: bool = True,
         seed: int = 0,
@@ -170,10 +170,12 @@ class Sequential:
         Args:
             loss: a name ("least_squares", "mse", "mae", "huber", "pinball", "poisson", "gaussian_nll",
                 "logistic", "cross_entropy"), a loss object, or your own callable (f, y) -> (value, ∂L/∂f).
-            optimizer: a name ("sgd", "adam", "adamw", "rmsprop") or an object; an object keeps its state for
-                the next fit, a name starts afresh.
-            batch_size: rows per update; the last batch of an epoch takes what is left.
-            epochs: how often to go through all rows.
+            optimizer: a name ("sgd", "adam", "adamw", "rmsprop", "lbfgs", "levenberg_marquardt") or an
+                object; an object keeps its state for the next fit, a name starts afresh.
+            batch_size: rows per update; the last batch of an epoch takes what is left. None is 32, and all
+                rows where the optimizer takes them all (GD, LBFGS, LevenbergMarquardt).
+            epochs: how often to go through all rows; LBFGS and LevenbergMarquardt take one step an epoch, and
+                fewer epochs where they have converged.
             shuffle: whether the rows come in a new order, drawn from `seed`, in every epoch.
             validation_data: (X, y) or (X, y, sample_weight) for history["val_loss"].
             validation_split: the last fraction of the rows, cut off before shuffling, instead.
@@ -185,7 +187,8 @@ class Sequential:
             schedule: StepLR, ExponentialLR, CosineAnnealingLR, WarmupLR or ReduceLROnPlateau.
             clip_value, clip_norm: limits for every element, and for the norm, of the gradient; in this order.
 
-        Returns: a History of "loss" (mean over the epoch's batches as they come), "val_loss" and "lr".
+        Returns: a History of "loss" (mean over the epoch's batches as they come; of LBFGS and
+            LevenbergMarquardt after each step), "val_loss" and "lr".
 
         Raises: TypeError or ValueError for bad arguments, before anything changes; FloatingPointError if the
             loss does not stay finite, with the weights put back. Ctrl-C and the errors of callbacks, and of
@@ -199,12 +202,13 @@ class Sequential:
             >>> bool(history["loss"][-1] < 0.01)
             True
         """
-        return training.fit(
+        plan = training.plan(
             self, X, y, loss=loss, optimizer=optimizer, batch_size=batch_size, epochs=epochs, shuffle=shuffle,
             seed=seed, validation_data=validation_data, validation_split=validation_split,
             callbacks=callbacks, verbose=verbose, sample_weight=sample_weight, class_weight=class_weight,
             schedule=schedule, l1=l1, l2=l2, clip_value=clip_value, clip_norm=clip_norm,
         )  # fmt: skip
+        return wholebatch.RUNS.get(type(plan.optimizer), training.EngineRun)(self, plan).run()
 
     def train_step(
         self, X: Any, y: Any, *, loss: Any, optimizer: Optimizer, sample_weight: Any = None

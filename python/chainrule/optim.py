@@ -14,14 +14,14 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from . import _core
+from . import _core, solvers
 from .checks import Description, flag, listed, one_of, real, short, whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
-    Engine = _core.Optimizer32 | _core.Optimizer64
+    State = _core.Optimizer32 | _core.Optimizer64 | solvers.LBFGSMemory | solvers.Damping
 
 
 class Network(Protocol):
@@ -39,13 +39,14 @@ class Optimizer(Description):
 
     rule: ClassVar[str]  # the engine's name of it
     whole_batch: ClassVar[bool] = False
+    pace: ClassVar[str] = "lr"  # what sets the length of its steps, by the name that histories give it
     lr: float
 
     def _set(self, **fields: object) -> None:
         super()._set(**fields, _engines=WeakKeyDictionary())
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name == "lr":
+        if name == self.pace == "lr":
             vars(self)["lr"] = self._real("lr", value)
         else:
             super().__setattr__(name, value)
@@ -63,14 +64,17 @@ class Optimizer(Description):
     def _hyper(self) -> list[float]:
         raise NotImplementedError
 
-    def engine(self, net: Network) -> Engine:
+    def engine(self, net: Network) -> Any:
         """The engine's optimizer with the state of this network, fresh at first."""
-        engines: WeakKeyDictionary[Network, Engine] = vars(self)["_engines"]
+        engines: WeakKeyDictionary[Network, State] = vars(self)["_engines"]
         found = engines.get(net)
         if found is None:
-            kind = _core.Optimizer32 if net.array_dtype == "float32" else _core.Optimizer64
-            found = engines[net] = kind(net._core, self.rule, self._hyper())
+            found = engines[net] = self._start(net)
         return found
+
+    def _start(self, net: Network) -> State:
+        kind = _core.Optimizer32 if net.array_dtype == "float32" else _core.Optimizer64
+        return kind(net._core, self.rule, self._hyper())
 
     def state_dict(self, net: Network) -> dict[str, Any]:
         """The state kept for `net`: {"step": updates done, "slots": [arrays]}.
@@ -293,20 +297,136 @@ class RMSprop(Optimizer):
         return [self.alpha, self.eps, self.weight_decay, self.momentum, float(self.centered)]
 
 
+class WholeBatch(Optimizer):
+    """Base of the optimizers whose steps look at all rows several times; wholebatch.py runs them."""
+
+    whole_batch = True
+    tolerance_grad: float
+    tolerance_change: float
+
+
+@final
+class LBFGS(WholeBatch):
+    """Quasi-Newton steps on the whole data set, one an epoch; `fit` stops early once it has converged.
+
+    d = −H g, H the inverse Hessian that the last `history_size` steps and gradients amount to; w ← w + t d
+
+    `line_search="strong_wolfe"` tries t = lr first (in the very first step lr min(1, 1/Σ|g|)) and searches on
+    until the loss has fallen enough and its slope has flattened; None takes that t as it is. A fit has
+    converged when max|g| ≤ `tolerance_grad`, when a step changes the loss by at most `tolerance_change` of
+    itself, or when the line search finds no fall.
+
+    Rows per step: all; `fit` refuses a `batch_size` below that, dropout, l1 and clipping.
+    Raises: TypeError or ValueError for hyper-parameters out of range.
+    Source: Nocedal and Wright, Numerical Optimization, 2nd edition, chapters 3 and 7.
+
+    Example:
+        >>> import numpy as np, chainrule as cr
+        >>> X = np.linspace(-1, 1, 20)[:, None]
+        >>> net = cr.Sequential(cr.Linear(1, 1), dtype="float64")
+        >>> history = net.fit(X, 3 * X - 1, loss="mse", optimizer=cr.LBFGS(), epochs=50)
+        >>> history.epochs < 10, bool(history["loss"][-1] < 1e-12)
+        (True, True)
+    """
+
+    history_size: int
+    line_search: str | None
+
+    def __init__(
+        self,
+        lr: float = 1.0,
+        history_size: int = 10,
+        line_search: str | None = "strong_wolfe",
+        tolerance_grad: float = 1e-7,
+        tolerance_change: float = 1e-9,
+    ) -> None:
+        if line_search is not None:
+            one_of("LBFGS", "line_search", line_search, ("strong_wolfe",))
+        self._set(
+            lr=self._real("lr", lr),
+            history_size=whole("LBFGS", "history_size", history_size),
+            line_search=line_search,
+            tolerance_grad=self._real("tolerance_grad", tolerance_grad),
+            tolerance_change=self._real("tolerance_change", tolerance_change),
+        )
+
+    def _start(self, net: Network) -> State:
+        return solvers.LBFGSMemory(_num_parameters(net), self.history_size)
+
+
+@final
+class LevenbergMarquardt(WholeBatch):
+    """Damped Gauss-Newton steps for sums of squares, one an epoch; `fit` stops early once it has converged.
+
+    (JᵀJ + λI) δ = −Jᵀr, w ← w + δ, r = f − y the residuals, J = ∂f/∂w; both by the loss's factors and weights
+
+    If the loss falls, the step is taken and λ ← λ/`down`; if not, λ ← λ·`up` and the step is tried again: to
+    raise λ by little and lower it by much follows curved valleys best. The first λ is `damping` times the
+    greatest diagonal element of JᵀJ. A fit has converged when max|g| ≤ `tolerance_grad`, when a step changes
+    the loss by at most `tolerance_change` of itself, or when no λ makes it fall.
+
+    Losses: "least_squares" and "mse". Rows per step: all; `fit` refuses a `batch_size` below that, dropout,
+    l1, clipping and schedules. Histories hold "damping" in place of "lr".
+    Costs: for P parameters and N = rows · outputs one square system of min(P, N) equations a try; ValueError
+    where that, or J for N < P, takes more than 1 GiB: use LBFGS there.
+    Raises: TypeError or ValueError for hyper-parameters out of range.
+    Source: Marquardt, J. SIAM 11, 1963; up and down: Transtrum and Sethna, arXiv:1201.5885, 2012.
+
+    Example:
+        >>> import numpy as np, chainrule as cr
+        >>> X = np.linspace(-1, 1, 30)[:, None]
+        >>> net = cr.mlp([1, 5, 1], activation="tanh", dtype="float64")
+        >>> history = net.fit(X, np.sin(3 * X), loss="mse", optimizer=cr.LevenbergMarquardt(), epochs=50)
+        >>> bool(history["loss"][-1] < 1e-4)
+        True
+    """
+
+    pace = "damping"
+    damping: float
+    up: float
+    down: float
+
+    def __init__(
+        self,
+        damping: float = 1e-3,
+        up: float = 1.5,
+        down: float = 5.0,
+        tolerance_grad: float = 1e-7,
+        tolerance_change: float = 1e-9,
+    ) -> None:
+        op = "LevenbergMarquardt"
+        self._set(
+            damping=real(op, "damping", damping, above=0),
+            up=real(op, "up", up, above=1),
+            down=real(op, "down", down, least=1),
+            tolerance_grad=self._real("tolerance_grad", tolerance_grad),
+            tolerance_change=self._real("tolerance_change", tolerance_change),
+        )
+
+    def _start(self, net: Network) -> State:
+        return solvers.Damping()
+
+
+def _num_parameters(net: Network) -> int:
+    return sum(math.prod(shape) for _, _, shape in net._core.parameters)
+
+
 OPTIMIZERS: dict[str, type[Any]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "rmsprop": RMSprop}
+WHOLE_BATCH: dict[str, type[Any]] = {"lbfgs": LBFGS, "levenberg_marquardt": LevenbergMarquardt}
 
 
 def resolve(op: str, optimizer: object) -> Optimizer:
     """An Optimizer from an Optimizer, or a fresh one with default arguments from a name."""
     if isinstance(optimizer, Optimizer):
         return optimizer
+    names = OPTIMIZERS | WHOLE_BATCH
     if isinstance(optimizer, str):
-        made: Optimizer = OPTIMIZERS[one_of(op, "optimizer", optimizer, OPTIMIZERS)]()
+        made: Optimizer = names[one_of(op, "optimizer", optimizer, names)]()
         return made
     hint = (
         f"{optimizer.__name__}(...), got the class"
         if isinstance(optimizer, type)
-        else f"one of {listed(OPTIMIZERS)}, got"
+        else f"one of {listed(names)}, got"
     )
     raise TypeError(f"[{op}] optimizer must be a name or an optimizer: expected {hint} {short(optimizer)}")
 

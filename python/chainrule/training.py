@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
@@ -160,7 +161,8 @@ class History:
 
     def __init__(self, names: Iterable[str]) -> None:
         self.history: dict[str, list[float]] = {name: [] for name in names}
-        self.stopped_epoch: int | None = None  # the epoch, from 0, after which a callback asked to stop
+        # The epoch, from 0, after which a callback asked to stop or a whole-batch optimizer had converged.
+        self.stopped_epoch: int | None = None
 
     @property
     def epochs(self) -> int:
@@ -361,6 +363,9 @@ def _is_terminal() -> bool:
 # ------------------------------------------------------------ fit
 
 
+DEFAULT_BATCH_SIZE = 32
+
+
 class Plan(NamedTuple):
     """A checked `fit`: all that the loop needs."""
 
@@ -386,7 +391,9 @@ def plan(
 ) -> Plan:  # fmt: skip
     """The arguments of `fit`, checked, with everything converted; changes nothing."""
     rule, how = losses.resolve("fit", loss), optim.resolve("fit", optimizer)
-    batch_size, epochs = whole("fit", "batch_size", batch_size), whole("fit", "epochs", epochs)
+    if batch_size is not None:
+        batch_size = whole("fit", "batch_size", batch_size)
+    epochs = whole("fit", "epochs", epochs)
     shuffle, seed = flag("fit", "shuffle", shuffle), whole("fit", "seed", seed, 0, 2**64 - 1)
     penalties = (
         real("fit", "l1", l1, least=0),
@@ -398,7 +405,7 @@ def plan(
     data, validation = _with_validation(net, rule, data, validation_data, validation_split)
     if class_weight is not None:
         data = data._replace(weight=_class_weights(net, rule, data, class_weight))
-    measured = ("loss", "lr") if validation is None else ("loss", "val_loss", "lr")
+    measured = ("loss", how.pace) if validation is None else ("loss", "val_loss", how.pace)
     if schedule is not None and not isinstance(schedule, (optim.Schedule, optim.ReduceLROnPlateau)):
         raise TypeError(
             f"[fit] schedule must be a schedule: expected StepLR(...) or the like, got {short(schedule)}"
@@ -406,9 +413,18 @@ def plan(
     _check_monitor(schedule, measured)
     return Plan(
         data, validation, rule, how, schedule, _Callbacks(callbacks, measured),
-        len(data.X) if how.whole_batch else min(batch_size, len(data.X)),
-        epochs, shuffle and not how.whole_batch, seed, _verbosity(verbose), penalties, measured,
+        _rows_per_step(how, batch_size, len(data.X)), epochs, shuffle and not how.whole_batch, seed,
+        _verbosity(verbose), penalties, measured,
     )  # fmt: skip
+
+
+def _rows_per_step(optimizer: optim.Optimizer, batch_size: int | None, rows: int) -> int:
+    if isinstance(optimizer, optim.WholeBatch) and batch_size is not None and batch_size < rows:
+        raise ValueError(
+            f"[fit] {type(optimizer).__name__} takes all rows at once: expected no batch_size, or one "
+            f"≥ {rows}, got {batch_size}"
+        )
+    return rows if optimizer.whole_batch else min(batch_size or DEFAULT_BATCH_SIZE, rows)
 
 
 def _with_validation(
@@ -445,26 +461,23 @@ def _verbosity(verbose: Any) -> int:
     return int(verbose) if isinstance(verbose, bool) else whole("fit", "verbose", verbose, 0, 2)
 
 
-def fit(net: Network, X: Any, y: Any, **arguments: Any) -> History:
-    """Train `net`; the arguments are those of Sequential.fit."""
-    return _Run(net, plan(net, X, y, **arguments)).run()
+class Run(ABC):
+    """One `fit` under way: what happens between its epochs, and what is needed to undo it."""
 
-
-class _Run:
-    """One `fit` under way: the engine's objects, and what is needed to undo it."""
+    remedy = "Lower lr, scale X and y to about unit size, or set clip_norm=1.0"  # against divergence
+    converged = False  # whether more epochs would change nothing
 
     def __init__(self, net: Network, plan: Plan) -> None:
-        self.net, self.plan, data = net, plan, plan.data
+        self.net, self.plan = net, plan
         self.engine = plan.optimizer.engine(net)
-        kind = _core.Trainer64 if net.array_dtype == "float64" else _core.Trainer32
-        self.trainer: Any = kind(
-            net._core, self.engine, plan.loss.engine(data.flat, data.weight is not None), *data[:3],
-            plan.batch_size, plan.shuffle, plan.seed, *plan.penalties,
-        )  # fmt: skip
         self.before = net._core.snapshot()
         steps = self.engine.step_count
         self.state = (steps, self.engine.get_state()) if steps else None
         self.history = History(plan.measured)
+
+    @abstractmethod
+    def train(self, rates: Array) -> tuple[Array, Array]:
+        """Train at most one epoch per rate: the losses, and the rate or damping that each ended with."""
 
     def run(self) -> History:
         plan, history = self.plan, self.history
@@ -472,10 +485,10 @@ class _Run:
         try:
             plan.callbacks.begin(self.net)
             for rates in self._chunks():
-                self._record(rates, self.trainer.run(history.epochs, rates))
+                self._record(*self.train(rates))
                 logs = history.logs()
                 progress.show(history.epochs, logs)
-                if plan.callbacks.epoch(history.epochs - 1, logs):
+                if plan.callbacks.epoch(history.epochs - 1, logs) or self.converged:
                     history.stopped_epoch = history.epochs - 1
                     break
             self._check_parameters()
@@ -517,12 +530,11 @@ class _Run:
             )
         return rates
 
-    def _record(self, rates: Array, values: Array) -> None:
+    def _record(self, values: Array, paces: Array) -> None:
         """Append what the epochs just trained have measured; raise if training has diverged."""
         plan, history = self.plan, self.history
-        last = rates if rates.ndim == 1 else rates[:, -1]
         history["loss"].extend(values.tolist())
-        history["lr"].extend(last[: len(values)].tolist())
+        history[plan.optimizer.pace].extend(paces.tolist())
         if not math.isfinite(history["loss"][-1]):
             raise self._diverged("loss", str(history["loss"][-1]))
         if plan.validation is not None:
@@ -541,11 +553,32 @@ class _Run:
         else:
             self.engine.step_count = self.state[0]
             self.engine.set_state(self.state[1])
+        pace = self.plan.optimizer.pace
+        where = "before the first step"
+        if self.history.epochs:
+            size = f"{'learning rate' if pace == 'lr' else pace} {self.history[pace][-1]:g}"
+            where = f"in epoch {self.history.epochs} of {self.plan.epochs} at {size}"
         return FloatingPointError(
-            f"[fit] {what} must stay finite: expected numbers, got {got} in epoch {self.history.epochs} of "
-            f"{self.plan.epochs} at learning rate {self.history['lr'][-1]:g}; the weights are those from "
-            "before this fit. Lower lr, scale X and y to about unit size, or set clip_norm=1.0"
+            f"[fit] {what} must stay finite: expected numbers, got {got} {where}; "
+            f"the weights are those from before this fit. {self.remedy}"
         )
+
+
+class EngineRun(Run):
+    """A fit by steps on batches: the engine runs whole epochs."""
+
+    def __init__(self, net: Network, plan: Plan) -> None:
+        super().__init__(net, plan)
+        data, kind = plan.data, _core.Trainer64 if net.array_dtype == "float64" else _core.Trainer32
+        self.trainer: Any = kind(
+            net._core, self.engine, plan.loss.engine(data.flat, data.weight is not None), *data[:3],
+            plan.batch_size, plan.shuffle, plan.seed, *plan.penalties,
+        )  # fmt: skip
+
+    def train(self, rates: Array) -> tuple[Array, Array]:
+        values: Array = self.trainer.run(self.history.epochs, rates)
+        last = rates if rates.ndim == 1 else rates[:, -1]
+        return values, last[: len(values)]
 
 
 def _evaluate(net: Network, loss: losses.Loss, data: Data) -> float:
@@ -571,6 +604,11 @@ class Stepper:
             raise TypeError(
                 "[train_step] optimizer must be an object, whose state lasts from step to step: "
                 f"expected one made before the loop, such as cr.Adam(), got {optimizer!r}"
+            )
+        if isinstance(optimizer, optim.WholeBatch):
+            raise TypeError(
+                "[train_step] optimizer must take one gradient a step: expected cr.Adam() or the like, "
+                f"got {optimizer!r}, which takes a whole fit"
             )
         self.given = loss, optimizer  # kept alive, because the network finds this object by their ids
         self.loss, self.optimizer = losses.resolve("train_step", loss), optim.resolve("train_step", optimizer)
