@@ -202,6 +202,7 @@ def test_a_product_of_matrices_has_a_cell_for_each_number(helper):
         ("∂σ(z)/∂z", "<mfrac><mrow>∂σ<mrow>(z)</mrow></mrow><mrow>∂z</mrow></mfrac>"),
         ("∑ₙ J′", "<munder>∑n</munder> J′"),
         ("(a)(b)/c", "<mrow>(a)</mrow><mfrac>bc</mfrac>"),
+        ("½(−a + b)", "<mfrac>12</mfrac><mrow>(<mrow>−a+b</mrow>)</mrow>"),
         ("a < b", "a&lt;b"),
     ],
 )

@@ -69,7 +69,7 @@ def figure() -> str:
         curves.append(Series("", ring[0], ring[1], "faint", colour=4))
     losses = []
     for place, (share, (path, above)) in enumerate(zip(shares, runs, strict=True)):
-        name, kept = f"η = {share} · 2/λ", 8 if share > 1 else 41
+        name, kept = f"η = {share} · 2/λ", 5 if share > 1 else 41
         curves.append(Series(name, path[:kept, 0], path[:kept, 1], "both", colour=place))
         losses.append(Series(name, range(41), above, colour=place))
     return svg(

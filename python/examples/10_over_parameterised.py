@@ -38,7 +38,7 @@ def quartiles(width: int, N: int) -> np.ndarray:
 
 
 by_width = {H: quartiles(H, 80) for H in WIDTHS}
-print("units  weights   training       test   (medians of 8 runs, N = 80)")
+print("units  weights   training       test   (N = 80, medians of 8 runs; 1e-12: or less)")
 for H, errors in by_width.items():
     print(f"{H:5}  {H * (D + 2) + 1:7}  {max(errors[1, 0], 1e-12):9.1e}  {errors[1, 1]:9.3f}")
 assert all(by_width[H][2, 0] < 1e-6 for H in (80, 160, 320))  # interpolation

@@ -82,12 +82,14 @@ class Parser:
         if token in "({":
             inside = self.row(")" if token == "(" else "}")
             self.take()
-            return grouped(f"{OPEN}{inside}{CLOSE}" if token == "(" else inside)
+            return grouped(f"{OPEN}{grouped(inside)}{CLOSE}" if token == "(" else inside)
         if token == "∂":  # binds what follows, with its argument: ∂σ(z)
             argument = self.scripted() + (self.atom() if self.peek() == "(" else "")
             return f"<mrow><mi>∂</mi>{argument}</mrow>"
         if token == " ":
             return SPACE
+        if token == "½":
+            return "<mfrac><mn>1</mn><mn>2</mn></mfrac>"
         kind = "mi" if token[0].isalpha() else "mn" if token[0].isnumeric() else "mo"
         return BRACKET.format(token) if token in "[]" else f"<{kind}>{escape(token)}</{kind}>"
 
@@ -99,8 +101,7 @@ def grouped(inside: str) -> str:
 
 def bare(part: str) -> str:
     """Without brackets around the whole: the bar of a fraction groups."""
-    inside = part.removeprefix(f"<mrow>{OPEN}").removesuffix(f"{CLOSE}</mrow>")
-    return part if inside == part else grouped(inside)
+    return part.removeprefix(f"<mrow>{OPEN}").removesuffix(f"{CLOSE}</mrow>")
 
 
 def mathml(formula: str) -> str:
