@@ -244,7 +244,7 @@ void linear_vjp_input(benchmark::State& state, Shape s) {
     Linear<T> l(s);
     Matrix<T> dx(s.batch, s.inputs);
     const auto run = [&, kernel = kernels<T>().linear_vjp_input] {
-        kernel(s.batch, s.inputs, s.outputs, l.dz.data, l.dz.stride, l.backward.data, dx.data, dx.stride);
+        kernel(s.batch, s.inputs, s.outputs, l.dz.data, l.dz.stride, l.backward.data, dx.data, dx.stride, false);
     };
     run();
     Check check{kTolerance<T>};
@@ -271,7 +271,7 @@ void linear_vjp_weight(benchmark::State& state, Shape s) {
             for (Index first = 0; first <= s.inputs; first += kTileInputs)
                 kernel(s.batch, std::min(s.inputs + 1 - first, kTileInputs), width, l.x.data + first, l.x.stride,
                        l.dz.data + column, l.dz.stride, packed.data,
-                       tiles.data + column * (s.inputs + 1) + first * width);
+                       tiles.data + column * (s.inputs + 1) + first * width, false);
         }
     };
     run();

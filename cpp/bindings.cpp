@@ -1,45 +1,18 @@
 // SPDX-License-Identifier: MIT
-// L4: with bindings_arrays.hpp the only file that knows Python. It takes arrays in and gives arrays out; it computes nothing
+// L4: with the other bindings the only file that knows Python. It takes arrays in and gives arrays out; it computes nothing
 // and has no defaults. Arrays must come with the right dtype, C-contiguous: Python converts them, once, where the user can
 // see it. Functions named …_as_is return None instead of converting an array, or of saying what is wrong with it.
-#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <atomic>
-#include <limits>
+#include <numeric>
 
-#include "bindings_arrays.hpp"
+#include "bindings_parts.hpp"
 #include "random.hpp"
 #include "train.hpp"
 
 using namespace chainrule;
 
 namespace {
-
-// ---- names ----------------------------------------------------------------------------------------------------------
-
-const std::vector<std::string> op_names = {
-#define CHAINRULE_ELEMENTWISE(name, type, saves) #name,
-#define CHAINRULE_ROWWISE(name, type, saves) #name,
-#include "ops/ops.def"
-};
-const std::vector<std::string> loss_names = {
-#define CHAINRULE_LOSS(name, type) #name,
-#include "ops/ops.def"
-};
-const std::vector<std::string> optimizer_names = {
-#define CHAINRULE_OPTIMIZER(name, type) #name,
-#include "ops/ops.def"
-};
-
-template <class Enum>
-Enum lookup(const std::vector<std::string>& names, const std::string& name, const char* what) {
-    for (std::size_t i = 0; i < names.size(); ++i)
-        if (names[i] == name) return static_cast<Enum>(i);
-    throw py::value_error(std::string("[_core] unknown ") + what + ": expected one of " +
-                          std::string(py::str(py::cast(names))) + ", got " + name);
-}
 
 py::list ops() {
     py::list rows;
@@ -51,175 +24,6 @@ py::list ops() {
 #include "ops/ops.def"
     rows.append(py::make_tuple("dropout", "dropout", "none"));
     return rows;
-}
-
-// ---- users' layers and losses ---------------------------------------------------------------------------------------
-
-// What a user's map returned, as an array of T with this shape.
-template <class T>
-NumpyArray<T> returned(const py::handle& object, const std::string& map, const std::vector<Index>& shape) {
-    const auto array = py::array_t<T, py::array::c_style | py::array::forcecast>::ensure(object);
-    if (!array) {
-        PyErr_Clear();
-        throw py::type_error("[" + map + "] must return an array: expected shape " +
-                             std::string(py::str(py::cast(shape))) + ", got " +
-                             std::string(py::str(py::type::of(object))));
-    }
-    bool right = static_cast<std::size_t>(array.ndim()) == shape.size();
-    for (std::size_t d = 0; right && d < shape.size(); ++d)
-        right = array.shape(static_cast<py::ssize_t>(d)) == shape[d];
-    if (!right)
-        throw py::value_error("[" + map + "] returned the wrong shape: expected " +
-                              std::string(py::str(py::cast(shape))) + ", got " + shape_text(array));
-    return py::reinterpret_borrow<NumpyArray<T>>(array);
-}
-
-// Writes `array` into a view and zeros into the padding of its rows.
-template <class T>
-void fill(MatrixView<T> view, const NumpyArray<T>& array) {
-    const Index padded = round_up(view.cols, kLine<T>);
-    for (Index i = 0; i < view.rows; ++i) {
-        std::copy_n(array.data() + i * view.cols, view.cols, view.data + i * view.stride);
-        std::fill(view.data + i * view.stride + view.cols, view.data + i * view.stride + padded, T{0});
-    }
-}
-
-template <class T>
-class PythonLayer final : public ExternalLayer<T> {
-   public:
-    explicit PythonLayer(py::object layer)
-        : layer_(std::move(layer)), name_(py::str(py::type::of(layer_).attr("__name__"))) {
-        if (!py::hasattr(layer_, "params")) return;
-        const py::dict params = layer_.attr("params");
-        for (const auto& item : params) {
-            const auto array = py::array_t<T, py::array::c_style | py::array::forcecast>::ensure(item.second);
-            if (!array) throw py::error_already_set();
-            NumpyArray<T> own(std::vector<Index>(array.shape(), array.shape() + array.ndim()));
-            std::copy_n(array.data(), array.size(), own.mutable_data());
-            arrays_.emplace_back(py::str(item.first), own);
-        }
-        for (const auto& [name, array] : arrays_) params[py::str(name)] = array;
-    }
-    std::vector<typename ExternalLayer<T>::Parameter> parameters() override {
-        std::vector<typename ExternalLayer<T>::Parameter> list;
-        for (const auto& [name, array] : arrays_)
-            list.push_back({name, std::vector<Index>(array.shape(), array.shape() + array.ndim()), array.size()});
-        return list;
-    }
-    void bind(T* const* storage) override {
-        for (std::size_t i = 0; i < arrays_.size(); ++i) {
-            storage_.push_back(storage[i]);
-            std::copy_n(arrays_[i].second.data(), arrays_[i].second.size(), storage[i]);
-        }
-    }
-    // The arrays are Python's own, not windows into the engine: nobody can be left with a dangling one.
-    void publish() override {
-        for (std::size_t i = 0; i < arrays_.size(); ++i)
-            std::copy_n(storage_[i], arrays_[i].second.size(),
-                        static_cast<T*>(const_cast<void*>(arrays_[i].second.request().ptr)));
-    }
-    void forward(MatrixView<const T> x, MatrixView<T> y) override {
-        const Locked lock;
-        publish();
-        fill(y, returned<T>(layer_.attr("forward")(copy_of(x)), name_ + ".forward", {y.rows, y.cols}));
-    }
-    void vjp(MatrixView<const T> x, MatrixView<const T> y, MatrixView<const T> dy, MatrixView<T> dx,
-             T* const* gradients) override {
-        const Locked lock;
-        py::object result = layer_.attr("vjp")(copy_of(x), copy_of(y), copy_of(dy));
-        py::object dx_result = result;
-        if (!arrays_.empty()) {
-            if (!py::isinstance<py::tuple>(result) || py::len(result) != 2)
-                throw py::value_error(
-                    "[" + name_ +
-                    ".vjp] a layer with params returns two things: expected (dx, {name: gradient}), got " +
-                    std::string(py::str(py::type::of(result))));
-            dx_result = result[py::int_(0)];
-            const py::object given = result[py::int_(1)];
-            for (std::size_t i = 0; i < arrays_.size(); ++i) {
-                const auto& [name, array] = arrays_[i];
-                if (!given.contains(name))
-                    throw py::value_error("[" + name_ + ".vjp] a gradient is missing: expected one for '" + name +
-                                          "', got " + std::string(py::str(given.attr("keys")())));
-                const auto gradient = returned<T>(given[py::str(name)], name_ + ".vjp: gradient of " + name,
-                                                  std::vector<Index>(array.shape(), array.shape() + array.ndim()));
-                std::copy_n(gradient.data(), gradient.size(), gradients[i]);
-            }
-        }
-        fill(dx, returned<T>(dx_result, name_ + ".vjp", {dx.rows, dx.cols}));
-    }
-
-   private:
-    py::object layer_;
-    std::string name_;
-    std::vector<std::pair<std::string, NumpyArray<T>>> arrays_;
-    std::vector<T*> storage_;
-};
-
-template <class T>
-class PythonLoss final : public ExternalLoss<T> {
-   public:
-    explicit PythonLoss(py::object function) : function_(std::move(function)) {}
-    double value_grad(MatrixView<const T> f, const Targets<T>& y, Index target_cols, const T* weight, T scale,
-                      MatrixView<T> df) override {
-        const Locked lock;
-        py::object targets;
-        if (y.labels) {
-            NumpyArray<std::int64_t> labels(f.rows);
-            std::copy_n(y.labels, f.rows, labels.mutable_data());
-            targets = labels;
-        } else {
-            targets = copy_of(MatrixView<const T>{y.values, f.rows, target_cols, y.stride});
-        }
-        const py::object result = function_(copy_of(f), targets);
-        if (!py::isinstance<py::tuple>(result) || py::len(result) != 2)
-            throw py::value_error("[loss] a loss returns two things: expected (value, dL/df), got " +
-                                  std::string(py::str(py::type::of(result))));
-        fill(df, returned<T>(result[py::int_(1)], "loss: dL/df", {f.rows, f.cols}));
-        const auto value = py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(result[py::int_(0)]);
-        if (!value) throw py::error_already_set();
-        if (value.ndim() == 0) {
-            if (weight)
-                throw py::value_error(
-                    "[loss] sample weights need the loss of each example: expected a value of shape (B,), got a "
-                    "number");
-            return *value.data();
-        }
-        if (value.ndim() != 1 || value.shape(0) != f.rows)
-            throw py::value_error("[loss] value is a number or one per example: expected shape () or (" +
-                                  std::to_string(f.rows) + ",), got " + shape_text(value));
-        double total = 0;
-        for (Index i = 0; i < f.rows; ++i) {
-            const T factor = (weight ? weight[i] : T{1}) * scale;
-            total += static_cast<double>(factor) * value.data()[i];
-            for (Index j = 0; j < f.cols; ++j) df.data[i * df.stride + j] *= factor;
-        }
-        return total;
-    }
-
-   private:
-    py::object function_;
-};
-
-struct LossSpec {
-    LossOp op;
-    double param;
-    bool mean;
-    py::object function;  // None for the built-in ones
-
-    template <class T>
-    Loss<T> build() const {
-        std::shared_ptr<ExternalLoss<T>> external;
-        if (!function.is_none()) external = std::make_shared<PythonLoss<T>>(function);
-        return {op, param, mean, external};
-    }
-};
-
-LossSpec make_loss(const std::string& name, double param, const std::string& reduction, const py::object& function) {
-    if (reduction != "mean" && reduction != "sum")
-        throw py::value_error("[loss] unknown reduction: expected 'mean' or 'sum', got '" + reduction + "'");
-    const LossOp op = name == "external" ? LossOp::mse : lookup<LossOp>(loss_names, name, "loss");
-    return {op, param, reduction == "mean", function};
 }
 
 // ---- single kernels, for tests and benchmarks -----------------------------------------------------------------------
@@ -245,6 +49,23 @@ py::object op_derivative(bool reverse, const std::string& name, const py::object
         const auto& table = reverse ? kernels<T>().vjp : kernels<T>().jvp;
         table[static_cast<int>(op)](in.rows, in.cols, in.data(), in.stride, kept.data(), kept.stride, out.data(),
                                     out.stride, static_cast<T>(param));
+        return out.numpy();
+    });
+}
+
+// The map of second order that stands for both: of vjp (v = c, dv = dc), or of jvp (v = dx, dv = ddx).
+py::object op_second(bool reverse, const std::string& name, const py::object& v, const py::object& dx,
+                     const py::object& dv, const py::object& saved, double param) {
+    const Op op = lookup<Op>(op_names, name, "op");
+    return with_real_type(v, [&](auto zero) -> py::object {
+        using T = decltype(zero);
+        const Padded<T> given(require<T>(v, reverse ? "c" : "dx", 2)), out(given.rows, given.cols);
+        const std::vector<Index> shape = {given.rows, given.cols};
+        const Padded<T> moved(require_shape<T>(dx, "dx", shape)), kept(require_shape<T>(saved, "saved", shape));
+        const Padded<T> next(require_shape<T>(dv, reverse ? "dc" : "ddx", shape));
+        const auto& table = reverse ? kernels<T>().vjp_jvp : kernels<T>().jvp_jvp;
+        table[static_cast<int>(op)](given.view(), moved.view(), next.view(), kept.view(), out.target(),
+                                    static_cast<T>(param));
         return out.numpy();
     });
 }
@@ -285,6 +106,27 @@ py::object loss_kernel(const std::string& name, const py::object& f, const py::o
     });
 }
 
+py::object loss_hvp(const std::string& name, const py::object& f, const py::object& y, const py::object& t,
+                    const py::object& weight, double param, const std::string& reduction) {
+    const LossSpec spec = make_loss(name, param, reduction, py::none());
+    return with_real_type(f, [&](auto zero) -> py::object {
+        using T = decltype(zero);
+        const Padded<T> at(require<T>(f, "f", 2)), out(at.rows, at.cols);
+        const Padded<T> along(require_shape<T>(t, "t", {at.rows, at.cols}));
+        const bool labelled = py::isinstance<py::array_t<std::int64_t>>(y);
+        const Padded<T> values = labelled ? Padded<T>(at.rows, 0) : Padded<T>(require<T>(y, "y", 2));
+        const auto labels = labelled ? require_shape<std::int64_t>(y, "y", {at.rows}) : NumpyArray<std::int64_t>(0);
+        const auto w = weight.is_none() ? NumpyArray<T>(0) : require_shape<T>(weight, "weight", {at.rows});
+        double total = static_cast<double>(at.rows);
+        if (!weight.is_none()) total = std::accumulate(w.data(), w.data() + at.rows, 0.0);
+        const Targets<T> targets = {labelled ? labels.data() : nullptr, values.data(), values.stride};
+        kernels<T>().loss_hvp[static_cast<int>(spec.op)](at.view(), targets, weight.is_none() ? nullptr : w.data(),
+                                                         static_cast<T>(spec.mean ? 1 / total : 1.0), along.view(),
+                                                         out.target(), static_cast<T>(param));
+        return out.numpy();
+    });
+}
+
 // "nn": a b + bias, as the forward pass of a linear layer with weights bᵀ. "tn": aᵀ b, as its weight gradient.
 py::object gemm(const std::string& form, const py::object& a, const py::object& b, const py::object& bias) {
     if (form != "nn" && form != "tn")
@@ -304,7 +146,7 @@ py::object gemm(const std::string& form, const py::object& a, const py::object& 
                 const Index width = round_up(std::min(cols - column, kPanel<T>), kLine<T>);
                 const Array<T> tile(rows * width), packed(kDepth * width);
                 kernels<T>().linear_vjp_weight(depth, rows, width, x.data(), x.stride, dz.data() + column, dz.stride,
-                                               packed.data(), tile.data());
+                                               packed.data(), tile.data(), false);
                 copy_rows(rows, std::min(cols - column, width), tile.data(), width, c.data() + column, c.stride);
             }
             return c.numpy();
@@ -332,13 +174,6 @@ py::object random_numbers(Index n, F next) {
 }
 
 // ---- networks -------------------------------------------------------------------------------------------------------
-
-template <class T>
-struct PyNetwork {
-    explicit PyNetwork(std::vector<Layer<T>> layers) : net(std::move(layers)) {}
-    Network<T> net;
-    std::atomic<bool> training{false};
-};
 
 // One training at a time: a second thread, or a callback, that trains the same network is told so.
 template <class T>
@@ -400,63 +235,6 @@ std::unique_ptr<PyNetwork<T>> make_network(const std::vector<LayerRow>& rows, bo
                                   std::to_string(layers.back().inputs));
     }
     return std::make_unique<PyNetwork<T>>(std::move(layers));
-}
-
-// Arrays of a data set, held as long as it is used.
-template <class T>
-struct Data {
-    Data(const Network<T>& net, const py::object& X, const py::object& y, const py::object& weight)
-        : x(require<T>(X, "X", 2)) {
-        const Index rows = x.shape(0);
-        require_shape<T>(X, "X", {rows, net.inputs()});
-        view = {rows, x.data(), nullptr, nullptr, 0, nullptr};
-        if (py::isinstance<py::array_t<std::int64_t>>(y)) {
-            const auto given = require_shape<std::int64_t>(y, "y", {rows});
-            labels = NumpyArray<std::int64_t>(rows);  // a copy: they are indices, and the caller can still write to his
-            std::copy_n(given.data(), rows, labels.mutable_data());
-            for (Index i = 0; i < rows; ++i)
-                if (labels.data()[i] < 0 || labels.data()[i] >= net.outputs())
-                    throw py::value_error("[_core] labels out of range: expected 0 to " +
-                                          std::to_string(net.outputs() - 1) + ", got " +
-                                          std::to_string(labels.data()[i]) + " in row " + std::to_string(i));
-            view.labels = labels.data();
-        } else {
-            values = require<T>(y, "y", 2);
-            view.target_cols = values.shape(1);
-            require_shape<T>(y, "y", {rows, view.target_cols});
-            if (view.target_cols == 0) throw py::value_error("[_core] y has no columns: expected at least 1, got 0");
-            view.y = values.data();
-        }
-        if (!weight.is_none()) {
-            weights = require_shape<T>(weight, "weight", {rows});
-            view.weight = weights.data();
-        }
-    }
-    void suits(const Network<T>& net, const Loss<T>& loss) const {
-        if (loss.external) return;
-        const bool wants_labels = loss.op == LossOp::cross_entropy;
-        if (view.labels && !wants_labels)
-            throw py::value_error(
-                "[_core] this loss takes real targets: expected y of the network's dtype, got labels");
-        const Index cols = loss.op == LossOp::gaussian_nll ? 2 * view.target_cols : view.target_cols;
-        if (!view.labels && (cols != net.outputs()))
-            throw py::value_error("[_core] y does not fit the network: expected " + std::to_string(net.outputs()) +
-                                  " outputs' targets, got " + std::to_string(view.target_cols) + " columns");
-    }
-    NumpyArray<T> x, values, weights;
-    NumpyArray<std::int64_t> labels;
-    Dataset<T> view;
-};
-
-template <class T>
-py::list unpack(const Network<T>& net, const T* flat) {
-    py::list arrays;
-    for (const Parameter& parameter : net.parameters()) {
-        NumpyArray<T> array(parameter.shape);
-        net.read(parameter, flat, array.mutable_data());
-        arrays.append(array);
-    }
-    return arrays;
 }
 
 template <class T>
@@ -630,7 +408,9 @@ class PyTrainer {
         const TrainingLock<T> lock(network_);
         if (!lock.held()) return py::none();
         Dataset<T> batch = {x.shape(0), x.data(), nullptr, nullptr, data_.view.target_cols, nullptr};
-        if (!(data_.view.labels ? labels_as_they_are(y, batch) : values_as_they_are(y, batch))) return py::none();
+        const bool fit = data_.view.labels ? labels_as_they_are(y, net.outputs(), labels_, batch)
+                                           : values_as_they_are(y, loss_.op != LossOp::cross_entropy, domain, batch);
+        if (!fit) return py::none();
         double loss;
         {
             const Unlocked unlocked(3 * net.multiplies_per_row() * static_cast<double>(batch.rows));
@@ -642,33 +422,6 @@ class PyTrainer {
     std::pair<double, double> domain{1, 0};  // where step_as_is takes targets: nowhere, until Python says so
 
    private:
-    bool values_as_they_are(const py::object& y, Dataset<T>& batch) const {
-        if (!fits<T>(y)) return false;
-        const auto given = py::reinterpret_borrow<NumpyArray<T>>(y);
-        const bool column = given.ndim() == 1 && batch.target_cols == 1 && loss_.op != LossOp::cross_entropy;
-        const bool matrix = given.ndim() == 2 && given.shape(1) == batch.target_cols;
-        if (!(column || matrix) || given.shape(0) != batch.rows) return false;
-        batch.y = given.data();
-        return all_finite(batch.y, given.size()) && in_domain(batch.y, batch.y + given.size());
-    }
-    bool in_domain(const T* begin, const T* end) const {
-        constexpr double infinity = std::numeric_limits<double>::infinity();
-        if (domain.first == -infinity && domain.second == infinity) return true;
-        return std::all_of(begin, end,
-                           [this](double value) { return domain.first <= value && value <= domain.second; });
-    }
-    bool labels_as_they_are(const py::object& y, Dataset<T>& batch) {
-        if (!fits<std::int64_t>(y)) return false;
-        const auto given = py::reinterpret_borrow<NumpyArray<std::int64_t>>(y);
-        if (given.ndim() != 1 || given.shape(0) != batch.rows) return false;
-        if (labels_.size() < batch.rows) labels_ = Array<std::int64_t>(batch.rows);
-        // A copy, as in Data: they are indices, and the caller can still write to his.
-        std::copy_n(given.data(), batch.rows, labels_.data());
-        batch.labels = labels_.data();
-        return std::all_of(batch.labels, batch.labels + batch.rows,
-                           [&](std::int64_t label) { return label >= 0 && label < network_.net.outputs(); });
-    }
-
     // Shows users' layers their parameters when training ends, however it ends.
     struct Published {
         explicit Published(PyNetwork<T>& n) : network(n) {}
@@ -697,8 +450,10 @@ void bind_network(py::module_& m, const std::string& bits) {
     py::class_<Array<T>>(m, ("Snapshot" + bits).c_str(), "The parameters of a network at one time.",
                          py::buffer_protocol())
         .def_buffer([](const Array<T>& self) { return py::buffer_info(self.data(), self.size(), true); });
-    py::class_<Net>(m, ("Network" + bits).c_str(), "A chain of layers with its parameters; see chainrule.Sequential.")
-        .def(py::init(&make_network<T>), py::arg("layers"), py::arg("bfloat16") = false)
+    py::class_<Net> network(m, ("Network" + bits).c_str(),
+                            "A chain of layers with its parameters; see chainrule.Sequential.");
+    bind_calculus<T>(network);
+    network.def(py::init(&make_network<T>), py::arg("layers"), py::arg("bfloat16") = false)
         .def_property_readonly("parameters",
                                [](const Net& self) {
                                    py::list rows;
@@ -824,6 +579,18 @@ void bind_kernels(py::module_& m) {
             return op_derivative(false, name, dx, saved, param);
         },
         py::arg("name"), py::arg("dx"), py::arg("saved"), py::arg("param"));
+    m.def(
+        "op_vjp_jvp",
+        [](const std::string& name, const py::object& c, const py::object& dx, const py::object& dc,
+           const py::object& saved, double param) { return op_second(true, name, c, dx, dc, saved, param); },
+        py::arg("name"), py::arg("c"), py::arg("dx"), py::arg("dc"), py::arg("saved"), py::arg("param"));
+    m.def(
+        "op_jvp_jvp",
+        [](const std::string& name, const py::object& dx, const py::object& ddx, const py::object& saved,
+           double param) { return op_second(false, name, dx, dx, ddx, saved, param); },
+        py::arg("name"), py::arg("dx"), py::arg("ddx"), py::arg("saved"), py::arg("param"));
+    m.def("loss_hvp", &loss_hvp, py::arg("name"), py::arg("f"), py::arg("y"), py::arg("t"), py::arg("weight"),
+          py::arg("param"), py::arg("reduction"));
     m.def("dropout", &dropout, py::arg("x"), py::arg("p"), py::arg("seed"), py::arg("layer"), py::arg("step"));
     m.def("loss", &loss_kernel, py::arg("name"), py::arg("f"), py::arg("y"), py::arg("weight"), py::arg("param"),
           py::arg("reduction"));

@@ -152,13 +152,16 @@ bool all_finite(const T* values, Index size) {
 
 // A new array. Not by py::array_t's constructor, which spends 0.2 µs on vectors of sizes and strides.
 template <class T>
-NumpyArray<T> new_array(std::initializer_list<py::ssize_t> shape) {
+NumpyArray<T> new_array(const py::ssize_t* shape, std::size_t dims) {
     const auto& numpy = py::detail::npy_api::get();
-    PyObject* array =
-        numpy.PyArray_NewFromDescr_(numpy.PyArray_Type_, numpy.PyArray_DescrFromType_(kTypeNumber<T>),
-                                    static_cast<int>(shape.size()), shape.begin(), nullptr, nullptr, 0, nullptr);
+    PyObject* array = numpy.PyArray_NewFromDescr_(numpy.PyArray_Type_, numpy.PyArray_DescrFromType_(kTypeNumber<T>),
+                                                  static_cast<int>(dims), shape, nullptr, nullptr, 0, nullptr);
     if (array == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<NumpyArray<T>>(array);
+}
+template <class T>
+NumpyArray<T> new_array(std::initializer_list<py::ssize_t> shape) {
+    return new_array<T>(shape.begin(), shape.size());
 }
 
 template <class T>
@@ -182,6 +185,8 @@ struct Padded {
         return array;
     }
     T* data() const { return memory.data(); }
+    MatrixView<const T> view() const { return {data(), rows, cols, stride}; }
+    MatrixView<T> target() const { return {data(), rows, cols, stride}; }
     Index rows, cols, stride;
     Array<T> memory;
 };

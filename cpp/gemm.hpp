@@ -122,31 +122,32 @@ CHAINRULE_INLINE void block(Index rows, Index width, Index depth, Operand<E> a, 
 
 // The terms k .. k + depth, one block, of C (rows x cols) = A B + bias, B in panels of kPanel columns: panel p begins at
 // p * kPanel * b_rows and its rows are as wide as its columns rounded up to a cache line. `bias` is laid out like B,
-// with bias_rows rows, of which the last is taken; or null. `a` begins at term k.
+// with bias_rows rows, of which the last is taken; or null. `a` begins at term k. Term 0 starts C anew unless `add`.
 template <class T, class E>
 void multiply_block(Index rows, Index cols, Index k, Index depth, Operand<E> a, const E* b, Index b_rows, const T* bias,
-                    Index bias_rows, T* c, Index c_stride) {
+                    Index bias_rows, T* c, Index c_stride, bool add = false) {
     for (Index j = 0; j < cols; j += kPanel<T>) {
         const Index width = panel_width<T>(cols, j);
         const T* row = bias ? bias + j * bias_rows + (bias_rows - 1) * width : nullptr;
-        const Start start = k > 0 ? Start::add : (bias ? Start::row : Start::zero);
+        const Start start = k > 0 || add ? Start::add : (bias ? Start::row : Start::zero);
         block<false>(rows, width, depth, a, b + j * b_rows + k * width, width, c + j, c_stride, start, row);
     }
 }
 
 template <class T>
-void multiply_panels(Index rows, Index cols, Index depth, Operand<T> a, const T* b, Index b_rows, bool bias, T* c,
+void multiply_panels(Index rows, Index cols, Index depth, Operand<T> a, const T* b, Index b_rows, Start start, T* c,
                      Index c_stride) {
     for (Index k = 0; k == 0 || k < depth; k += kBlock<T>)
         multiply_block(rows, cols, k, depth - k < kBlock<T> ? depth - k : kBlock<T>, Operand<T>{a.data + k, a.stride},
-                       b, b_rows, bias ? b : nullptr, b_rows, c, c_stride);
+                       b, b_rows, start == Start::row ? b : nullptr, b_rows, c, c_stride, start == Start::add);
 }
 
 // C (rows x width) = Aᵀ B: A given by columns (its row k holds the k-th terms), width at most a panel. B is strided; where
 // it is deep, each block of it is packed first, because all tiles of C read it again (`packed`: kDepth * kPanel elements).
+// With `add` the product is added to C; a C summed so in pieces of whole blocks has the bits of one sum.
 template <class T>
 void multiply_transposed(Index rows, Index width, Index depth, Operand<T> a, const T* b, Index b_stride, T* packed,
-                         T* c, Index c_stride) {
+                         T* c, Index c_stride, bool add) {
     const bool pack = depth > kDepth;
     for (Index k = 0; k == 0 || k < depth; k += kDepth) {
         const Index count = depth - k < kDepth ? depth - k : kDepth;
@@ -154,7 +155,7 @@ void multiply_transposed(Index rows, Index width, Index depth, Operand<T> a, con
         for (Index i = 0; pack && i < count; ++i)
             for (Index j = 0; j < width; j += kWidth<T>) store(packed + i * width + j, load(bk + i * b_stride + j));
         block<true>(rows, width, count, Operand<T>{a.data + k * a.stride, a.stride}, pack ? packed : bk,
-                    pack ? width : b_stride, c, c_stride, k > 0 ? Start::add : Start::zero, b);
+                    pack ? width : b_stride, c, c_stride, k > 0 || add ? Start::add : Start::zero, b);
     }
 }
 
@@ -184,26 +185,63 @@ CHAINRULE_INLINE Vec<T> dot_rows(Index depth, const T* const (&a)[kWidth<T>], co
     return LineSum<T>::totals(sums);
 }
 
-// The rest of C's first cache line becomes zero.
+// The bias, where C starts with it, stands behind B. The rest of C's first cache line becomes zero unless C is added to.
 template <class T>
-void multiply_narrow(Index rows, Index cols, Index depth, Operand<T> a, const T* b, const T* bias, T* c,
-                     Index c_stride) {
+void multiply_narrow(Index rows, Index cols, Index depth, Operand<T> a, const T* b, Start start, T* c, Index c_stride) {
     constexpr int W = kWidth<T>;
+    const T* bias = start == Start::row ? b + cols * round_up(depth, kLine<T>) : nullptr;
     for (Index i = 0; i < rows; i += W) {
         const Index count = rows - i < W ? rows - i : W;
         const T* row[W];
         for (int r = 0; r < W; ++r) row[r] = a.data + (i + (r < count ? r : 0)) * a.stride;
-        for (Index r = 0; r < count; ++r)
+        for (Index r = 0; r < count && start != Start::add; ++r)
             for (Index j = 0; j < kLine<T>; j += W) store(c + (i + r) * c_stride + j, Vec<T>{});
         for (Index j = 0; j < cols; ++j) {
             alignas(kLineBytes) T total[W];
             store(total, dot_rows(depth, row, b, cols, j) + (bias ? bias[j] : T{0}));
-            for (Index r = 0; r < count; ++r) c[(i + r) * c_stride + j] = total[r];
+            for (Index r = 0; r < count; ++r) {
+                T& element = c[(i + r) * c_stride + j];
+                element = start == Start::add ? element + total[r] : total[r];
+            }
         }
     }
 }
 
-// ---- the transposed copy --------------------------------------------------------------------------------------------
+// C (rows x cols, not padded) = aᵀ b for single rows: the gradient of one example's weights.
+template <class T>
+void outer(Index rows, Index cols, const T* a, const T* b, T* c) {
+    for (Index i = 0; i < rows; ++i, c += cols) {
+        Index j = 0;
+        for (; j + kWidth<T> <= cols; j += kWidth<T>) store(c + j, (Vec<T>{} + a[i]) * load(b + j));
+        for (; j < cols; ++j) c[j] = a[i] * b[j];
+    }
+}
+
+// ---- transposition --------------------------------------------------------------------------------------------------
+
+// B = Aᵀ for A (rows x cols); not an element beyond is read or written.
+template <class T>
+void transpose(Index rows, Index cols, const T* a, Index a_stride, T* b, Index b_stride) {
+    constexpr Index W = kWidth<T>;
+    const auto by_element = [&](Index i, Index end, Index j) {
+        for (; i < end; ++i)
+            for (Index k = j; k < cols; ++k) b[k * b_stride + i] = a[i * a_stride + k];
+    };
+    Index i = 0;
+    for (; i + W <= rows; i += W) {
+        Index j = 0;
+        for (; j + W <= cols; j += W) {
+            Vec<T> square[W];
+#pragma GCC unroll 16
+            for (int r = 0; r < W; ++r) square[r] = load(a + (i + r) * a_stride + j);
+            transpose_square<T>(square);
+#pragma GCC unroll 16
+            for (int r = 0; r < W; ++r) store(b + (j + r) * b_stride + i, square[r]);
+        }
+        by_element(i, i + W, j);
+    }
+    by_element(i, rows, 0);
+}
 
 // Where column i of row 0 stands in panels of `rows` rows and `cols` columns, and the stride from one row to the next.
 template <class T>

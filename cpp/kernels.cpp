@@ -38,6 +38,12 @@ void run_loss(Index rows, Index cols, const T* f, Index f_stride, const Targets<
     Loss::run(rows, cols, f, f_stride, y, weight, scale, values, df, df_stride, param);
 }
 
+template <class Loss, class T>
+void run_hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale, MatrixView<const T> t,
+             MatrixView<T> out, T param) {
+    Loss::hvp(f, y, weight, scale, t, out, param);
+}
+
 template <class T>
 constexpr Kernels<T> table = {
     {
@@ -56,7 +62,21 @@ constexpr Kernels<T> table = {
 #include "ops/ops.def"
     },
     {
+#define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_second<type, T>,
+#define CHAINRULE_ROWWISE(name, type, saves) rowwise_vjp_jvp<type, T>,
+#include "ops/ops.def"
+    },
+    {
+#define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_second<type, T>,
+#define CHAINRULE_ROWWISE(name, type, saves) rowwise_jvp_jvp<type, T>,
+#include "ops/ops.def"
+    },
+    {
 #define CHAINRULE_LOSS(name, type) run_loss<type, T>,
+#include "ops/ops.def"
+    },
+    {
+#define CHAINRULE_LOSS(name, type) run_hvp<type, T>,
 #include "ops/ops.def"
     },
     {
@@ -65,9 +85,13 @@ constexpr Kernels<T> table = {
     },
     linear_forward<T>,
     linear_forward_narrow<T>,
+    linear_jvp<T>,
+    linear_jvp_narrow<T>,
     linear_vjp_input<T>,
     linear_vjp_weight<T>,
     linear_transpose<T>,
+    outer<T>,
+    transpose<T>,
     dropout<T>,
     penalize<T>,
     clip<T>,

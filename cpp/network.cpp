@@ -7,10 +7,6 @@
 #include "random.hpp"
 
 namespace chainrule {
-namespace {
-
-template <class T>
-using Kind = typename Layer<T>::Kind;
 
 Saves saves_of(Op op) {
     static constexpr Saves saves[] = {
@@ -20,6 +16,11 @@ Saves saves_of(Op op) {
     };
     return saves[static_cast<int>(op)];
 }
+
+namespace {
+
+template <class T>
+using Kind = typename Layer<T>::Kind;
 
 template <class T>
 Saves saves_of(const Layer<T>& layer) {
@@ -134,43 +135,66 @@ Network<T>::Network(std::vector<Layer<T>> layers) : layers_(std::move(layers)) {
     }
 }
 
-template <class T>
-T* Network<T>::locate(const Layer<T>& layer, T* flat, Index input_row, Index output) const {
-    if (layer.narrow()) {
-        if (input_row == layer.inputs) return flat + layer.bias_offset() + output;
-        const Index start = input_row / kPanel<T> * kPanel<T>, width = panel_width<T>(layer.inputs, start);
-        return flat + layer.offset + start * layer.outputs + output * width + (input_row - start);
-    }
-    const Index start = output / kPanel<T> * kPanel<T>, width = panel_width<T>(layer.outputs, start);
-    return flat + layer.offset + start * layer.weight_rows() + input_row * width + (output - start);
-}
+// A linear layer's weights: a narrow layer's master copy is W in panels; a wide one's Wᵀ, with the bias as its last row.
 
 template <class T>
 void Network<T>::read(const Parameter& parameter, const T* flat, T* to) const {
     const Layer<T>& layer = layers_[static_cast<std::size_t>(parameter.layer)];
-    T* from = const_cast<T*>(flat);
+    const T* from = flat + layer.offset;
+    const Index inputs = layer.inputs, outputs = layer.outputs;
+    const bool bias = parameter.shape.size() == 1;
     if (layer.kind == Kind<T>::external) {
         std::copy_n(flat + parameter.offset, parameter.size, to);
-    } else if (parameter.shape.size() == 1) {
-        for (Index o = 0; o < layer.outputs; ++o) to[o] = *locate(layer, from, layer.inputs, o);
+    } else if (layer.narrow()) {
+        bias ? void(std::copy_n(flat + layer.bias_offset(), outputs, to)) : from_panels(outputs, inputs, from, to);
     } else {
-        for (Index o = 0; o < layer.outputs; ++o)
-            for (Index i = 0; i < layer.inputs; ++i) to[o * layer.inputs + i] = *locate(layer, from, i, o);
+        for (Index start = 0; start < outputs; start += kPanel<T>) {
+            const Index width = panel_width<T>(outputs, start), columns = std::min(outputs - start, width);
+            const T* panel = from + start * layer.weight_rows();
+            if (bias)
+                std::copy_n(panel + inputs * width, columns, to + start);
+            else
+                kernels<T>().transpose(inputs, columns, panel, width, to + start * inputs, inputs);
+        }
+    }
+}
+
+template <class T>
+void Network<T>::pack(const Parameter& parameter, const T* from, T* flat) const {
+    const Layer<T>& layer = layers_[static_cast<std::size_t>(parameter.layer)];
+    T* to = flat + layer.offset;
+    const Index inputs = layer.inputs, outputs = layer.outputs;
+    const bool bias = parameter.shape.size() == 1;
+    if (layer.kind == Kind<T>::external) {
+        std::copy_n(from, parameter.size, flat + parameter.offset);
+    } else if (layer.narrow()) {
+        bias ? void(std::copy_n(from, outputs, flat + layer.bias_offset())) : to_panels(outputs, inputs, from, to);
+    } else {
+        for (Index start = 0; start < outputs; start += kPanel<T>) {
+            const Index width = panel_width<T>(outputs, start), columns = std::min(outputs - start, width);
+            T* panel = to + start * layer.weight_rows();
+            if (bias)
+                std::copy_n(from + start, columns, panel + inputs * width);
+            else
+                kernels<T>().transpose(columns, inputs, from + start * inputs, inputs, panel, width);
+        }
     }
 }
 
 template <class T>
 void Network<T>::write(const Parameter& parameter, const T* from) {
+    pack(parameter, from, theta());
     const Layer<T>& layer = layers_[static_cast<std::size_t>(parameter.layer)];
-    if (layer.kind == Kind<T>::external) {
-        std::copy_n(from, parameter.size, theta() + parameter.offset);
-    } else if (parameter.shape.size() == 1) {
-        for (Index o = 0; o < layer.outputs; ++o) *locate(layer, theta(), layer.inputs, o) = from[o];
-    } else {
-        for (Index o = 0; o < layer.outputs; ++o)
-            for (Index i = 0; i < layer.inputs; ++i) *locate(layer, theta(), i, o) = from[o * layer.inputs + i];
-        copy_weights(layer);
-    }
+    if (layer.kind == Kind<T>::linear && parameter.shape.size() == 2) copy_weights(layer);
+    count_change();
+}
+
+template <class T>
+void Network<T>::transpose_weights(const Layer<T>& layer, T* backward) const {
+    for (Index column = 0; column < layer.outputs; column += kPanel<T>)
+        kernels<T>().linear_transpose(layer.inputs, layer.outputs, 0, layer.inputs, column,
+                                      theta() + layer.offset + column * layer.weight_rows(),
+                                      panel_width<T>(layer.outputs, column), backward);
 }
 
 template <class T>
@@ -205,6 +229,7 @@ void Network<T>::restore(const Array<T>& snapshot) {
     std::copy_n(snapshot.data(), size(), theta());
     for (const Layer<T>& layer : layers_)
         if (layer.kind == Kind<T>::linear) copy_weights(layer);
+    count_change();
     publish();
 }
 
@@ -282,7 +307,7 @@ void Network<T>::backward(const Activations<T>& a, Index to, Index from, Index b
                                              a.pairs(begin));
         } else if (layer.kind == Kind<T>::linear) {
             k.linear_vjp_input(dx.rows, layer.inputs, layer.outputs, dy.data, dy.stride, backward_weights(layer),
-                               dx.data, dx.stride);
+                               dx.data, dx.stride, false);
         } else if (layer.kind == Kind<T>::op) {
             const MatrixView<T> saved = rows_of(a.phi(saves_of(layer.op) == Saves::input ? l : l + 1), begin, end);
             k.vjp[static_cast<int>(layer.op)](dx.rows, dx.cols, dy.data, dy.stride, saved.data, saved.stride, dx.data,

@@ -56,6 +56,20 @@ class ExternalLayer {
     virtual void forward(MatrixView<const T> x, MatrixView<T> y) = 0;
     virtual void vjp(MatrixView<const T> x, MatrixView<const T> y, MatrixView<const T> dy, MatrixView<T> dx,
                      T* const* gradients) = 0;
+
+    // The rest is for derivatives that no training step needs; see calculus.hpp. A tangent without data is 0.
+    struct Tangent {
+        MatrixView<const T> x;
+        T* const* parameters;  // null: 0
+    };
+    // The tangent of forward.
+    virtual void jvp(MatrixView<const T> x, MatrixView<const T> y, const Tangent& dot, MatrixView<T> dy) = 0;
+    // The tangent of vjp, whose c has the tangent dc: that of c J, and those of the gradients.
+    virtual void vjp_jvp(MatrixView<const T> x, MatrixView<const T> y, MatrixView<const T> c, MatrixView<const T> dc,
+                         const Tangent& dot, MatrixView<T> out, T* const* gradients) = 0;
+    // The tangent of J dx along dx, whose own tangent is ddx.
+    virtual void jvp_jvp(MatrixView<const T> x, MatrixView<const T> y, MatrixView<const T> dx, MatrixView<const T> ddx,
+                         MatrixView<T> out) = 0;
 };
 
 template <class T>
@@ -79,6 +93,8 @@ struct Layer {
     Index weight_rows() const { return inputs + bias; }
     Index bias_offset() const { return offset + outputs * round_up(inputs, kLine<T>); }  // of a narrow layer
 };
+
+Saves saves_of(Op op);
 
 // One entry of the state dict.
 struct Parameter {
@@ -140,6 +156,20 @@ void copy_rows(Index rows, Index cols, const T* from, Index from_stride, T* to, 
     for (Index i = 0; i < rows; ++i) std::copy_n(from + i * from_stride, cols, to + i * to_stride);
 }
 
+// Row-major (rows x cols) from or into panels of kPanel columns; see multiply_panels.
+template <class T>
+void to_panels(Index rows, Index cols, const T* from, T* panels) {
+    for (Index start = 0; start < cols; start += kPanel<T>)
+        copy_rows(rows, std::min(cols - start, kPanel<T>), from + start, cols, panels + start * rows,
+                  panel_width<T>(cols, start));
+}
+template <class T>
+void from_panels(Index rows, Index cols, const T* panels, T* to) {
+    for (Index start = 0; start < cols; start += kPanel<T>)
+        copy_rows(rows, std::min(cols - start, kPanel<T>), panels + start * rows, panel_width<T>(cols, start),
+                  to + start, cols);
+}
+
 template <class T>
 class Network {
    public:
@@ -160,11 +190,17 @@ class Network {
     T* backward_weights(const Layer<T>& layer) const {
         return layer.narrow() ? theta() + layer.offset : backward_.data() + layer.backward_offset;
     }
+    // The same of a wide layer that has none, because training needs no cotangent there: into (outputs x inputs) panels.
+    void transpose_weights(const Layer<T>& layer, T* backward) const;
+    // Goes up whenever parameters change, so that whoever keeps something made from them knows when it is out of date.
+    std::uint64_t changes() const { return changes_.load(std::memory_order_acquire); }
+    void count_change() { changes_.fetch_add(1, std::memory_order_release); }
     // After rows [first, first + count) of the panel at `column` of a master copy changed: the copies made from them.
     void copy_tile(const Layer<T>& layer, Index first, Index count, Index column) const;
 
-    // Plain row-major copies of one parameter, out of and into a buffer laid out like theta.
+    // Plain row-major copies of one parameter, out of and into a buffer laid out like theta; `write` into theta itself.
     void read(const Parameter& parameter, const T* flat, T* to) const;
+    void pack(const Parameter& parameter, const T* from, T* flat) const;
     void write(const Parameter& parameter, const T* from);
     Array<T> snapshot() const;
     void restore(const Array<T>& snapshot);
@@ -197,13 +233,13 @@ class Network {
     bool has_external_ = false;
     double multiplies_ = 0;
     Index first_cotangent_ = 0;
+    std::atomic<std::uint64_t> changes_{0};
     // Few rows are predicted in here, so that it costs no allocation; one caller at a time has it.
     mutable std::atomic<bool> scratch_taken_{false};
     mutable Activations<T> scratch_;
 
     class Scratch;
     void predict_blocks(const Activations<T>& a, Index first, Index end, const T* x, T* f) const;
-    T* locate(const Layer<T>& layer, T* flat, Index input_row, Index output) const;
     void copy_weights(const Layer<T>& layer) const;
     Index next_external(Index layer) const;
 };

@@ -13,16 +13,6 @@ namespace {
 template <class T>
 using Kind = typename Layer<T>::Kind;
 
-// Input rows of a gradient tile, whole vectors for the transposed copy. Usually 8 register tiles, which with 64 columns fit
-// the first-level cache, where the update rule finds them. Small networks: fewer, so that there are enough tiles to share
-// out evenly. Batches of several blocks of kDepth: as many as let their part of X stay in the shared cache while all
-// columns are visited, so that packing dZ pays (2048 x 2048, batch 2048, one core: 67 to 88 % of peak). The number of
-// threads has no say: sums over tiles (penalties, the norm of the gradient) would depend on it.
-Index tile_inputs(Index batch, Index parameters) {
-    constexpr Index small_network = 1 << 16;
-    return batch > kDepth ? 384 : (parameters > small_network ? 48 : 16);
-}
-
 // What the update rule costs for one weight, in multiplications: square root and division are slow.
 constexpr double kUpdateCost = 20;
 
@@ -64,15 +54,15 @@ Step<T>::Step(Network<T>& net, const Loss<T>& loss, Index rows, Index target_col
     : net_(&net),
       loss_(loss),
       activations_(net.layers(), rows, true),
-      tile_inputs_(tile_inputs(rows, net.size())),
+      tiles_(net, rows),
       target_cols_(target_cols),
       target_stride_(padded_stride<T>(target_cols)),
       targets_(rows * target_stride_),
       weights_(rows),
       values_(rows),
-      labels_(rows) {
-    plan();
-}
+      labels_(rows),
+      penalties_(tiles_.count()),
+      squares_(tiles_.count()) {}
 
 template <class T>
 void Step<T>::weigh(const Dataset<T>& data, const std::int64_t* order) {
@@ -156,121 +146,47 @@ double Step<T>::sweep(const Dataset<T>& data, const std::int64_t* order, Index r
 
 // ---- phase 2 --------------------------------------------------------------------------------------------------------
 
-template <class T>
-void Step<T>::plan() {
-    for (Index l = 0; l < net_->depth(); ++l) {
-        const Layer<T>& layer = net_->layers()[static_cast<std::size_t>(l)];
-        if (layer.kind == Kind<T>::external && layer.size > 0)
-            units_.push_back({Unit::Kind::external, l, 0, 1, 0, layer.size, layer.offset});
-        has_bfloat16_ |= layer.bfloat16;
-        if (layer.kind == Kind<T>::linear) layer.narrow() ? plan_narrow(l, layer) : plan_wide(l, layer);
-    }
-    for (const Unit& unit : units_) {
-        middles_.push_back(work_ + static_cast<double>(unit.size()) / 2);
-        work_ += static_cast<double>(unit.size());
-    }
-    penalties_.resize(units_.size());
-    squares_.resize(units_.size());
-}
-
-template <class T>
-void Step<T>::plan_wide(Index l, const Layer<T>& layer) {
-    for (Index first = 0; first < layer.weight_rows(); first += tile_inputs_)
-        for (Index column = 0; column < layer.outputs; column += kPanel<T>) {
-            const Index width = panel_width<T>(layer.outputs, column);
-            units_.push_back({Unit::Kind::wide, l, column, width, first,
-                              std::min(layer.weight_rows() - first, tile_inputs_),
-                              layer.offset + column * layer.weight_rows() + first * width});
-        }
-}
-
-template <class T>
-void Step<T>::plan_narrow(Index l, const Layer<T>& layer) {
-    for (Index column = 0; column < layer.inputs; column += kPanel<T>)
-        units_.push_back({Unit::Kind::narrow, l, column, panel_width<T>(layer.inputs, column), 0, layer.outputs,
-                          layer.offset + column * layer.outputs});
-    if (layer.bias) units_.push_back({Unit::Kind::wide, l, 0, kLine<T>, layer.inputs, 1, layer.bias_offset()});
-}
-
-// f(unit, its number, its thread's scratch) for every unit, on several threads where it pays; each thread takes a run of
-// neighbours with its share of the work.
+// f(tile, its number, its thread's scratch) for every tile.
 template <class T>
 template <class F>
-void Step<T>::over_units(F f) {
-    if (units_.empty()) return;
-    const int parts = parts_for(work_ * (static_cast<double>(rows_) + kUpdateCost));
-    const Index tile_size = tile_inputs_ * kPanel<T>, size = tile_size + kDepth * kPanel<T>;
-    const Index x_pairs = has_bfloat16_ ? tile_inputs_ * ((capacity() + 1) / 2) : 0;
-    const Index pairs = has_bfloat16_ ? x_pairs + kDepth / 2 * kPanel<T> : 0;
-    if (tiles_.size() < parts * size) tiles_ = Array<T>(parts * size);
-    if (pairs_.size() < parts * pairs) pairs_ = Array<Pair>(parts * pairs);
-    parallel(parts, [&](int part, int count) {
-        T* const tile = tiles_.data() + part * size;
-        Pair* const x = pairs_.data() + part * pairs;
-        Scratch scratch = {tile, tile + tile_size, x, x + x_pairs, nullptr};
-        const auto start_of = [&](int p) {
-            return std::lower_bound(middles_.begin(), middles_.end(), work_ * p / count) - middles_.begin();
-        };
-        for (Index u = start_of(part), end = start_of(part + 1); u < end; ++u)
-            f(units_[static_cast<std::size_t>(u)], static_cast<std::size_t>(u), scratch);
-    });
+void Step<T>::over_tiles(F f) {
+    tiles_.over(static_cast<double>(rows_) + kUpdateCost, f);
 }
 
 template <class T>
-void Step<T>::differentiate(const Unit& unit, Scratch& scratch, T* tile) const {
-    if (unit.kind == Unit::Kind::external) return;  // it wrote its gradient itself
-    const MatrixView<T> x = activations_.phi(unit.layer), dz = activations_.dphi(unit.layer + 1);
-    if constexpr (std::is_same_v<T, float>)
-        if (net_->layers()[static_cast<std::size_t>(unit.layer)].bfloat16)
-            return differentiate_paired(unit, x, dz, scratch, tile);
-    const bool narrow = unit.kind == Unit::Kind::narrow;
-    const MatrixView<T>&across = narrow ? dz : x, &along = narrow ? x : dz;
-    kernels<T>().linear_vjp_weight(rows_, unit.count, unit.width, across.data + unit.first, across.stride,
-                                   along.data + unit.column, along.stride, scratch.packed, tile);
-    if (narrow)  // the padding of X may hold anything, that of the weights stays zero
-        for (Index o = 0; o < unit.count; ++o)
-            for (Index j = x.cols - unit.column; j < unit.width; ++j) tile[o * unit.width + j] = 0;
-}
-
-// Units of the same rows of W follow each other and share the pairs of X.
-template <class T>
-void Step<T>::differentiate_paired(const Unit& unit, MatrixView<float> x, MatrixView<float> dz, Scratch& scratch,
-                                   float* tile) const {
-    const Index x_stride = round_up(unit.count, kLine<float>);
-    const Unit* shared = scratch.paired_for;
-    if (shared == nullptr || shared->layer != unit.layer || shared->first != unit.first)
-        bfloat16_kernels().pair_rows(rows_, x_stride, x.data + unit.first, x.stride, scratch.x_pairs, x_stride);
-    scratch.paired_for = &unit;
-    bfloat16_kernels().vjp_weight(rows_, unit.count, unit.width, scratch.x_pairs, x_stride, dz.data + unit.column,
-                                  dz.stride, scratch.packed_pairs, tile);
+void Step<T>::differentiate(const Tile& tile, Scratch& scratch, T* gradient) const {
+    if (tile.kind == Tile::Kind::external) return;  // it wrote its gradient itself
+    tiles_.differentiate(tile, rows_, activations_.phi(tile.layer), activations_.dphi(tile.layer + 1), scratch,
+                         gradient);
 }
 
 template <class T>
-double Step<T>::regularize(const Unit& unit, T* tile, const Regularization& r) const {
+double Step<T>::regularize(const Tile& tile, T* gradient, const Regularization& r) const {
     const Kernels<T>& k = kernels<T>();
-    const Layer<T>& layer = net_->layers()[static_cast<std::size_t>(unit.layer)];
+    const Layer<T>& layer = net_->layers()[static_cast<std::size_t>(tile.layer)];
     double penalty = 0;
-    if ((r.l1 != 0 || r.l2 != 0) && unit.kind != Unit::Kind::external) {
-        // Of a wide layer the weights, not the bias below them; a narrow layer's bias has a unit of its own.
+    if ((r.l1 != 0 || r.l2 != 0) && tile.kind != Tile::Kind::external) {
+        // Of a wide layer the weights, not the bias below them; a narrow layer's bias has a tile of its own.
         const Index rows =
-            unit.kind == Unit::Kind::narrow ? unit.count : std::min(unit.count, layer.inputs - unit.first);
-        penalty = static_cast<double>(k.penalize(rows * unit.width, net_->theta() + unit.place, tile,
+            tile.kind == Tile::Kind::narrow ? tile.count : std::min(tile.count, layer.inputs - tile.first);
+        penalty = static_cast<double>(k.penalize(rows * tile.width, net_->theta() + tile.place, gradient,
                                                  static_cast<T>(r.l1), static_cast<T>(r.l2)));
     }
-    if (r.clip_value != 0) k.clip(unit.size(), tile, static_cast<T>(r.clip_value));
+    if (r.clip_value != 0) k.clip(tile.size(), gradient, static_cast<T>(r.clip_value));
     return penalty;
 }
 
 template <class T>
-void Step<T>::apply(const Unit& unit, const T* tile, T scale, Optimizer<T>& optimizer, const Hyper<T>& hyper) const {
+void Step<T>::apply(const Tile& tile, const T* gradient, T scale, Optimizer<T>& optimizer,
+                    const Hyper<T>& hyper) const {
     const Kernels<T>& k = kernels<T>();
-    const Layer<T>& layer = net_->layers()[static_cast<std::size_t>(unit.layer)];
+    const Layer<T>& layer = net_->layers()[static_cast<std::size_t>(tile.layer)];
     T* slots[kSlots];
     for (int s = 0; s < kSlots; ++s)
-        slots[s] = optimizer.slots[s].size() > 0 ? optimizer.slots[s].data() + unit.place : nullptr;
-    k.optimize[static_cast<int>(optimizer.settings.rule)](unit.size(), net_->theta() + unit.place, tile, scale, slots,
-                                                          hyper);
-    if (unit.kind == Unit::Kind::wide && !layer.narrow()) net_->copy_tile(layer, unit.first, unit.count, unit.column);
+        slots[s] = optimizer.slots[s].size() > 0 ? optimizer.slots[s].data() + tile.place : nullptr;
+    k.optimize[static_cast<int>(optimizer.settings.rule)](tile.size(), net_->theta() + tile.place, gradient, scale,
+                                                          slots, hyper);
+    if (tile.kind == Tile::Kind::wide && !layer.narrow()) net_->copy_tile(layer, tile.first, tile.count, tile.column);
 }
 
 template <class T>
@@ -282,37 +198,38 @@ Array<T>& Step<T>::stored_gradient() {
 template <class T>
 const T* Step<T>::gradient() {
     T* flat = stored_gradient().data();
-    over_units(
-        [&](const Unit& unit, std::size_t, Scratch& scratch) { differentiate(unit, scratch, flat + unit.place); });
+    over_tiles(
+        [&](const Tile& tile, std::size_t, Scratch& scratch) { differentiate(tile, scratch, flat + tile.place); });
     return flat;
 }
 
 template <class T>
 double Step<T>::update(Optimizer<T>& optimizer, double lr, const Regularization& r) {
     const Hyper<T> hyper = prepare_step<T>(optimizer.settings, lr, optimizer.step_count + 1);
+    net_->count_change();
     const auto penalty = [&] { return std::accumulate(penalties_.begin(), penalties_.end(), 0.0); };
     if (r.clip_norm == 0 && !net_->has_external()) {
-        over_units([&](const Unit& unit, std::size_t u, Scratch& scratch) {
-            differentiate(unit, scratch, scratch.tile);
-            penalties_[u] = regularize(unit, scratch.tile, r);
-            apply(unit, scratch.tile, T{1}, optimizer, hyper);
+        over_tiles([&](const Tile& tile, std::size_t n, Scratch& scratch) {
+            differentiate(tile, scratch, scratch.tile);
+            penalties_[n] = regularize(tile, scratch.tile, r);
+            apply(tile, scratch.tile, T{1}, optimizer, hyper);
         });
         return penalty();
     }
     T* flat = stored_gradient().data();
-    over_units([&](const Unit& unit, std::size_t u, Scratch& scratch) {
-        T* tile = flat + unit.place;
-        differentiate(unit, scratch, tile);
-        penalties_[u] = regularize(unit, tile, r);
-        if (r.clip_norm != 0) squares_[u] = static_cast<double>(kernels<T>().sum_of_squares(unit.size(), tile));
+    over_tiles([&](const Tile& tile, std::size_t n, Scratch& scratch) {
+        T* gradient = flat + tile.place;
+        differentiate(tile, scratch, gradient);
+        penalties_[n] = regularize(tile, gradient, r);
+        if (r.clip_norm != 0) squares_[n] = static_cast<double>(kernels<T>().sum_of_squares(tile.size(), gradient));
     });
     double scale = 1;
     if (r.clip_norm != 0) {
         const double norm = std::sqrt(std::accumulate(squares_.begin(), squares_.end(), 0.0));
         scale = std::min(1.0, r.clip_norm / (norm + 1e-6));  // PyTorch's clip_grad_norm_
     }
-    over_units([&](const Unit& unit, std::size_t, Scratch&) {
-        apply(unit, flat + unit.place, static_cast<T>(scale), optimizer, hyper);
+    over_tiles([&](const Tile& tile, std::size_t, Scratch&) {
+        apply(tile, flat + tile.place, static_cast<T>(scale), optimizer, hyper);
     });
     return penalty();
 }

@@ -9,38 +9,11 @@
 
 #include <functional>
 
+#include "loss.hpp"
 #include "network.hpp"
+#include "tiles.hpp"
 
 namespace chainrule {
-
-// Rows of examples in plain row-major arrays that somebody else owns.
-template <class T>
-struct Dataset {
-    Index rows;
-    const T* x;                  // (rows, inputs)
-    const std::int64_t* labels;  // (rows), or null
-    const T* y;                  // (rows, target_cols), or null
-    Index target_cols;
-    const T* weight;  // (rows), or null
-};
-
-// A loss that lives outside the engine: a user's Python callable.
-template <class T>
-class ExternalLoss {
-   public:
-    virtual ~ExternalLoss() = default;
-    // Value of the batch; writes dL/df. scale * weight[i] is what a per-example loss is to be multiplied by.
-    virtual double value_grad(MatrixView<const T> f, const Targets<T>& y, Index target_cols, const T* weight, T scale,
-                              MatrixView<T> df) = 0;
-};
-
-template <class T>
-struct Loss {
-    LossOp op;
-    double param;
-    bool mean;  // over examples; else their sum
-    std::shared_ptr<ExternalLoss<T>> external;
-};
 
 // What is done to the gradient before the update rule sees it; 0 switches a part off.
 struct Regularization {
@@ -75,51 +48,30 @@ class Step {
     MatrixView<T> output_cotangent() const { return activations_.dphi(net_->depth()); }  // dL/df after sweep
 
    private:
-    // A tile of a linear layer's gradient: `count` rows from `first`, `width` columns from `column` of its master copy,
-    // or all of an external layer's gradient. It begins at `place` of a buffer laid out like theta.
-    struct Unit {
-        enum class Kind { wide, narrow, external };
-        Kind kind;
-        Index layer, column, width, first, count, place;
-        Index size() const { return count * width; }
-    };
-    void plan();
-    void plan_wide(Index l, const Layer<T>& layer);
-    void plan_narrow(Index l, const Layer<T>& layer);
+    using Scratch = typename Tiles<T>::Scratch;
     void gather(const Dataset<T>& data, const std::int64_t* order, Index begin, Index end);
     void weigh(const Dataset<T>& data, const std::int64_t* order);
     void run_loss(Index begin, Index end);
     double total_loss() const;
-    struct Scratch {  // of one thread
-        T *tile, *packed;
-        Pair *x_pairs, *packed_pairs;
-        const Unit* paired_for;  // whose rows x_pairs holds
-    };
-    void differentiate(const Unit& unit, Scratch& scratch, T* tile) const;
-    void differentiate_paired(const Unit& unit, MatrixView<float> x, MatrixView<float> dz, Scratch& scratch,
-                              float* tile) const;
-    double regularize(const Unit& unit, T* tile, const Regularization& regularization) const;
-    void apply(const Unit& unit, const T* tile, T scale, Optimizer<T>& optimizer, const Hyper<T>& hyper) const;
+    void differentiate(const Tile& tile, Scratch& scratch, T* gradient) const;
+    double regularize(const Tile& tile, T* gradient, const Regularization& regularization) const;
+    void apply(const Tile& tile, const T* gradient, T scale, Optimizer<T>& optimizer, const Hyper<T>& hyper) const;
     template <class F>
-    void over_units(F f);
+    void over_tiles(F f);
     Array<T>& stored_gradient();
 
     Network<T>* net_;
     Loss<T> loss_;
     Activations<T> activations_;
-    Index tile_inputs_, target_cols_, target_stride_;
-    Array<T> targets_, weights_, values_, gradient_, tiles_;
-    Array<Pair> pairs_;
+    Tiles<T> tiles_;
+    Index target_cols_, target_stride_;
+    Array<T> targets_, weights_, values_, gradient_;
     Array<std::int64_t> labels_;
-    bool has_bfloat16_ = false;
     bool weighted_ = false;
     double total_weight_ = 0;
     T scale_ = 0;
-    Index rows_ = 0;  // of the batch in hand
-    std::vector<Unit> units_;
-    double work_ = 0;                          // elements of all units
-    std::vector<double> middles_;              // elements before the middle of each: where it lies decides who does it
-    std::vector<double> penalties_, squares_;  // of each unit
+    Index rows_ = 0;                           // of the batch in hand
+    std::vector<double> penalties_, squares_;  // of each tile
 };
 
 // Mean or summed loss over a whole data set, dropout off.

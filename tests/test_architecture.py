@@ -42,6 +42,10 @@ CPP_LEVELS = {
     "kernels": 2,
     "dispatch": 2,
     "network": 3,
+    "loss": 3,
+    "tiles": 3,
+    "tape": 3,
+    "calculus": 3,
     "train": 3,
     "bindings*": 4,
 }
@@ -57,12 +61,13 @@ PYTHON_LEVELS = {
     "losses": 1,
     "optim": 1,
     "training": 2,
-    "model": 3,
-    "io": 4,
-    "tables": 4,
-    "data": 5,
-    "cli": 6,
-    "__main__": 7,
+    "calculus": 3,
+    "model": 4,
+    "io": 5,
+    "tables": 5,
+    "data": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 # One call goes up and imports what it calls only then: net.save(path) writes a file.
 UPWARD_CALLS = {("model", "io")}

@@ -2,6 +2,7 @@
 // gaussian_nll: the negative log-likelihood of a normal distribution whose mean and spread are both outputs:
 // f = (μ_1..μ_k, s_1..s_k), s = log σ², y of k columns; L = (1/k) Σ ½ (s + (y - μ)² e^-s), without the constant ½ log 2π.
 // gradient    dL/dμ = (μ - y) e^-s / k,  dL/ds = ½ (1 - (y - μ)² e^-s) / k
+// second      d²L/dμ² = e^-s / k,  d²L/dμds = (y - μ) e^-s / k,  d²L/ds² = ½ (y - μ)² e^-s / k
 // limits      0 · inf counts as 0 where y = μ. Source: Nix and Weigend, ICNN 1994
 #pragma once
 
@@ -40,6 +41,25 @@ struct GaussianNll {
                             return select(q.value == infinity, infinity, half * (s + q.value));
                         });
             for (Index j = cols; j < round_up(cols, kLine<T>); ++j) dmu[j] = 0;
+        }
+    }
+    template <class T>
+    static void hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale, MatrixView<const T> t,
+                    MatrixView<T> out, T) {
+        const Index k = f.cols / 2;
+        for (Index i = 0; i < f.rows; ++i) {
+            const T *mu = f.data + i * f.stride, *tmu = t.data + i * t.stride;
+            T* to = out.data + i * out.stride;
+            const T factor = (weight ? weight[i] : T{1}) * scale / static_cast<T>(k), half = static_cast<T>(0.5);
+            for (Index j = 0; j < k; j += kWidth<T>) {
+                const Index lanes = k - j < kWidth<T> ? k - j : kWidth<T>;
+                const Vec<T> s = load_some(lanes, mu + k + j), ts = load_some(lanes, tmu + k + j);
+                const ValueGrad<Vec<T>> q = square(load(mu + j) - load(y.values + i * y.stride + j), s);
+                const Vec<T> across = load(tmu + j);
+                store_some(lanes, to + j, factor * (exp(-s) * across - q.grad * ts));
+                store_some(lanes, to + k + j, factor * (half * q.value * ts - q.grad * across));
+            }
+            for (Index j = f.cols; j < round_up(f.cols, kLine<T>); ++j) to[j] = 0;
         }
     }
 };

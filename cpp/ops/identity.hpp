@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // identity: y = x.
 // derivative  1
+// second      0
 // saves       nothing
 #pragma once
 
@@ -13,6 +14,10 @@ struct Identity {
     template <class V>
     CHAINRULE_INLINE V forward(V x, V) {
         return x;
+    }
+    template <class V>
+    CHAINRULE_INLINE V second(V, V) {
+        return V{};
     }
     template <class V>
     CHAINRULE_INLINE V vjp(V dy, V, V) {

@@ -2,6 +2,7 @@
 // log_softmax: y_j = x_j - m - log Σ_k e^(x_k - m), m = max x, along each row.
 // Jacobian    J = I - 1ᵀp with the row p = e^y: every row of J is the unit row minus p
 // vjp         dy - p Σ dy_k;  jvp  dx - Σ p_k dx_k
+// second      d(v J) = dv - p (Σ dv_k + ẏ Σ v_k), ẏ = J dx;  d(J dx) = ddx - Σ p_k ddx_k - Σ p_k ẏ_k dx_k
 // saves       y
 // error       3 ulp of the terms
 // limits      as softmax
@@ -31,6 +32,33 @@ struct LogSoftmax {
         const Vec<T> mean = Vec<T>{} + sum_columns<T>(n, [&](Index j) { return exp(load(y + j)) * load(dx + j); });
         for (Index j = 0; j < round_up(n, kLine<T>); j += kWidth<T>)
             store(dy + j, select(real_columns<T>(j, n), load(dx + j) - mean, Vec<T>{}));
+    }
+    template <class T>  // into what will be the result: e^y is wanted twice
+    static __attribute__((noinline)) void probabilities(Index n, const T* y, T* p) {
+        for (Index j = 0; j < n; j += kWidth<T>) store(p + j, exp(load(y + j)));
+    }
+    template <class T>
+    static void vjp_jvp(Index n, const T* v, const T* dx, const T* dv, const T* y, T* out) {
+        const auto sum = [&](auto term) { return Vec<T>{} + sum_columns<T>(n, term); };
+        probabilities(n, y, out);
+        const Vec<T> total = sum([&](Index j) { return load(v + j); });
+        const Vec<T> drift = sum([&](Index j) { return load(dv + j); });
+        const Vec<T> mean = sum([&](Index j) { return load(out + j) * load(dx + j); });
+        for (Index j = 0; j < round_up(n, kLine<T>); j += kWidth<T>) {
+            const Vec<T> change = drift + (load(dx + j) - mean) * total;
+            store(out + j, select(real_columns<T>(j, n), load(dv + j) - load(out + j) * change, Vec<T>{}));
+        }
+    }
+    template <class T>
+    static void jvp_jvp(Index n, const T* dx, const T* ddx, const T* y, T* ddy) {
+        const auto mean = [&](auto term) {
+            return Vec<T>{} + sum_columns<T>(n, [&](Index j) { return load(ddy + j) * term(j); });
+        };
+        probabilities(n, y, ddy);
+        const Vec<T> shift = mean([&](Index j) { return load(dx + j); });
+        const Vec<T> drift = mean([&](Index j) { return load(ddx + j) + (load(dx + j) - shift) * load(dx + j); });
+        for (Index j = 0; j < round_up(n, kLine<T>); j += kWidth<T>)
+            store(ddy + j, select(real_columns<T>(j, n), load(ddx + j) - drift, Vec<T>{}));
     }
 };
 

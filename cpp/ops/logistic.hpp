@@ -2,6 +2,7 @@
 // logistic: L = (1/n) Σ y softplus(-f) + (1 - y) softplus(f) for logits f and y in [0, 1]: the negative of the lecture's
 // log-likelihood y log σ(f) + (1 - y) log(1 - σ(f)), in the form that neither overflows nor loses the tails' digits.
 // gradient    (σ(f) - y) / n; where y is 1 it is -σ(-f), which keeps its digits as f grows
+// second      σ(f) σ(-f) / n
 // limits      0 · inf counts as 0, so a certain and right prediction costs 0 at f = ±inf
 #pragma once
 
@@ -23,10 +24,19 @@ struct Logistic {
         const V sigma = select(f < V{}, far, near), complement = select(f < V{}, near, far);
         return {value, select(y == one, -complement, sigma - y)};
     }
+    template <class V>
+    CHAINRULE_INLINE V second(V f, V, V) {
+        return sigmoid(f) * sigmoid(-f);
+    }
     template <class T>
     static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
                     T* values, T* df, Index df_stride, T param) {
         elementwise_loss<Logistic>(rows, cols, f, f_stride, y, weight, scale, values, df, df_stride, param);
+    }
+    template <class T>
+    static void hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale, MatrixView<const T> t,
+                    MatrixView<T> out, T param) {
+        elementwise_hvp<Logistic>(f, y, weight, scale, t, out, param);
     }
 };
 

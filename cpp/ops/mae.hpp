@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // mae: L = (1/n) Σ |y - f|, whose minimiser is the median.
 // gradient    sign(f - y) / n; 0 at the kink
+// second      0, at the kink too
 #pragma once
 
 #include "op.hpp"
@@ -16,10 +17,19 @@ struct Mae {
         const V d = f - y;
         return {abs(d), select(d == V{}, V{}, select(d == d, copysign(splat<V>(1), d), d))};
     }
+    template <class V>
+    CHAINRULE_INLINE V second(V, V, V) {
+        return V{};
+    }
     template <class T>
     static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
                     T* values, T* df, Index df_stride, T param) {
         elementwise_loss<Mae>(rows, cols, f, f_stride, y, weight, scale, values, df, df_stride, param);
+    }
+    template <class T>
+    static void hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale, MatrixView<const T> t,
+                    MatrixView<T> out, T param) {
+        elementwise_hvp<Mae>(f, y, weight, scale, t, out, param);
     }
 };
 

@@ -5,8 +5,12 @@
 //   forward(x)        y
 //   vjp(dy, saved)    the row cotangent dy J, J = J_x[y] in numerator layout (reverse mode)
 //   jvp(dx, saved)    the tangent J dx (forward mode)
+// and, since derivatives have derivatives, two of second order, both read off what the op saves:
+//   vjp_jvp(c, dx, dc, saved)   the tangent of c J along dx: dc J + c dJ
+//   jvp_jvp(dx, ddx, saved)     the tangent of J dx along dx: J ddx + dJ dx; the result of neither is any of its inputs
 // `saved` is x, y or nothing, as ops.def says. dy and dx may be the same memory, so may x and y.
-// Elementwise ops are formulas on a vector of any width, without loops or pointers; J is diagonal and never formed.
+// Elementwise ops are formulas on a vector of any width, without loops or pointers; J is diagonal and never formed. Their
+// `second` is g'', with which both maps of second order are one: v g' + a b g''.
 // Where g has a kink, its header names the derivative taken there. NaN goes in, NaN comes out.
 // Rows are padded to a cache line. Elementwise loops run over the padding, which no reader trusts; row-wise loops and
 // losses mask it, and losses write zeros there, so that the padding of every cotangent stays zero.
@@ -44,6 +48,19 @@ void elementwise_jvp(Index rows, Index cols, const T* dx, Index dx_stride, const
             store(dy + i * dy_stride + j, Op::jvp(load(dx + i * dx_stride + j), load(saved + i * saved_stride + j), p));
 }
 
+// dv g' + v dx g''; v and dx may be the same.
+template <class Op, class T>
+void elementwise_second(MatrixView<const T> v, MatrixView<const T> dx, MatrixView<const T> dv,
+                        MatrixView<const T> saved, MatrixView<T> out, T param) {
+    const Vec<T> p = Vec<T>{} + param;
+    for (Index i = 0; i < out.rows; ++i)
+        for (Index j = 0; j < out.cols; j += kWidth<T>) {
+            const auto at = [&](MatrixView<const T> m) { return load(m.data + i * m.stride + j); };
+            const Vec<T> s = at(saved);
+            store(out.data + i * out.stride + j, Op::jvp(at(dv), s, p) + at(v) * at(dx) * Op::second(s, p));
+        }
+}
+
 template <class Op, class T>
 void rowwise_forward(Index rows, Index cols, const T* x, Index x_stride, T* y, Index y_stride, T) {
     for (Index i = 0; i < rows; ++i) Op::forward(cols, x + i * x_stride, y + i * y_stride);
@@ -59,6 +76,22 @@ template <class Op, class T>
 void rowwise_jvp(Index rows, Index cols, const T* dx, Index dx_stride, const T* saved, Index saved_stride, T* dy,
                  Index dy_stride, T) {
     for (Index i = 0; i < rows; ++i) Op::jvp(cols, dx + i * dx_stride, saved + i * saved_stride, dy + i * dy_stride);
+}
+
+template <class Op, class T>
+void rowwise_vjp_jvp(MatrixView<const T> v, MatrixView<const T> dx, MatrixView<const T> dv, MatrixView<const T> saved,
+                     MatrixView<T> out, T) {
+    for (Index i = 0; i < out.rows; ++i)
+        Op::vjp_jvp(out.cols, v.data + i * v.stride, dx.data + i * dx.stride, dv.data + i * dv.stride,
+                    saved.data + i * saved.stride, out.data + i * out.stride);
+}
+
+template <class Op, class T>
+void rowwise_jvp_jvp(MatrixView<const T>, MatrixView<const T> dx, MatrixView<const T> ddx, MatrixView<const T> saved,
+                     MatrixView<T> out, T) {
+    for (Index i = 0; i < out.rows; ++i)
+        Op::jvp_jvp(out.cols, dx.data + i * dx.stride, ddx.data + i * ddx.stride, saved.data + i * saved.stride,
+                    out.data + i * out.stride);
 }
 
 // ---- tools of the row-wise ops --------------------------------------------------------------------------------------
@@ -237,6 +270,22 @@ void elementwise_loss(Index rows, Index cols, const T* f, Index f_stride, const 
         });
         store_some(count, values + i, share * sum);
     });
+}
+
+// out = weight_i * scale * t H, H the Hessian of L_i in f: diagonal, with Loss::second on it. Zeros go to out's padding.
+template <class Loss, class T>
+void elementwise_hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale, MatrixView<const T> t,
+                     MatrixView<T> out, T param) {
+    const Vec<T> p = Vec<T>{} + param;
+    const T share = Loss::mean_over_outputs ? T{1} / static_cast<T>(f.cols) : T{1};
+    for (Index i = 0; i < f.rows; ++i) {
+        const Vec<T> factor = Vec<T>{} + (weight ? weight[i] : T{1}) * scale * share;
+        for (Index j = 0; j < round_up(f.cols, kLine<T>); j += kWidth<T>) {
+            const Vec<T> second = Loss::second(load(f.data + i * f.stride + j), load(y.values + i * y.stride + j), p);
+            const Vec<T> product = factor * second * load(t.data + i * t.stride + j);
+            store(out.data + i * out.stride + j, select(real_columns<T>(j, f.cols), product, Vec<T>{}));
+        }
+    }
 }
 
 }  // namespace CHAINRULE_ISA

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // tanh: y = tanh x.
 // derivative  (1 - y)(1 + y), from the output: exact to rounding of y, where 1 - y² loses up to 1000 times more in float32
+// second      -2y (1 - y)(1 + y)
 // saves       y
 // error       4 ulp; ±1 at ±inf, keeps the sign of zero
 #pragma once
@@ -18,6 +19,10 @@ struct Tanh {
     template <class V>
     CHAINRULE_INLINE V derivative(V y) {
         return (1 - y) * (1 + y);
+    }
+    template <class V>
+    CHAINRULE_INLINE V second(V y, V) {
+        return -2 * y * derivative(y);
     }
     template <class V>
     CHAINRULE_INLINE V vjp(V dy, V y, V) {

@@ -14,6 +14,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ._core import __version__
+from .calculus import (
+    gauss_newton_product,
+    hessian,
+    hvp,
+    input_gradient,
+    input_hessian_diagonal,
+    jacobian,
+    jvp,
+    laplacian,
+    per_example_grad_norms,
+    per_example_grads,
+    sensitivity,
+    vjp,
+)
 from .layers import (
     ELU,
     GELU,
@@ -66,7 +80,9 @@ __all__ = [
     "CustomLoss", "Dropout", "EarlyStopping", "ExponentialLR", "GaussianNLL", "History", "Huber", "Identity",
     "Layer", "LeakyReLU", "LeastSquares", "Linear", "LogSoftmax", "Logistic", "Pinball", "Poisson", "RMSprop",
     "ReLU", "ReduceLROnPlateau", "Schedule", "Sequential", "SiLU", "Sigmoid", "Softmax", "Softplus", "StepLR",
-    "Tanh", "WarmupLR", "__version__", "get_num_threads", "info", "load", "mlp", "set_num_threads", "threads",
+    "Tanh", "WarmupLR", "__version__", "gauss_newton_product", "get_num_threads", "hessian", "hvp", "info",
+    "input_gradient", "input_hessian_diagonal", "jacobian", "jvp", "laplacian", "load", "mlp",
+    "per_example_grad_norms", "per_example_grads", "sensitivity", "set_num_threads", "threads", "vjp",
 ]  # fmt: skip
 
 

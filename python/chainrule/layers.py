@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING, Any, ClassVar, final
 from weakref import WeakValueDictionary
 
@@ -34,7 +35,12 @@ class Layer:
     forward(x) -> y           x (B, I) to y (B, O)
     vjp(x, y, dy) -> dx       the row cotangents dy (B, O) times J_x[y], row by row: (B, I);
                               (dx, {name: gradient}) if the layer has parameters
-    jvp(x, y, dx) -> dy       J_x[y] times the tangents dx (B, I): (B, O)
+    jvp(x, y, dx) -> dy       J_x[y] times the tangents dx (B, I): (B, O); training does without, forward mode
+                              does not. With parameters, jvp(x, y, dx, dparams) adds their tangents' part,
+                              dparams a dict like params; without the fourth argument, a difference of forward
+    vjp_jvp(x, y, dy, dx, ddy, dparams) -> ddx
+                              optional: the tangent of what vjp returns, where y has the cotangents dy with
+                              tangents ddy, x the tangents dx; without it, a difference of vjp (see below)
     out_features(I) -> O      how many outputs for I inputs; as many as inputs unless you say otherwise
     params                    optional dict of named arrays to learn; the network keeps the values and puts
                               arrays of its own into the dict, so read self.params[name] in every call
@@ -42,6 +48,9 @@ class Layer:
 
     Rows are examples: row i of y may depend on row i of x only. A layer that does not take any width it is
     given says so with an attribute `in_features`.
+
+    Differences are central, (m(p + h v) − m(p − h v))/2h with h = ∛eps in units of the numbers' size: right
+    to about 10 digits in float64 and 4 in float32.
 
     Example:
         >>> import numpy as np, chainrule as cr
@@ -479,6 +488,7 @@ class Guard:
                 f"expected a new {self.name}, got one in use; copy.deepcopy makes another"
             )
         self.params = self._parameters()
+        self.takes_dparams = _takes_four(layer.jvp)
         if self.params:
             _OWNERS[id(layer)] = self
 
@@ -517,27 +527,91 @@ class Guard:
         return self._matrix("forward", self.layer.forward(x), (len(x), self.outputs))
 
     def vjp(self, x: Array, y: Array, dy: Array) -> Array | tuple[Array, dict[str, Array]]:
-        answer = self.layer.vjp(x, y, dy)
+        return self._gradients("vjp", self.layer.vjp(x, y, dy), x)
+
+    # What only derivatives ask for. A map is given copies where its arrays are needed again.
+
+    def jvp(self, x: Array, y: Array, dx: Array | None, dparams: dict[str, Array] | None = None) -> Array:
+        still = np.zeros_like(x) if dx is None else dx
+        if dparams is not None and self.takes_dparams:
+            return self._matrix("jvp", self.layer.jvp(x, y, still, dparams), y.shape)  # type: ignore[call-arg]
+        dy = 0.0 if dx is None else self._matrix("jvp", self.layer.jvp(x.copy(), y, dx), y.shape)
+        if dparams is None:
+            return np.zeros_like(y) + dy
+
+        def output(layer: Layer, x: Array) -> Array:
+            return self._matrix("forward", layer.forward(x), y.shape)
+
+        return self._difference(output, x, None, dparams) + dy
+
+    def vjp_jvp(
+        self, x: Array, y: Array, dy: Array, dx: Array | None, ddy: Array, dparams: dict[str, Array] | None
+    ) -> Array | tuple[Array, dict[str, Array]]:
+        own = getattr(self.layer, "vjp_jvp", None)
+        if own is not None:
+            still = np.zeros_like(x) if dx is None else dx
+            return self._gradients("vjp_jvp", own(x, y, dy, still, ddy, dparams), x)
+
+        def cotangents(layer: Layer, x: Array) -> Array:  # all that vjp gives, in one vector
+            answer = self._gradients("vjp", layer.vjp(x, layer.forward(x.copy()), dy.copy()), x)
+            parts = [answer[0], *answer[1].values()] if isinstance(answer, tuple) else [answer]
+            return np.concatenate([part.ravel() for part in parts])
+
+        bent = self._difference(cotangents, x, dx, dparams)
+        straight = self.vjp(x, y, ddy)  # the part that is linear in the cotangents' tangents
+        if not isinstance(straight, tuple):
+            return straight + bent.reshape(x.shape)
+        ddx, grads = straight
+        pieces = np.split(bent, np.cumsum([x.size, *(grad.size for grad in grads.values())])[:-1])
+        named = zip(grads, pieces[1:], strict=True)
+        return ddx + pieces[0].reshape(x.shape), {k: grads[k] + d.reshape(grads[k].shape) for k, d in named}
+
+    def jvp_jvp(self, x: Array, y: Array, dx: Array, ddx: Array) -> Array:
+        def tangent(layer: Layer, x: Array) -> Array:
+            return self._matrix("jvp", layer.jvp(x, layer.forward(x.copy()), dx.copy()), y.shape)
+
+        bent = self._difference(tangent, x, dx, None)
+        return self._matrix("jvp", self.layer.jvp(x, y, ddx), y.shape) + bent
+
+    def _difference(
+        self, f: Callable[[Layer, Array], Array], x: Array, dx: Array | None, dparams: dict[str, Array] | None
+    ) -> Array:
+        """The central difference of f(layer, x) along dx and dparams; the layer itself stays as it is."""
+        along = dparams or {}
+        moves = [move for move in (dx, *along.values()) if move is not None and move.size]
+        points = [x, *(self.params[name] for name in along)]
+        size = max((float(np.abs(move).max()) for move in moves), default=0.0) or 1.0
+        scale = 1 + max(float(np.abs(point).max(initial=0)) for point in points)
+        h = self.dtype.type(np.cbrt(np.finfo(self.dtype).eps) * scale / size)
+
+        def at(step: Any) -> Array:
+            layer = copy(self.layer)
+            if along:
+                moved = {name: self.params[name] + step * move for name, move in along.items()}
+                layer.params = {**self.params, **moved}  # type: ignore[attr-defined]
+            return f(layer, x.copy() if dx is None else x + step * dx)
+
+        return np.asarray((at(h) - at(-h)) / (2 * h), self.dtype)
+
+    def _gradients(self, which: str, answer: Any, x: Array) -> Array | tuple[Array, dict[str, Array]]:
+        """What vjp or vjp_jvp gave back, checked."""
         if not self.params:
-            return self._matrix("vjp", answer, x.shape)
+            return self._matrix(which, answer, x.shape)
         if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict)):
             raise ValueError(
-                f"[{self.name}] vjp of a layer with parameters: expected (dx, {{name: gradient}}), "
+                f"[{self.name}] {which} of a layer with parameters: expected (dx, {{name: gradient}}), "
                 f"got {type(answer).__name__}"
             )
         dx, grads = answer
         if grads.keys() != self.params.keys():
             raise ValueError(
-                f"[{self.name}] vjp: expected gradients of {listed(self.params)}, "
+                f"[{self.name}] {which}: expected gradients of {listed(self.params)}, "
                 f"got {listed(grads) or 'none'}"
             )
-        return self._matrix("vjp", dx, x.shape), {
-            name: self._matrix(f"vjp of parameter {name!r}", grads[name], value.shape)
+        return self._matrix(which, dx, x.shape), {
+            name: self._matrix(f"{which} of parameter {name!r}", grads[name], value.shape)
             for name, value in self.params.items()
         }
-
-    def jvp(self, x: Array, y: Array, dx: Array) -> Array:
-        return self._matrix("jvp", self.layer.jvp(x, y, dx), y.shape)
 
     def _matrix(self, which: str, value: object, shape: tuple[int, ...]) -> Array:
         try:
@@ -553,6 +627,17 @@ class Guard:
         if array.shape != shape:
             raise ValueError(f"[{self.name}] {which}: expected shape {shape}, got {array.shape}")
         return np.require(array, self.dtype, ["C", "A"])
+
+
+def _takes_four(jvp: Callable[..., Array]) -> bool:
+    """Whether a layer's jvp takes (x, y, dx, dparams)."""
+    from inspect import signature
+
+    try:
+        signature(jvp).bind(*range(4))
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 _OWNERS: WeakValueDictionary[int, Guard] = WeakValueDictionary()  # by id: a guard keeps its layer alive

@@ -99,6 +99,14 @@ class Loss(Description):
         """The engine's loss for targets that were `flat` or not, with or without weights."""
         return _core.Loss(self.name, self._param, self.reduction, None)
 
+    def each(self, flat: bool) -> _core.Loss:
+        """The engine's loss for gradients example by example: row i is ∂Lᵢ/∂f, whatever the reduction."""
+        return _core.Loss(self.name, self._param, "sum", None)
+
+    def gradients(self, f: Array, y: Array, flat: bool) -> Array:
+        """∂Lᵢ/∂f of each example, for targets as `targets` gives them."""
+        return _core.loss(self.name, f, y, None, self._param, "sum")[1]
+
 
 def _with_rows(op: str, name: str, y: object, rows: int) -> Array:
     array = real_array(op, name, y)
@@ -403,6 +411,20 @@ class CustomLoss(Loss):
             return _checked(answer, f, weighted)
 
         return _core.Loss(self.name, 0.0, self.reduction, guarded)
+
+    def each(self, flat: bool) -> _core.Loss:
+        return _core.Loss(self.name, 0.0, "sum", lambda f, y: (0.0, self.gradients(f, y, flat)))
+
+    def gradients(self, f: Array, y: Array, flat: bool) -> Array:
+        """From a loss of the whole batch, row by row: Lᵢ is the loss of a batch of that row alone."""
+        y = y[:, 0] if flat and y.ndim == 2 else y
+        value, grad = _checked(self.function(f.copy(), y.copy()), f, False)
+        if np.ndim(value) or len(f) == 1:
+            return np.asarray(grad)
+        rows = [slice(i, i + 1) for i in range(len(f))]
+        return np.concatenate(
+            [_checked(self.function(f[i].copy(), y[i].copy()), f[i], False)[1] for i in rows]
+        )
 
 
 def _checked(answer: object, f: Array, weighted: bool) -> tuple[Any, Array]:

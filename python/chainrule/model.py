@@ -8,11 +8,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _core, losses, training
+from . import _core, calculus, losses, training
 from .checks import converted, flag, listed, one_of, real_array, short, whole
 from .layers import BUILT_IN, Dropout, Guard, Identity, Layer, Linear, _BuiltIn, initial
 
@@ -22,12 +22,6 @@ if TYPE_CHECKING:
     from .optim import Optimizer
 
     Array = NDArray[Any]
-
-
-class Trace(NamedTuple):
-    """The activations of one forward pass: phi[0] = X, phi[l] the output of the l-th layer, phi[-1] = f."""
-
-    phi: list[Array]
 
 
 class Sequential:
@@ -130,8 +124,11 @@ class Sequential:
     def _matrix(self, op: str, X: Any) -> Array:
         return training.as_matrix(op, X, self.in_features, self.array_dtype, finite=False)
 
-    def trace(self, X: Any) -> Trace:
-        """Every activation on the way from X to f.
+    def trace(self, X: Any) -> calculus.Trace:
+        """Every activation on the way from X to f; its `backward` adds every derivative on the way back.
+
+        trace.phi[l] = φˡ, trace.z[l] the output of the Linear layer l; after trace.backward(∂L/∂f):
+        trace.dphi[l] = ∂L/∂φˡ, and trace.grads by name
 
         Example:
             >>> import chainrule as cr
@@ -139,7 +136,7 @@ class Sequential:
             [(1, 2), (1, 3), (1, 3), (1, 1)]
         """
         matrix = self._matrix("trace", X)
-        return Trace([matrix.copy(), *self._core.trace(matrix)])
+        return calculus.Trace(self, [matrix.copy(), *self._core.trace(matrix)])
 
     # -------------------------------------------------------- training
 

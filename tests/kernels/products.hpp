@@ -153,7 +153,7 @@ class ProductCase {
     void backward(const Matrix<T>& a) const {
         begin_case<T>("linear_vjp_input", a.rows, n_, k_);
         const Matrix<T> c(a.rows, n_, (n_ + 1) % 2);
-        kernels<T>().linear_vjp_input(a.rows, n_, k_, a.data(), a.stride, plain_.data(), c.data(), c.stride);
+        kernels<T>().linear_vjp_input(a.rows, n_, k_, a.data(), a.stride, plain_.data(), c.data(), c.stride, false);
         verify(c, false);
     }
     // The batch is the sum's index. A tile is at most a panel wide, so wide matrices are cut as the trainer cuts them.
@@ -168,7 +168,7 @@ class ProductCase {
             const Matrix<T> tile(m, width);
             const Fenced<T> packed(kDepth * tile.stride);
             kernels<T>().linear_vjp_weight(k_, m, tile.stride, x.data(), x.stride, b_.data() + column, b_.stride,
-                                           packed.data(), tile.data());
+                                           packed.data(), tile.data(), false);
             check_bits("exact on integers", m, width, tile.data(), tile.stride, data_.product(k_index_, false) + column,
                        data_.cols);
             if (zeros_) check(tile.padding_is_zero(), "zero padding in, zero padding out");
@@ -273,7 +273,7 @@ class OrderedCase {
         verify("linear_forward", want_);
         kernels<T>().linear_forward(m, k_, n, true, a_.row(skip), a_.stride, with_bias.data(), c.data() + 1, stride);
         verify("linear_forward with bias", biased_);
-        kernels<T>().linear_vjp_input(m, n, k_, a_.row(skip), a_.stride, plain.data(), c.data() + 1, stride);
+        kernels<T>().linear_vjp_input(m, n, k_, a_.row(skip), a_.stride, plain.data(), c.data() + 1, stride, false);
         verify("linear_vjp_input", want_);
         weight(m, n, skip);
     }
@@ -290,7 +290,7 @@ class OrderedCase {
             const Index width = std::min(panel, padded<T>(n - column));
             const Fenced<T> tile(m * width), packed(kDepth * width);
             kernels<T>().linear_vjp_weight(k_, m, width, at_.data() + skip, at_.stride, b_.data() + column, b_.stride,
-                                           packed.data(), tile.data());
+                                           packed.data(), tile.data(), false);
             check_bits("the promised order of additions, to the bit", m, std::min(width, n - column), tile.data(),
                        width, want_.row(skip) + column, want_.stride);
         }

@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: MIT
+// L4, a part of bindings.cpp and bindings_calculus.cpp: a network, its users' layers and losses, and data sets.
+#pragma once
+
+#include <pybind11/functional.h>
+
+#include <atomic>
+#include <limits>
+
+#include "bindings_arrays.hpp"
+#include "calculus.hpp"
+
+namespace chainrule {
+
+// ---- names ----------------------------------------------------------------------------------------------------------
+
+inline const std::vector<std::string> op_names = {
+#define CHAINRULE_ELEMENTWISE(name, type, saves) #name,
+#define CHAINRULE_ROWWISE(name, type, saves) #name,
+#include "ops/ops.def"
+};
+inline const std::vector<std::string> loss_names = {
+#define CHAINRULE_LOSS(name, type) #name,
+#include "ops/ops.def"
+};
+inline const std::vector<std::string> optimizer_names = {
+#define CHAINRULE_OPTIMIZER(name, type) #name,
+#include "ops/ops.def"
+};
+
+template <class Enum>
+Enum lookup(const std::vector<std::string>& names, const std::string& name, const char* what) {
+    for (std::size_t i = 0; i < names.size(); ++i)
+        if (names[i] == name) return static_cast<Enum>(i);
+    throw py::value_error(std::string("[_core] unknown ") + what + ": expected one of " +
+                          std::string(py::str(py::cast(names))) + ", got " + name);
+}
+
+// ---- users' layers and losses ---------------------------------------------------------------------------------------
+
+// What a user's map returned, as an array of T with this shape.
+template <class T>
+NumpyArray<T> returned(const py::handle& object, const std::string& map, const std::vector<Index>& shape) {
+    const auto array = py::array_t<T, py::array::c_style | py::array::forcecast>::ensure(object);
+    if (!array) {
+        PyErr_Clear();
+        throw py::type_error("[" + map + "] must return an array: expected shape " +
+                             std::string(py::str(py::cast(shape))) + ", got " +
+                             std::string(py::str(py::type::of(object))));
+    }
+    bool right = static_cast<std::size_t>(array.ndim()) == shape.size();
+    for (std::size_t d = 0; right && d < shape.size(); ++d)
+        right = array.shape(static_cast<py::ssize_t>(d)) == shape[d];
+    if (!right)
+        throw py::value_error("[" + map + "] returned the wrong shape: expected " +
+                              std::string(py::str(py::cast(shape))) + ", got " + shape_text(array));
+    return py::reinterpret_borrow<NumpyArray<T>>(array);
+}
+
+// Writes `array` into a view and zeros into the padding of its rows.
+template <class T>
+void fill(MatrixView<T> view, const NumpyArray<T>& array) {
+    const Index padded = round_up(view.cols, kLine<T>);
+    for (Index i = 0; i < view.rows; ++i) {
+        std::copy_n(array.data() + i * view.cols, view.cols, view.data + i * view.stride);
+        std::fill(view.data + i * view.stride + view.cols, view.data + i * view.stride + padded, T{0});
+    }
+}
+
+template <class T>
+class PythonLayer final : public ExternalLayer<T> {
+   public:
+    using Tangent = typename ExternalLayer<T>::Tangent;
+
+    explicit PythonLayer(py::object layer)
+        : layer_(std::move(layer)), name_(py::str(py::type::of(layer_).attr("__name__"))) {
+        if (!py::hasattr(layer_, "params")) return;
+        const py::dict params = layer_.attr("params");
+        for (const auto& item : params) {
+            const auto array = py::array_t<T, py::array::c_style | py::array::forcecast>::ensure(item.second);
+            if (!array) throw py::error_already_set();
+            NumpyArray<T> own(std::vector<Index>(array.shape(), array.shape() + array.ndim()));
+            std::copy_n(array.data(), array.size(), own.mutable_data());
+            arrays_.emplace_back(py::str(item.first), own);
+        }
+        for (const auto& [name, array] : arrays_) params[py::str(name)] = array;
+    }
+    std::vector<typename ExternalLayer<T>::Parameter> parameters() override {
+        std::vector<typename ExternalLayer<T>::Parameter> list;
+        for (const auto& [name, array] : arrays_)
+            list.push_back({name, std::vector<Index>(array.shape(), array.shape() + array.ndim()), array.size()});
+        return list;
+    }
+    void bind(T* const* storage) override {
+        for (std::size_t i = 0; i < arrays_.size(); ++i) {
+            storage_.push_back(storage[i]);
+            std::copy_n(arrays_[i].second.data(), arrays_[i].second.size(), storage[i]);
+        }
+    }
+    // The arrays are Python's own, not windows into the engine: nobody can be left with a dangling one.
+    void publish() override {
+        for (std::size_t i = 0; i < arrays_.size(); ++i)
+            std::copy_n(storage_[i], arrays_[i].second.size(),
+                        static_cast<T*>(const_cast<void*>(arrays_[i].second.request().ptr)));
+    }
+    void forward(MatrixView<const T> x, MatrixView<T> y) override {
+        const Locked lock;
+        publish();
+        fill(y, returned<T>(layer_.attr("forward")(copy_of(x)), name_ + ".forward", {y.rows, y.cols}));
+    }
+    void vjp(MatrixView<const T> x, MatrixView<const T> y, MatrixView<const T> dy, MatrixView<T> dx,
+             T* const* gradients) override {
+        const Locked lock;
+        take("vjp", layer_.attr("vjp")(copy_of(x), copy_of(y), copy_of(dy)), dx, gradients);
+    }
+    void jvp(MatrixView<const T> x, MatrixView<const T> y, const Tangent& dot, MatrixView<T> dy) override {
+        const Locked lock;
+        publish();
+        fill(dy, returned<T>(layer_.attr("jvp")(copy_of(x), copy_of(y), tangent(dot.x), named(dot.parameters)),
+                             name_ + ".jvp", {dy.rows, dy.cols}));
+    }
+    void vjp_jvp(MatrixView<const T> x, MatrixView<const T> y, MatrixView<const T> c, MatrixView<const T> dc,
+                 const Tangent& dot, MatrixView<T> out, T* const* gradients) override {
+        const Locked lock;
+        publish();
+        take("vjp_jvp",
+             layer_.attr("vjp_jvp")(copy_of(x), copy_of(y), copy_of(c), tangent(dot.x), copy_of(dc),
+                                    named(dot.parameters)),
+             out, gradients);
+    }
+    void jvp_jvp(MatrixView<const T> x, MatrixView<const T> y, MatrixView<const T> dx, MatrixView<const T> ddx,
+                 MatrixView<T> out) override {
+        const Locked lock;
+        publish();
+        fill(out, returned<T>(layer_.attr("jvp_jvp")(copy_of(x), copy_of(y), copy_of(dx), copy_of(ddx)),
+                              name_ + ".jvp_jvp", {out.rows, out.cols}));
+    }
+
+   private:
+    // What vjp or vjp_jvp returned: dx, or dx and the parameters' gradients by name.
+    void take(const std::string& map, const py::object& result, MatrixView<T> dx, T* const* gradients) {
+        py::object dx_result = result;
+        if (!arrays_.empty()) {
+            if (!py::isinstance<py::tuple>(result) || py::len(result) != 2)
+                throw py::value_error(
+                    "[" + name_ + "." + map +
+                    "] a layer with params returns two things: expected (dx, {name: gradient}), got " +
+                    std::string(py::str(py::type::of(result))));
+            dx_result = result[py::int_(0)];
+            const py::object given = result[py::int_(1)];
+            for (std::size_t i = 0; i < arrays_.size(); ++i) {
+                const auto& [name, array] = arrays_[i];
+                if (!given.contains(name))
+                    throw py::value_error("[" + name_ + "." + map + "] a gradient is missing: expected one for '" +
+                                          name + "', got " + std::string(py::str(given.attr("keys")())));
+                const auto gradient = returned<T>(given[py::str(name)], name_ + "." + map + ": gradient of " + name,
+                                                  std::vector<Index>(array.shape(), array.shape() + array.ndim()));
+                std::copy_n(gradient.data(), gradient.size(), gradients[i]);
+            }
+        }
+        fill(dx, returned<T>(dx_result, name_ + "." + map, {dx.rows, dx.cols}));
+    }
+    static py::object tangent(MatrixView<const T> view) {
+        return view.data == nullptr ? py::object(py::none()) : py::object(copy_of(view));
+    }
+    py::object named(T* const* parameters) const {
+        if (parameters == nullptr) return py::none();
+        py::dict named_arrays;
+        for (std::size_t i = 0; i < arrays_.size(); ++i) {
+            const auto& [name, array] = arrays_[i];
+            NumpyArray<T> copy(std::vector<Index>(array.shape(), array.shape() + array.ndim()));
+            std::copy_n(parameters[i], copy.size(), copy.mutable_data());
+            named_arrays[py::str(name)] = copy;
+        }
+        return std::move(named_arrays);
+    }
+
+    py::object layer_;
+    std::string name_;
+    std::vector<std::pair<std::string, NumpyArray<T>>> arrays_;
+    std::vector<T*> storage_;
+};
+
+template <class T>
+class PythonLoss final : public ExternalLoss<T> {
+   public:
+    explicit PythonLoss(py::object function) : function_(std::move(function)) {}
+    double value_grad(MatrixView<const T> f, const Targets<T>& y, Index target_cols, const T* weight, T scale,
+                      MatrixView<T> df) override {
+        const Locked lock;
+        py::object targets;
+        if (y.labels) {
+            NumpyArray<std::int64_t> labels(f.rows);
+            std::copy_n(y.labels, f.rows, labels.mutable_data());
+            targets = labels;
+        } else {
+            targets = copy_of(MatrixView<const T>{y.values, f.rows, target_cols, y.stride});
+        }
+        const py::object result = function_(copy_of(f), targets);
+        if (!py::isinstance<py::tuple>(result) || py::len(result) != 2)
+            throw py::value_error("[loss] a loss returns two things: expected (value, dL/df), got " +
+                                  std::string(py::str(py::type::of(result))));
+        fill(df, returned<T>(result[py::int_(1)], "loss: dL/df", {f.rows, f.cols}));
+        const auto value = py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(result[py::int_(0)]);
+        if (!value) throw py::error_already_set();
+        if (value.ndim() == 0) {
+            if (weight)
+                throw py::value_error(
+                    "[loss] sample weights need the loss of each example: expected a value of shape (B,), got a "
+                    "number");
+            return *value.data();
+        }
+        if (value.ndim() != 1 || value.shape(0) != f.rows)
+            throw py::value_error("[loss] value is a number or one per example: expected shape () or (" +
+                                  std::to_string(f.rows) + ",), got " + shape_text(value));
+        double total = 0;
+        for (Index i = 0; i < f.rows; ++i) {
+            const T factor = (weight ? weight[i] : T{1}) * scale;
+            total += static_cast<double>(factor) * value.data()[i];
+            for (Index j = 0; j < f.cols; ++j) df.data[i * df.stride + j] *= factor;
+        }
+        return total;
+    }
+
+   private:
+    py::object function_;
+};
+
+struct LossSpec {
+    LossOp op;
+    double param;
+    bool mean;
+    py::object function;  // None for the built-in ones
+
+    template <class T>
+    Loss<T> build() const {
+        std::shared_ptr<ExternalLoss<T>> external;
+        if (!function.is_none()) external = std::make_shared<PythonLoss<T>>(function);
+        return {op, param, mean, external};
+    }
+};
+
+inline LossSpec make_loss(const std::string& name, double param, const std::string& reduction,
+                          const py::object& function) {
+    if (reduction != "mean" && reduction != "sum")
+        throw py::value_error("[loss] unknown reduction: expected 'mean' or 'sum', got '" + reduction + "'");
+    const LossOp op = name == "external" ? LossOp::mse : lookup<LossOp>(loss_names, name, "loss");
+    return {op, param, reduction == "mean", function};
+}
+
+// ---- networks and data ------------------------------------------------------------------------------------------------
+
+template <class T>
+struct PyNetwork {
+    explicit PyNetwork(std::vector<Layer<T>> layers) : net(std::move(layers)), derivatives(net) {
+        for (const Parameter& p : net.parameters()) names.emplace_back(std::to_string(p.layer) + "." + p.name);
+    }
+    Network<T> net;
+    DerivativesOf<T> derivatives;
+    std::vector<py::str> names;  // of the parameters, as in a state dict
+    std::atomic<bool> training{false};
+};
+
+// Arrays of a data set, held as long as it is used.
+template <class T>
+struct Data {
+    Data(const Network<T>& net, const py::object& X, const py::object& y, const py::object& weight)
+        : x(require<T>(X, "X", 2)) {
+        const Index rows = x.shape(0);
+        require_shape<T>(X, "X", {rows, net.inputs()});
+        view = {rows, x.data(), nullptr, nullptr, 0, nullptr};
+        if (py::isinstance<py::array_t<std::int64_t>>(y)) {
+            const auto given = require_shape<std::int64_t>(y, "y", {rows});
+            labels = NumpyArray<std::int64_t>(rows);  // a copy: they are indices, and the caller can still write to his
+            std::copy_n(given.data(), rows, labels.mutable_data());
+            for (Index i = 0; i < rows; ++i)
+                if (labels.data()[i] < 0 || labels.data()[i] >= net.outputs())
+                    throw py::value_error("[_core] labels out of range: expected 0 to " +
+                                          std::to_string(net.outputs() - 1) + ", got " +
+                                          std::to_string(labels.data()[i]) + " in row " + std::to_string(i));
+            view.labels = labels.data();
+        } else {
+            values = require<T>(y, "y", 2);
+            view.target_cols = values.shape(1);
+            require_shape<T>(y, "y", {rows, view.target_cols});
+            if (view.target_cols == 0) throw py::value_error("[_core] y has no columns: expected at least 1, got 0");
+            view.y = values.data();
+        }
+        if (!weight.is_none()) {
+            weights = require_shape<T>(weight, "weight", {rows});
+            view.weight = weights.data();
+        }
+    }
+    void suits(const Network<T>& net, const Loss<T>& loss) const {
+        if (loss.external) return;
+        const bool wants_labels = loss.op == LossOp::cross_entropy;
+        if (view.labels && !wants_labels)
+            throw py::value_error(
+                "[_core] this loss takes real targets: expected y of the network's dtype, got labels");
+        const Index cols = loss.op == LossOp::gaussian_nll ? 2 * view.target_cols : view.target_cols;
+        if (!view.labels && (cols != net.outputs()))
+            throw py::value_error("[_core] y does not fit the network: expected " + std::to_string(net.outputs()) +
+                                  " outputs' targets, got " + std::to_string(view.target_cols) + " columns");
+    }
+    NumpyArray<T> x, values, weights;
+    NumpyArray<std::int64_t> labels;
+    Dataset<T> view;
+};
+
+template <class T>
+py::list unpack(const Network<T>& net, const T* flat) {
+    py::list arrays;
+    for (const Parameter& parameter : net.parameters()) {
+        NumpyArray<T> array(parameter.shape);
+        net.read(parameter, flat, array.mutable_data());
+        arrays.append(array);
+    }
+    return arrays;
+}
+
+// ---- targets that fit as they are -----------------------------------------------------------------------------------
+
+// Real targets in [low, high], batch.target_cols of them for each of batch.rows; one column may be a vector.
+template <class T>
+bool values_as_they_are(const py::object& y, bool vector, std::pair<double, double> domain, Dataset<T>& batch) {
+    if (!fits<T>(y)) return false;
+    const auto given = py::reinterpret_borrow<NumpyArray<T>>(y);
+    const bool column = vector && given.ndim() == 1 && batch.target_cols == 1;
+    const bool matrix = given.ndim() == 2 && given.shape(1) == batch.target_cols;
+    if (!(column || matrix) || given.shape(0) != batch.rows) return false;
+    batch.y = given.data();
+    if (!all_finite(batch.y, given.size())) return false;
+    constexpr double infinity = std::numeric_limits<double>::infinity();
+    return (domain.first == -infinity && domain.second == infinity) ||
+           std::all_of(batch.y, batch.y + given.size(),
+                       [&](double value) { return domain.first <= value && value <= domain.second; });
+}
+
+template <class T>
+bool labels_as_they_are(const py::object& y, Index classes, Array<std::int64_t>& labels, Dataset<T>& batch) {
+    if (!fits<std::int64_t>(y)) return false;
+    const auto given = py::reinterpret_borrow<NumpyArray<std::int64_t>>(y);
+    if (given.ndim() != 1 || given.shape(0) != batch.rows) return false;
+    if (labels.size() < batch.rows) labels = Array<std::int64_t>(batch.rows);
+    // A copy, as in Data: they are indices, and the caller can still write to his.
+    std::copy_n(given.data(), batch.rows, labels.data());
+    batch.labels = labels.data();
+    return std::all_of(batch.labels, batch.labels + batch.rows,
+                       [&](std::int64_t label) { return label >= 0 && label < classes; });
+}
+
+// Adds to the class of a network what bindings_calculus.cpp has.
+template <class T>
+void bind_calculus(py::class_<PyNetwork<T>>& network);
+
+}  // namespace chainrule

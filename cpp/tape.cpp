@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: MIT
+#include "tape.hpp"
+
+namespace chainrule {
+namespace {
+
+template <class T>
+using LayerKind = typename Layer<T>::Kind;
+
+// The φ that a derivative of layer l is read off.
+Index saved_at(Op op, Index l) { return saves_of(op) == Saves::input ? l : l + 1; }
+
+template <class T>
+MatrixView<const T> constant(MatrixView<T> m) {
+    return {m.data, m.rows, m.cols, m.stride};
+}
+
+}  // namespace
+
+// ---- directions -----------------------------------------------------------------------------------------------------
+
+template <class T>
+Direction<T>::Direction(const Network<T>& net) : net_(net) {
+    Index total = 0;
+    for (const Layer<T>& layer : net.layers()) {
+        places_.push_back(total);
+        if (layer.kind == LayerKind<T>::linear) total += layer.outputs * round_up(layer.inputs, kLine<T>);
+    }
+    theta_ = Array<T>(net.size());
+    backward_ = Array<T>(total);
+}
+
+template <class T>
+void Direction<T>::clear() {
+    std::fill_n(theta_.data(), theta_.size(), T{0});
+    std::fill_n(backward_.data(), backward_.size(), T{0});
+}
+
+template <class T>
+void Direction<T>::set(const Parameter& parameter, const T* from) {
+    net_.pack(parameter, from, theta_.data());
+    const Layer<T>& layer = net_.layers()[static_cast<std::size_t>(parameter.layer)];
+    if (layer.kind == LayerKind<T>::linear && parameter.shape.size() == 2)
+        to_panels(layer.outputs, layer.inputs, from,
+                  backward_.data() + places_[static_cast<std::size_t>(parameter.layer)]);
+}
+
+// ---- the matrices ---------------------------------------------------------------------------------------------------
+
+template <class T>
+void Tape<T>::shape(Index first, Index rows, Index seeds, std::initializer_list<Kind> wanted) {
+    rows_ = rows;
+    seeds_ = seeds;
+    phase_ = first % seeds;
+    examples_ = rows == 0 ? 0 : example(rows - 1) + 1;
+    Index total = 0;
+    const auto each = [&](auto f) {
+        for (const Kind kind : wanted)
+            for (Index l = 0; l <= net_.depth(); ++l) f(kind, l);
+    };
+    each([&](Kind kind, Index l) {
+        MatrixView<T>& view = views_[place(kind, l)];
+        if (l > 0 && layer(l - 1).kind == LayerKind<T>::dropout) {  // the identity here
+            view = at(kind, l - 1);
+            return;
+        }
+        // One column more for the ones that a linear layer's bias is multiplied by.
+        const Index cols = l == 0 ? net_.inputs() : layer(l - 1).outputs, stride = padded_stride<T>(cols + 1);
+        view = {nullptr, kind == primal ? examples_ : rows_, cols, stride};
+        total += view.rows * stride;
+    });
+    if (arena_.size() < total) arena_ = Array<T>(total);
+    T* next = arena_.data();
+    each([&](Kind kind, Index l) {
+        MatrixView<T>& view = views_[place(kind, l)];
+        if (l > 0 && layer(l - 1).kind == LayerKind<T>::dropout) {
+            view = at(kind, l - 1);
+            return;
+        }
+        view.data = next;
+        next += view.rows * view.stride;
+    });
+}
+
+template <class T>
+void Tape<T>::load(Kind kind, Index l, Index begin, Index end, const T* from) const {
+    const MatrixView<T> to = rows_of(kind, l, begin, end);
+    copy_rows(to.rows, to.cols, from + begin * to.cols, to.cols, to.data, to.stride);
+}
+
+template <class T>
+void Tape<T>::store(Kind kind, Index l, Index begin, Index end, T* to) const {
+    const MatrixView<T> from = rows_of(kind, l, begin, end);
+    copy_rows(from.rows, from.cols, from.data, from.stride, to + begin * from.cols, from.cols);
+}
+
+template <class T>
+void Tape<T>::seed(Kind kind, Index l, Index begin, Index end) const {
+    const MatrixView<T> to = at(kind, l);
+    for (Index i = begin; i < end; ++i) {
+        std::fill_n(to.data + i * to.stride, to.cols, T{0});
+        to.data[i * to.stride + (phase_ + i) % seeds_] = T{1};
+    }
+}
+
+template <class T>
+MatrixView<T> Tape<T>::rows_of(Kind kind, Index l, Index begin, Index end) const {
+    const MatrixView<T> all = at(kind, l);
+    return {all.data + begin * all.stride, end - begin, all.cols, all.stride};
+}
+
+template <class T>
+MatrixView<const T> Tape<T>::read(Kind kind, Index l, Index begin, Index end) const {
+    return constant(rows_of(kind, l, begin, end));
+}
+
+// φˡ for rows of derivatives: one row again and again (its stride is 0) where they share an example.
+template <class T>
+MatrixView<const T> Tape<T>::saved(Index l, Index begin, Index end) const {
+    const MatrixView<T> all = at(primal, l);
+    return {all.data + example(begin) * all.stride, end - begin, all.cols, seeds_ == 1 ? all.stride : 0};
+}
+
+template <class T>
+template <class F>
+void Tape<T>::by_example(Index begin, Index end, F f) const {
+    for (Index next; begin < end; begin = next) {
+        next = seeds_ == 1 ? end : std::min(end, (example(begin) + 1) * seeds_ - phase_);
+        f(begin, next);
+    }
+}
+
+template <class T>
+void Tape<T>::append(Kind kind, Index l, Index begin, Index end, T value) const {
+    const MatrixView<T> x = at(kind, l);
+    if (!layer(l).bias) return;
+    for (Index i = begin; i < end; ++i) x.data[i * x.stride + x.cols] = value;
+}
+
+template <class T>
+const T* Tape<T>::backward_weights(const Layer<T>& layer) const {
+    return layer.narrow() || layer.transposed ? net_.backward_weights(layer) : inputs_backward_.data();
+}
+
+template <class T>
+void Tape<T>::prepare_inputs() {
+    const std::uint64_t now = net_.changes();
+    for (const Layer<T>& layer : net_.layers()) {
+        if (layer.kind != LayerKind<T>::linear || layer.narrow() || layer.transposed) continue;
+        const Index size = layer.outputs * round_up(layer.inputs, kLine<T>);
+        if (inputs_backward_.size() == size && copied_ == now) return;
+        if (inputs_backward_.size() != size) inputs_backward_ = Array<T>(size);
+        net_.transpose_weights(layer, inputs_backward_.data());
+        copied_ = now;
+    }
+}
+
+// Where a user's layer writes each of its parameters' part of a buffer laid out like theta.
+template <class T>
+std::vector<T*> Tape<T>::own_parameters(Index l, const T* flat) const {
+    std::vector<T*> places;
+    for (const Parameter& parameter : net_.parameters())
+        if (parameter.layer == l) places.push_back(const_cast<T*>(flat) + (parameter.offset - layer(l).offset));
+    return places;
+}
+
+// f(where to write the gradient of layer l's parameters); what it writes is added to `gradient`, if that is given.
+template <class T>
+template <class F>
+void Tape<T>::with_gradients(Index l, T* gradient, F f) const {
+    std::vector<T> part(static_cast<std::size_t>(layer(l).size));
+    f(own_parameters(l, part.data()).data());
+    for (Index i = 0; gradient != nullptr && i < layer(l).size; ++i)
+        gradient[layer(l).offset + i] += part[static_cast<std::size_t>(i)];
+}
+
+// ---- sweeps up ------------------------------------------------------------------------------------------------------
+
+template <class T>
+void Tape<T>::forward(Index begin, Index end) const {
+    for (Index l = 0; l < net_.depth(); ++l) {
+        append(primal, l, begin, end, T{1});
+        if (layer(l).kind != LayerKind<T>::dropout)
+            net_.forward_layer(l, rows_of(primal, l, begin, end), rows_of(primal, l + 1, begin, end), nullptr);
+    }
+}
+
+template <class T>
+void Tape<T>::tangents(Index begin, Index end, Index moving, const Direction<T>* direction) const {
+    for (Index l = std::max<Index>(moving - 1, 0); l < net_.depth(); ++l) {
+        if (l >= moving) append(tangent, l, begin, end, T{0});
+        push(l, begin, end, l >= moving, direction);
+    }
+}
+
+template <class T>
+void Tape<T>::push(Index l, Index begin, Index end, bool moves, const Direction<T>* direction) const {
+    const Layer<T>& g = layer(l);
+    const Kernels<T>& k = kernels<T>();
+    const MatrixView<T> out = rows_of(tangent, l + 1, begin, end);
+    const MatrixView<const T> dx = moves ? read(tangent, l, begin, end) : MatrixView<const T>{};
+    if (g.kind == LayerKind<T>::linear) {
+        if (direction) {
+            const auto forward = g.narrow() ? k.linear_forward_narrow : k.linear_forward;
+            const MatrixView<const T> x = saved(l, begin, end);
+            forward(out.rows, g.inputs, g.outputs, g.bias, x.data, x.stride, direction->forward(g), out.data,
+                    out.stride);
+        }
+        const auto jvp = g.narrow() ? k.linear_jvp_narrow : k.linear_jvp;
+        if (moves)
+            jvp(out.rows, g.inputs, g.outputs, g.bias, dx.data, dx.stride, net_.theta() + g.offset, out.data,
+                out.stride, direction != nullptr);
+    } else if (g.kind == LayerKind<T>::op) {
+        by_example(begin, end, [&](Index from, Index to) {
+            const MatrixView<const T> x = read(tangent, l, from, to), kept = saved(saved_at(g.op, l), from, to);
+            const MatrixView<T> y = rows_of(tangent, l + 1, from, to);
+            k.jvp[static_cast<int>(g.op)](y.rows, y.cols, x.data, x.stride, kept.data, kept.stride, y.data, y.stride,
+                                          static_cast<T>(g.param));
+        });
+    } else if (g.kind == LayerKind<T>::external) {
+        const std::vector<T*> own = direction ? own_parameters(l, direction->forward(g)) : std::vector<T*>{};
+        by_example(begin, end, [&](Index from, Index to) {
+            const MatrixView<const T> x = moves ? read(tangent, l, from, to) : dx;
+            g.external->jvp(saved(l, from, to), saved(l + 1, from, to), {x, own.empty() ? nullptr : own.data()},
+                            rows_of(tangent, l + 1, from, to));
+        });
+    }
+}
+
+template <class T>
+void Tape<T>::second_tangents(Index begin, Index end) const {
+    const MatrixView<T> x = rows_of(second_tangent, 0, begin, end);
+    for (Index i = 0; i < x.rows; ++i) std::fill_n(x.data + i * x.stride, x.cols, T{0});
+    for (Index l = 0; l < net_.depth(); ++l) bend(l, begin, end);
+}
+
+template <class T>
+void Tape<T>::bend(Index l, Index begin, Index end) const {
+    const Layer<T>& g = layer(l);
+    const Kernels<T>& k = kernels<T>();
+    if (g.kind == LayerKind<T>::linear) {
+        const MatrixView<T> x = rows_of(second_tangent, l, begin, end), y = rows_of(second_tangent, l + 1, begin, end);
+        const auto jvp = g.narrow() ? k.linear_jvp_narrow : k.linear_jvp;
+        return jvp(y.rows, g.inputs, g.outputs, g.bias, x.data, x.stride, net_.theta() + g.offset, y.data, y.stride,
+                   false);
+    }
+    if (g.kind == LayerKind<T>::dropout) return;
+    by_example(begin, end, [&](Index from, Index to) {
+        const MatrixView<const T> dx = read(tangent, l, from, to), ddx = read(second_tangent, l, from, to);
+        const MatrixView<T> out = rows_of(second_tangent, l + 1, from, to);
+        if (g.kind == LayerKind<T>::external)
+            return g.external->jvp_jvp(saved(l, from, to), saved(l + 1, from, to), dx, ddx, out);
+        k.jvp_jvp[static_cast<int>(g.op)](dx, dx, ddx, saved(saved_at(g.op, l), from, to), out,
+                                          static_cast<T>(g.param));
+    });
+}
+
+// ---- sweeps down ----------------------------------------------------------------------------------------------------
+
+template <class T>
+void Tape<T>::cotangents(Index begin, Index end, Index to, T* gradient) const {
+    for (Index l = net_.depth(); l-- > to;) pull(cotangent, l, begin, end, gradient);
+}
+
+template <class T>
+void Tape<T>::pull(Kind kind, Index l, Index begin, Index end, T* gradient) const {
+    const Layer<T>& g = layer(l);
+    const Kernels<T>& k = kernels<T>();
+    if (g.kind == LayerKind<T>::linear) {
+        const MatrixView<T> dz = rows_of(kind, l + 1, begin, end), dx = rows_of(kind, l, begin, end);
+        return k.linear_vjp_input(dx.rows, g.inputs, g.outputs, dz.data, dz.stride, backward_weights(g), dx.data,
+                                  dx.stride, false);
+    }
+    if (g.kind == LayerKind<T>::dropout) return;
+    by_example(begin, end, [&](Index from, Index until) {
+        const MatrixView<const T> dy = read(kind, l + 1, from, until);
+        const MatrixView<T> dx = rows_of(kind, l, from, until);
+        if (g.kind == LayerKind<T>::external)
+            return with_gradients(l, gradient, [&](T* const* gradients) {
+                g.external->vjp(saved(l, from, until), saved(l + 1, from, until), dy, dx, gradients);
+            });
+        const MatrixView<const T> kept = saved(saved_at(g.op, l), from, until);
+        k.vjp[static_cast<int>(g.op)](dx.rows, dx.cols, dy.data, dy.stride, kept.data, kept.stride, dx.data, dx.stride,
+                                      static_cast<T>(g.param));
+    });
+}
+
+template <class T>
+void Tape<T>::cotangent_tangents(Index begin, Index end, Index to, Index moving, const Direction<T>* direction,
+                                 T* gradient) const {
+    for (Index l = net_.depth(); l-- > to;) {
+        pull_tangent(l, begin, end, l >= moving, direction, gradient);
+        pull(cotangent, l, begin, end, nullptr);
+    }
+}
+
+template <class T>
+void Tape<T>::pull_tangent(Index l, Index begin, Index end, bool moves, const Direction<T>* direction,
+                           T* gradient) const {
+    const Layer<T>& g = layer(l);
+    const Kernels<T>& k = kernels<T>();
+    const bool curved = g.kind == LayerKind<T>::external ? moves || direction : moves;
+    if (g.kind != LayerKind<T>::linear && !curved) return pull(cotangent_tangent, l, begin, end, gradient);
+    if (g.kind == LayerKind<T>::linear) {
+        pull(cotangent_tangent, l, begin, end, nullptr);
+        const MatrixView<T> c = rows_of(cotangent, l + 1, begin, end), dc = rows_of(cotangent_tangent, l, begin, end);
+        if (direction)
+            k.linear_vjp_input(dc.rows, g.inputs, g.outputs, c.data, c.stride, direction->backward(l), dc.data,
+                               dc.stride, true);
+        return;
+    }
+    if (g.kind == LayerKind<T>::dropout) return;
+    const std::vector<T*> own = direction ? own_parameters(l, direction->forward(g)) : std::vector<T*>{};
+    by_example(begin, end, [&](Index from, Index until) {
+        const MatrixView<const T> c = read(cotangent, l + 1, from, until),
+                                  dc = read(cotangent_tangent, l + 1, from, until);
+        const MatrixView<const T> dx = moves ? read(tangent, l, from, until) : MatrixView<const T>{};
+        const MatrixView<T> out = rows_of(cotangent_tangent, l, from, until);
+        if (g.kind == LayerKind<T>::external)
+            return with_gradients(l, gradient, [&](T* const* gradients) {
+                g.external->vjp_jvp(saved(l, from, until), saved(l + 1, from, until), c, dc,
+                                    {dx, own.empty() ? nullptr : own.data()}, out, gradients);
+            });
+        k.vjp_jvp[static_cast<int>(g.op)](c, dx, dc, saved(saved_at(g.op, l), from, until), out,
+                                          static_cast<T>(g.param));
+    });
+}
+
+template <class T>
+void Tape<T>::example_gradient(Index l, Index row, T* own) const {
+    std::vector<T> dx(static_cast<std::size_t>(padded_stride<T>(layer(l).inputs)));
+    layer(l).external->vjp(saved(l, row, row + 1), saved(l + 1, row, row + 1), read(cotangent, l + 1, row, row + 1),
+                           {dx.data(), 1, layer(l).inputs, static_cast<Index>(dx.size())},
+                           own_parameters(l, own).data());
+}
+
+template class Direction<float>;
+template class Direction<double>;
+template class Tape<float>;
+template class Tape<double>;
+
+}  // namespace chainrule

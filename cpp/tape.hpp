@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: MIT
+// L3: the matrices that derivatives of first and second order travel through, and the sweeps over their rows.
+//
+// Four things travel along the chain, beside the primals φˡ: tangents φ̇ˡ and second tangents φ̈ˡ upwards, cotangents
+// cˡ = ∂L/∂φˡ and their tangents ċˡ downwards. With z = W x + b:
+//   ż = W ẋ + Ẇ x + ḃ      c_x = c W         c_W = cᵀ x
+//   z̈ = W ẍ                ċ_x = ċ W + c Ẇ   ċ_W = ċᵀ x + cᵀ ẋ
+// and for an op as ops/op.hpp has it. At the top ċ = H_L ḟ, so that a sweep up and a sweep down give H v. Nothing is shared
+// in place. A row's bits depend neither on its batch nor on the threads, gradients' bits not on the threads either.
+#pragma once
+
+#include <initializer_list>
+
+#include "network.hpp"
+
+namespace chainrule {
+
+// A direction Ẇ in the space of parameters, in both layouts that products with W want.
+template <class T>
+class Direction {
+   public:
+    explicit Direction(const Network<T>& net);
+    void clear();
+    void set(const Parameter& parameter, const T* from);  // plain row-major
+    const T* forward(const Layer<T>& layer) const { return theta_.data() + layer.offset; }
+    const T* backward(Index layer) const { return backward_.data() + places_[static_cast<std::size_t>(layer)]; }
+    Index bytes() const { return (theta_.size() + backward_.size()) * static_cast<Index>(sizeof(T)); }
+
+   private:
+    const Network<T>& net_;
+    std::vector<Index> places_;
+    Array<T> theta_, backward_;
+};
+
+// The matrices of one batch, and the sweeps over ranges of its rows. Several rows of derivatives, such as all rows of a
+// Jacobian, may belong to one example: then they share its primals, which are computed once.
+template <class T>
+class Tape {
+   public:
+    enum Kind { primal, tangent, cotangent, cotangent_tangent, second_tangent, kinds };
+
+    explicit Tape(const Network<T>& net) : net_(net), views_(kinds * static_cast<std::size_t>(net.depth() + 1)) {}
+
+    // Room for these kinds, contents undefined. Rows [first, first + rows) of derivatives, `seeds` for each example.
+    void shape(Index first, Index rows, Index seeds, std::initializer_list<Kind> wanted);
+    Index rows() const { return rows_; }
+    Index examples() const { return examples_; }
+    Index example(Index row) const { return (phase_ + row) / seeds_; }
+    MatrixView<T> at(Kind kind, Index layer) const { return views_[place(kind, layer)]; }
+    Index bytes() const { return (arena_.size() + inputs_backward_.size()) * static_cast<Index>(sizeof(T)); }
+
+    void load(Kind kind, Index layer, Index begin, Index end, const T* from) const;  // from the first row's place
+    void store(Kind kind, Index layer, Index begin, Index end, T* to) const;
+    void seed(Kind kind, Index layer, Index begin,
+              Index end) const;  // rows of the unit matrix, one example's after another's
+
+    // The sweeps, each after those whose results it reads. `moving` is the first φ with a tangent: 0 where the inputs move,
+    // else the first that parameters move. `to` is the φ where a sweep down ends. Users' layers add their part of the
+    // gradient to `gradient`, laid out like theta, if it is given.
+    void forward(Index begin, Index end) const;
+    void tangents(Index begin, Index end, Index moving, const Direction<T>* direction) const;
+    void second_tangents(Index begin, Index end) const;
+    void cotangents(Index begin, Index end, Index to, T* gradient) const;
+    void cotangent_tangents(Index begin, Index end, Index to, Index moving, const Direction<T>* direction,
+                            T* gradient) const;
+    void prepare_inputs();  // before a sweep down to the inputs
+
+    // The gradient of a user's layer for one row alone, laid out as in theta.
+    void example_gradient(Index layer, Index row, T* own) const;
+
+   private:
+    std::size_t place(Kind kind, Index layer) const {
+        return kind * static_cast<std::size_t>(net_.depth() + 1) + static_cast<std::size_t>(layer);
+    }
+    const Layer<T>& layer(Index l) const { return net_.layers()[static_cast<std::size_t>(l)]; }
+    MatrixView<T> rows_of(Kind kind, Index l, Index begin, Index end) const;
+    MatrixView<const T> read(Kind kind, Index l, Index begin, Index end) const;
+    MatrixView<const T> saved(Index l, Index begin, Index end) const;
+    const T* backward_weights(const Layer<T>& layer) const;
+    void append(Kind kind, Index l, Index begin, Index end, T value) const;
+    template <class F>
+    void by_example(Index begin, Index end, F f) const;
+    void push(Index l, Index begin, Index end, bool moves, const Direction<T>* direction) const;
+    void bend(Index l, Index begin, Index end) const;
+    void pull(Kind kind, Index l, Index begin, Index end, T* gradient) const;
+    void pull_tangent(Index l, Index begin, Index end, bool moves, const Direction<T>* direction, T* gradient) const;
+    template <class F>
+    void with_gradients(Index l, T* gradient, F f) const;
+    std::vector<T*> own_parameters(Index l, const T* flat) const;
+
+    const Network<T>& net_;
+    Index rows_ = 0, examples_ = 0, seeds_ = 1, phase_ = 0;
+    std::vector<MatrixView<T>> views_;
+    Array<T> arena_;
+    // The transposed copy of the weights that training has none of, made when somebody first differentiates down to the
+    // inputs and again after the weights have changed.
+    Array<T> inputs_backward_;
+    std::uint64_t copied_ = 0;
+};
+
+extern template class Direction<float>;
+extern template class Direction<double>;
+extern template class Tape<float>;
+extern template class Tape<double>;
+
+}  // namespace chainrule
