@@ -52,12 +52,12 @@ def seconds(work) -> str:
     return f"{1e3 * min(timeit.repeat(work, number=1, repeat=15)):7.2f} ms"
 
 
-seed = np.ones((256, O))
 works = [
-    (lambda: cr.sensitivity(net, X, d), lambda: cr.vjp(net, X, seed)),
+    (lambda: cr.sensitivity(net, X, d), lambda: cr.jacobian(net, X, mode="reverse")),
     (lambda: cr.jacobian(net, X, mode="forward"), lambda: cr.jacobian(net, X, mode="reverse")),
-    (None, lambda: cr.vjp(net, X, seed, params=True)),
+    (None, lambda: cr.vjp(net, X, np.ones((256, O)), params=True)),
 ]
+assert count(D, H, O)["∂f/∂x"][1] == sum(W.size for W in net.state_dict().values() if W.ndim == 2)
 print("                        forward mode          reverse mode")
 for (what, counts), pair in zip(count(D, H, O).items(), works, strict=True):
     cells = [f"{n:12,} {seconds(work) if work else '':>10}" for n, work in zip(counts, pair, strict=True)]
