@@ -48,8 +48,8 @@ def count(D: int, H: int, O: int) -> dict[str, tuple[int, int]]:
 
 
 def seconds(work) -> str:
-    """The least of 15 runs, because whatever else the machine does only adds."""
-    return f"{1e3 * min(timeit.repeat(work, number=1, repeat=15)):7.2f} ms"
+    """The least of 60 runs, because whatever else the machine does only adds."""
+    return f"{1e3 * min(timeit.repeat(work, number=1, repeat=60)):7.2f} ms"
 
 
 works = [
