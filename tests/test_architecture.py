@@ -271,7 +271,7 @@ def test_each_op_and_loss_has_a_row_in_the_tests():
 
 # ------------------------------------------------------------------------------------------ files and sizes
 def source_files():
-    places = [CPP, PACKAGE, ROOT / "tests", ROOT / "bench", ROOT / ".ci"]
+    places = [CPP, ROOT / "python", ROOT / "tests", ROOT / "bench", ROOT / ".ci"]
     files = [p for place in places for p in place.rglob("*") if p.is_file()]
     code = {".hpp", ".cpp", ".def", ".cu", ".py", ".pyi", ".sh", ""}
     return sorted(p for p in files if p.suffix in code and p.name != "py.typed")
