@@ -75,26 +75,34 @@ from .optim import (
 from .training import EarlyStopping, History
 
 if TYPE_CHECKING:
+    from .explanation import explain
+    from .gradient_check import gradcheck
     from .io import load
+    from .plot import draw
 
 __all__ = [
     "ELU", "GD", "GELU", "LBFGS", "MAE", "MSE", "SGD", "Adam", "AdamW", "CosineAnnealingLR", "CrossEntropy",
     "CustomLoss", "Dropout", "EarlyStopping", "ExponentialLR", "GaussianNLL", "History", "Huber", "Identity",
-    "Layer", "LeakyReLU", "LeastSquares", "LevenbergMarquardt", "Linear", "LogSoftmax", "Logistic", "Pinball",
-    "Poisson", "RMSprop", "ReLU", "ReduceLROnPlateau", "Schedule", "Sequential", "SiLU", "Sigmoid", "Softmax",
-    "Softplus", "StepLR", "Tanh", "WarmupLR", "__version__", "gauss_newton_product", "get_num_threads",
-    "hessian", "hvp", "info", "input_gradient", "input_hessian_diagonal", "jacobian", "jvp", "laplacian",
-    "load", "mlp", "per_example_grad_norms", "per_example_grads", "sensitivity", "set_num_threads", "threads",
-    "vjp",
+    "Layer", "LeakyReLU", "LeastSquares", "LevenbergMarquardt", "Linear", "LogSoftmax", "Logistic",
+    "Pinball", "Poisson", "RMSprop", "ReLU", "ReduceLROnPlateau", "Schedule", "Sequential", "SiLU",
+    "Sigmoid", "Softmax", "Softplus", "StepLR", "Tanh", "WarmupLR", "__version__", "draw", "explain",
+    "gauss_newton_product", "get_num_threads", "gradcheck", "hessian", "hvp", "info", "input_gradient",
+    "input_hessian_diagonal", "jacobian", "jvp", "laplacian", "load", "mlp", "per_example_grad_norms",
+    "per_example_grads", "sensitivity", "set_num_threads", "threads", "vjp",
 ]  # fmt: skip
+
+
+# What training does not need, and where it is. The modules have other names than their functions: importing
+# chainrule.x binds the name x here to the module, over a function that is called the same.
+_LATER = {"load": "io", "gradcheck": "gradient_check", "explain": "explanation", "draw": "plot"}
 
 
 def __getattr__(name: str) -> Any:
     """Modules that training does not need are imported when they are first asked for."""
     from importlib import import_module
 
-    if name == "load":
-        return import_module(".io", __name__).load
+    if name in _LATER:
+        return getattr(import_module(f".{_LATER[name]}", __name__), name)
     if name in ("data", "io", "reference"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line: `chainrule train data.csv --target price`, `predict`, `demo`, `info`.
+"""The command line: `chainrule train data.csv --target price`, `predict`, `explain`, `draw`, `demo`, `info`.
 
 Exit codes: 0 done; 1 a file or value that cannot be used, with one line on standard error; 2 options that
 cannot be read; 130 interrupted. `python -m chainrule` is the same program.
@@ -91,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("model", help="a file that `chainrule train` wrote")
     predict.add_argument("data", help="a CSV or Parquet file with the same columns")
     predict.add_argument("--output", metavar="FILE", help="write the answers there as CSV, not to the screen")
+    _explain_options(
+        _command(
+            commands, cli.explain, "model.safetensors data.csv", "show a gradient as a chain-rule product"
+        )
+    )
+    _draw_options(
+        _command(commands, cli.draw, "model.safetensors [data.csv]", "draw a network as an SVG file")
+    )
     demo = _command(commands, cli.demo, "", "read handwritten digits: a first look, no file needed")
     demo.add_argument("--epochs", type=_whole(1), default=60, metavar="N", help="passes over the images")
     _common_options(demo)
@@ -147,6 +155,25 @@ def _train_options(train: argparse.ArgumentParser) -> None:
     _common_options(train)
     known = [action.dest for action in train._actions if action.option_strings]
     train.set_defaults(known=[name for name in known if name not in {"help", "config"}])
+
+
+def _explain_options(explain: argparse.ArgumentParser) -> None:
+    explain.epilog = "Example: chainrule explain model.safetensors homes.csv --row 3 --wrt 2.bias"
+    add = explain.add_argument
+    add("model", help="a file that `chainrule train` wrote")
+    add("data", help="a CSV or Parquet file with the same columns, the target among them")
+    add("--row", type=_whole(1), default=1, metavar="N", help="which row of the file, from 1")
+    add("--wrt", default="0.weight", metavar="NAME",
+        help='the parameter whose gradient is shown, as in state_dict, or "x" for the inputs')  # fmt: skip
+
+
+def _draw_options(draw: argparse.ArgumentParser) -> None:
+    draw.epilog = "Example: chainrule draw model.safetensors homes.csv --row 3 -o graph.svg"
+    add = draw.add_argument
+    add("model", help="a model file; with data, one that `chainrule train` wrote")
+    add("data", nargs="?", help="a CSV or Parquet file with the same columns; without it, structure alone")
+    add("--row", type=_whole(1), metavar="N", help="which row of the file, from 1; the first if not given")
+    add("-o", "--output", metavar="FILE", default="graph.svg", help="the picture to write")
 
 
 def _common_options(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The commands behind `chainrule train`, `predict`, `demo` and `info`; `__main__` reads their options.
+"""The commands behind `chainrule train`, `predict`, `explain`, `draw`, `demo` and `info`; `__main__` reads
+their options.
 
 A command takes the parsed options, writes to standard output and returns nothing; what the user got wrong is
 raised as ValueError, OSError or ImportError and becomes one line on standard error there.
@@ -21,9 +22,9 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _core, metrics
+from . import _core, explanation, metrics, plot
 from .data import Preprocessor, TableModel, class_labels, infer_task, outputs_for, split_rows
-from .io import require_suffix
+from .io import load, require_suffix
 from .losses import LOSSES
 from .model import array_dtype, mlp, set_num_threads
 from .optim import GD, OPTIMIZERS
@@ -251,6 +252,51 @@ def _write_csv(file: TextIO, columns: dict[str, NDArray[Any]]) -> None:
         column if column.dtype == object else [f"{v:.8g}" for v in column] for column in columns.values()
     ]
     writer.writerows(zip(*texts, strict=True))
+
+
+# ------------------------------------------------------------ explain, draw
+
+
+def explain(args: Namespace) -> None:
+    """Show the chain-rule product of one gradient, for one row of a table."""
+    model, x, y = _example("explain", args)
+    if y is None:
+        target = model.preprocessor.target
+        raise ValueError(
+            f"[explain] target {target!r}: expected a value in row {args.row} of {args.data!r}, got none; "
+            "a loss needs one"
+        )
+    screen = Screen(sys.stdout)
+    for line in str(explanation.explain(model.net, x, y, model.loss, args.wrt)).split("\n"):
+        screen.line(line)
+
+
+def draw(args: Namespace) -> None:
+    """Draw a network, with the values of one row of a table if there is one, as an SVG file."""
+    plot.require_svg("draw", args.output)
+    if args.data is None:
+        if args.row is not None:
+            raise ValueError(f"[draw] --row: expected a data file to take it from, got only row {args.row}")
+        drawing = plot.draw(load(args.model))
+    else:
+        args.row = args.row or 1
+        model, x, y = _example("draw", args)
+        drawing = plot.draw(model.net, x, y, model.loss)
+    drawing.save(args.output)
+    Screen(sys.stdout).line(f"Saved as {args.output}: {drawing.description}")
+
+
+def _example(op: str, args: Namespace) -> tuple[TableModel, NDArray[Any], NDArray[Any] | None]:
+    """The model, one row as it sees it, and its target; None where the table does not hold one."""
+    model = TableModel.load(args.model)
+    p = model.preprocessor
+    table = read_table(args.data, p.text_columns)
+    if not 1 <= args.row <= len(table):
+        rows = f"1 to {len(table):,}" if len(table) else "a file with rows"
+        raise ValueError(f"[{op}] --row: expected {rows}, got {args.row}")
+    row = table.take(np.array([args.row - 1]))
+    known = p.target in row.columns and not is_missing(row.column(p.target)).any()
+    return model, p.transform(row, model.dtype), p.targets(row) if known else None
 
 
 # ------------------------------------------------------------ demo

@@ -14,6 +14,7 @@ import numpy as np
 
 from . import _core, calculus, losses, training, wholebatch
 from .checks import converted, flag, listed, one_of, real_array, short, whole
+from .display import TextTable, html_table
 from .layers import BUILT_IN, Dropout, Guard, Identity, Layer, Linear, _BuiltIn, initial
 
 if TYPE_CHECKING:
@@ -403,8 +404,10 @@ class Sequential:
 
         return deepcopy(self)  # a network that shared its weights with another would be a trap
 
-    def summary(self) -> str:
+    def summary(self) -> TextTable:
         """A table of the layers: output shape, parameters, and multiplications per row in the forward pass.
+
+        Returns: a str; a notebook shows it as an HTML table.
 
         Example:
             >>> import chainrule as cr
@@ -431,7 +434,8 @@ class Sequential:
         rows.append(("", "total", "", f"{sum(counts):,}", f"{products:,}"))
         wide, out = (max(len(row[column]) for row in rows) for column in (1, 2))
         digits = len(str(len(self.layers) - 1))
-        return "\n".join(f"{n:>{digits}}  {a:<{wide}}  {o:>{out}} {c:>12} {m:>12}" for n, a, o, c, m in rows)
+        text = "\n".join(f"{n:>{digits}}  {a:<{wide}}  {o:>{out}} {c:>12} {m:>12}" for n, a, o, c, m in rows)
+        return TextTable(text, html_table(rows, "rlrrr", foot=True))
 
 
 # ------------------------------------------------------------ construction

@@ -12,8 +12,12 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-_ASCII = {"→": "->", "↓": "v", "×": "x", "²": "2", "µ": "u", "…": "...", "✓": "ok",
-          "│": "|", "┤": "+", "└": "+", "─": "-"}  # fmt: skip
+_ASCII = {"→": "->", "↓": "v", "×": "x", "µ": "u", "…": "...", "✓": "ok",
+          "│": "|", "┤": "+", "└": "+", "─": "-",
+          "φ": "phi", "∂": "d", "σ": "sigma", "Φ": "Phi", "μ": "mu", "Σ": "sum ", "∈": "in", "−": "-",
+          "·": "*", "⊗": "(x)", "′": "'", "ᵀ": "'", "½": "1/2", "ˡ": "l", "ᴹ": "M", "ᴺ": "N", "ˢ": "s",
+          "⁻": "^-",
+          **{power: str(k) for k, power in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}}  # fmt: skip
 _BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # the dot at row, column of a 4 × 2 cell
 _SHADES = " .:-=+*#%@"
 
