@@ -20,7 +20,7 @@ FREED_IS_FREE = {"ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=0:thread_loc
 
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c_arrives():
-    """A shell starts background jobs with Ctrl-C ignored, and their children: tests that send it would hang."""
+    """A shell starts background jobs with Ctrl-C ignored, so their tests of it would wait for ever."""
     before = signal.getsignal(signal.SIGINT)
     if before is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
