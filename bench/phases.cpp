@@ -130,6 +130,7 @@ struct Part {
     std::vector<double> samples{};
 
     double time() const {
+        rouse_workers();  // as `fit` does before an epoch
         const auto start = Clock::now();
         for (long i = 0; i < calls; ++i) run();
         return std::chrono::duration<double>(Clock::now() - start).count();

@@ -35,8 +35,10 @@ constexpr int kSpinsPerLook = 64;  // spins between two looks at the clock
 using Clock = std::chrono::steady_clock;
 
 // When another process holds a core, a worker may lose it in the middle of a part, and the caller waits 4 or 8 ms for some
-// microseconds' work. A wait longer than this, and than the caller's own part took, is taken for that: the caller then
-// works alone for kRetreat times as long as it waited, so that waiting costs a sixteenth at most.
+// microseconds' work. A wait longer than kStall, and than the caller's own part took, is taken for that: the caller then
+// works alone for as long as it waited, and twice as long each time that stalls follow each other closely, up to kRetreat
+// times: then waiting costs a sixteenth. (kRetreat at once gave up the second core for 40 % of the time on a virtual
+// machine that loses a core for a few ms, five times a second.)
 constexpr auto kStall = std::chrono::microseconds(100);
 constexpr int kRetreat = 16;
 
@@ -113,7 +115,14 @@ class Pool {
             if (spins > 4096) sched_yield();  // a worker lost its core: do not hold this one
         }
         const auto end = Clock::now();
-        if (end - mine > std::max<Clock::duration>(kStall, mine - start)) alone_until_ = end + kRetreat * (end - mine);
+        const auto waited = end - mine;
+        if (waited > std::max<Clock::duration>(kStall, mine - start)) retreat(end, waited);
+    }
+
+    void retreat(Clock::time_point now, Clock::duration waited) {
+        const bool again = now - alone_until_ < (kRetreat + 1) * waited;
+        retreat_ = again ? std::min(2 * retreat_, kRetreat) : 1;
+        alone_until_ = now + retreat_ * waited;
     }
 
     // A ticket is the number of parts and the number of those claimed. Task and context are read after a claim: the
@@ -175,7 +184,8 @@ class Pool {
     std::atomic<bool> owned_{false};
     std::vector<std::thread> workers_;
     std::atomic<int> worker_count_{0};
-    Clock::time_point alone_until_{};  // the owner's
+    Clock::time_point alone_until_{};  // the owner's, as the next
+    int retreat_ = 1;
     std::uint64_t rouses_ = 0;         // under sleep_
     Task task_ = nullptr;
     void* context_ = nullptr;

@@ -312,13 +312,21 @@ CHAINRULE_INLINE V log1p(V x) {
 // ---- the functions networks use -----------------------------------------------------------------------------------
 
 // tanh x = m / (m + 2), m = e^(2|x|) - 1: full relative accuracy at small x. Error below 4 ulp.
-template <class V>
-CHAINRULE_INLINE V tanh(V x) {
-    const V limit = splat<V>(sizeof(Scalar<V>) == 4 ? 10 : 20);  // tanh rounds to 1 from here on
-    const V a = abs(x);
-    const V m = expm1(2 * min(a, limit));
-    const V y = copysign(m / (m + 2), x);
-    return select(x == x, y, x);
+CHAINRULE_INLINE Vec<double> tanh(Vec<double> x) {
+    const Vec<double> m = expm1(2 * min(abs(x), splat<Vec<double>>(20)));  // tanh rounds to 1 from 20 on
+    return select(x == x, copysign(m / (m + 2), x), x);
+}
+// In float x P(x²) / Q(x²), minimax in the relative error (2e-8) up to 9.02, where tanh rounds to 1; half the instructions
+// of the exponential. Error below 5 ulp. At 9.4 it is above 1 and is cut there: past 1 its derivative would turn negative.
+CHAINRULE_INLINE Vec<float> tanh(Vec<float> x) {
+    const double p[] = {0.9999999792107983, 0.13379666410319993, 0.003493972277669472, 2.058242999651169e-05,
+                        1.3317595688125745e-08};
+    const double q[] = {1.0, 0.46712981728247704, 0.0258708388494013, 0.0003282989634537177, 7.761417897601526e-07};
+    const auto clamp = [](Vec<float> v, double limit) {
+        return min(max(v, splat<Vec<float>>(-limit)), splat<Vec<float>>(limit));
+    };
+    const Vec<float> a = clamp(x, 9.4), t = a * a;
+    return select(x == x, clamp(a * polynomial(t, p) / polynomial(t, q), 1), x);
 }
 
 // 1 / (1 + e^-x), accurate in both tails. Error below 3 ulp.

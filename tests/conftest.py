@@ -3,6 +3,7 @@
 
 import itertools
 import os
+import signal
 import zlib
 
 import numpy as np
@@ -15,6 +16,16 @@ FUSED = [isa for isa in _core.isas() if isa != "baseline"]
 
 # For a process whose memory is measured: under the address sanitizer, too, what is freed is used again.
 FREED_IS_FREE = {"ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=0:thread_local_quarantine_size_kb=0"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_arrives():
+    """A shell starts background jobs with Ctrl-C ignored, and their children: tests that send it would hang."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ ROWS = [
     #   name         g                                  ulp  g(−∞, 0, ∞)        g′(−∞, 0, ∞)    g″(0), a, kink
     Row("identity",  lambda x, a: x,                    0,   (-INF, 0, INF),    (1, 1, 1)),
     Row("sigmoid",   lambda x, a: exact_sigmoid(x),     3,   (0, 0.5, 1),       (0, 0.25, 0)),
-    Row("tanh",      lambda x, a: np.tanh(x),           4,   (-1, 0, 1),        (0, 1, 0)),
+    Row("tanh",      lambda x, a: np.tanh(x),           5,   (-1, 0, 1),        (0, 1, 0)),
     Row("relu",      lambda x, a: np.maximum(x, 0),     0,   (0, 0, INF),       (0, 0, 1),      0, 0.0, True),
     Row("leaky_relu", lambda x, a: exact_leaky(x, a),   0.5, (-INF, 0, INF),    (0.1, 0.1, 1),  0, 0.1, True),
     Row("leaky_relu", lambda x, a: np.maximum(x, 0),    0,   (0, 0, INF),       (0, 0, 1),      0, 0.0, True),

@@ -36,7 +36,7 @@ Real stated_epsilons(Op op, Real x) {
     const Real extra = fused() ? 0 : 4;
     switch (op) {
         case Op::sigmoid: return 3 + extra;
-        case Op::tanh: return 4 + extra;
+        case Op::tanh: return 5 + extra;
         case Op::elu: return 3 + extra;
         case Op::gelu: return 9 + extra + (fused() || std::isinf(x) ? 0 : x * x / 2);
         case Op::silu: return 4 + extra;
