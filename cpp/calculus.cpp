@@ -233,7 +233,7 @@ void Derivatives<T>::loss_hvp(const Batch& batch, Index begin, Index end, Kind t
         return MatrixView<T>{all.data + begin * all.stride, end - begin, all.cols, all.stride};
     };
     if (batch.loss.external) return difference_of_gradients(batch, rows(to));
-    kernels<T>().loss_hvp[static_cast<int>(batch.loss.op)](
+    second_kernels<T>().loss_hvp[static_cast<int>(batch.loss.op)](
         constant(rows(Kind::primal)), targets(batch, begin), weights(batch, begin), batch.scale,
         constant(rows(Kind::tangent)), rows(to), static_cast<T>(batch.loss.param));
 }
@@ -394,8 +394,8 @@ void Derivatives<T>::outer_products(Index begin, Index end, T* const* to) const 
         const T one = 1;
         const bool bias = parameter.shape.size() == 1;
         for (Index r = begin; r < end; ++r)
-            kernels<T>().outer(c.cols, bias ? 1 : x.cols, c.data + r * c.stride,
-                               bias ? &one : x.data + tape_.example(r) * x.stride, to[k] + r * parameter.size);
+            second_kernels<T>().outer(c.cols, bias ? 1 : x.cols, c.data + r * c.stride,
+                                      bias ? &one : x.data + tape_.example(r) * x.stride, to[k] + r * parameter.size);
     }
     if (net_.has_external()) own_gradients(begin, end, to);
 }

@@ -250,8 +250,8 @@ void Tape<T>::bend(Index l, Index begin, Index end) const {
         const MatrixView<T> out = rows_of(second_tangent, l + 1, from, to);
         if (g.kind == LayerKind<T>::external)
             return g.external->jvp_jvp(saved(l, from, to), saved(l + 1, from, to), dx, ddx, out);
-        k.jvp_jvp[static_cast<int>(g.op)](dx, dx, ddx, saved(saved_at(g.op, l), from, to), out,
-                                          static_cast<T>(g.param));
+        second_kernels<T>().jvp_jvp[static_cast<int>(g.op)](dx, dx, ddx, saved(saved_at(g.op, l), from, to), out,
+                                                            static_cast<T>(g.param));
     });
 }
 
@@ -321,8 +321,8 @@ void Tape<T>::pull_tangent(Index l, Index begin, Index end, bool moves, const Di
                 g.external->vjp_jvp(saved(l, from, until), saved(l + 1, from, until), c, dc,
                                     {dx, own.empty() ? nullptr : own.data()}, out, gradients);
             });
-        k.vjp_jvp[static_cast<int>(g.op)](c, dx, dc, saved(saved_at(g.op, l), from, until), out,
-                                          static_cast<T>(g.param));
+        second_kernels<T>().vjp_jvp[static_cast<int>(g.op)](c, dx, dc, saved(saved_at(g.op, l), from, until), out,
+                                                            static_cast<T>(g.param));
     });
 }
 
