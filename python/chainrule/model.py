@@ -83,7 +83,8 @@ class Sequential:
         self.layers, self.seed, self.dtype, self.device = tuple(layers), seed, dtype, device
         self.in_features, self.out_features, self._widths = widths[0], widths[-1], widths
         kind = _core.Network64 if dtype == "float64" else _core.Network32
-        self._core: Any = kind(rows, dtype == "bfloat16")
+        with _memory_for(layers):
+            self._core: Any = kind(rows, dtype == "bfloat16")
         self._places = {f"{layer}.{name}": k for k, (layer, name, _) in enumerate(self._core.parameters)}
         self._steppers: dict[tuple[int, int], training.Stepper] = {}
         self._predict_as_is: Callable[[Any], Array | None] = self._core.predict_as_is
@@ -521,6 +522,23 @@ def _widths(layers: Sequence[Any]) -> list[int]:
         )
         widths.append(width)
     return widths
+
+
+_MOST_WEIGHTS = 2**48  # more than any machine holds, and few enough for the engine's 64-bit sizes not to overflow
+
+
+@contextmanager
+def _memory_for(layers: Sequence[Layer]) -> Iterator[None]:
+    """A block that asks for the weights' memory; MemoryError says how many there are."""
+    count = sum((x.in_features + x.bias) * x.out_features for x in layers if isinstance(x, Linear))
+    try:
+        if count > _MOST_WEIGHTS:
+            raise MemoryError
+        yield
+    except MemoryError:
+        raise MemoryError(
+            f"[Sequential] the weights must fit in memory: expected fewer of them, got {count:,}"
+        ) from None
 
 
 def _row(layer: Layer, inputs: int, outputs: int, dtype: str) -> tuple[str, int, int, float, bool, Any]:
