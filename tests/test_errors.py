@@ -365,9 +365,14 @@ WEIGHTS = [
     (lambda s: s.classify(class_weight={"a": 1.0}), TypeError, "[fit] a label in class_weight must be a non-negative int: expected an int, got 'a'"),
     (lambda s: s.classify(class_weight={0: -1.0}), ValueError, "[fit] class_weight[0] must be a finite number: expected ≥ 0, got -1.0"),
     (lambda s: s.classify(class_weight={0: 0, 1: 0}), ValueError, "[fit] class_weight times sample_weight must have a positive finite sum"),
-    (lambda s: s.classify(np.eye(2)[LABELS], class_weight="balanced"), ValueError, "[fit] class_weight needs one label per row"),
-    (lambda s: s.fit(class_weight="balanced"), ValueError, "expected loss 'cross_entropy' with integer labels or 'logistic' with 0 and 1, got MSE()"),
-    (lambda s: s.one.fit(X, LABELS / 2, loss="logistic", class_weight={0: 2}), ValueError, "[fit] class_weight needs labels: expected only 0 and 1, got [0.0, 0.5]"),
+    (lambda s: s.classify(np.full((12, 2), 0.5), class_weight="balanced"), ValueError, "[fit] class_weight needs one label per row: expected whole numbers, or rows of zeros and a one, got [0.5, 0.5] in row 0"),
+    (lambda s: s.classify(np.ones((12, 2)), class_weight="balanced"), ValueError, "got [1.0, 1.0] in row 0"),
+    (lambda s: s.classify(np.zeros((12, 2)), class_weight="balanced"), ValueError, "got [0.0, 0.0] in row 0"),
+    (lambda s: s.classify(np.eye(2)[LABELS], class_weight={2: 1.0}), ValueError, "expected ≤ 1, got 2"),
+    (lambda s: s.fit(class_weight="balanced"), ValueError, "[fit] class_weight needs one label per row"),
+    (lambda s: s.one.fit(X, LABELS / 2, loss="logistic", class_weight={0: 2}), ValueError, "or rows of zeros and a one, got [0.5] in row 1"),
+    (lambda s: s.one.fit(X, LABELS, loss="logistic", class_weight={2: 2}), ValueError, "[fit] a label in class_weight must be a non-negative int: expected ≤ 1, got 2"),
+    (lambda s: s.one.fit(X, LABELS * 1e30, loss="mse", class_weight={0: 2}), ValueError, "or rows of zeros and a one, got [1.0000000150474662e+30] in row 1"),
 ]
 
 FIT = [

@@ -328,6 +328,37 @@ def test_class_weights_for_yes_and_no(shape, data):
     assert_same_weights(got, expected)
 
 
+def own_quartic(f, y):
+    d = f[:, 0] - y
+    return d**4, (4 * d**3)[:, None]
+
+
+@pytest.mark.parametrize(
+    "outputs, loss, y",
+    [
+        (3, "cross_entropy", np.eye(3)[LABELS]),
+        (3, "least_squares", np.eye(3)[LABELS]),
+        (3, "logistic", np.eye(3)[LABELS]),
+        (1, "mse", LABELS),
+        (1, "mae", LABELS[:, None] - 1.0),  # −1, 0, 1
+        (1, "huber", LABELS),
+        (1, "pinball", LABELS),
+        (1, "poisson", LABELS),
+        (2, "gaussian_nll", LABELS),
+        (1, own_quartic, LABELS),
+    ],
+)
+def test_class_weights_for_every_loss_with_labels(outputs, loss, y, data):
+    """A loss left out, a one-hot row whose label is lost, a label below zero."""
+    low = int(np.min(y)) if y.shape == (23, 1) else 0
+    arguments = {"loss": loss, "epochs": 2}
+    weight = np.array([0.5, 1.0, 3.0])[LABELS]
+    expected, _ = fitted(data[0], y, net=make(sizes=[4, outputs]), sample_weight=weight, **arguments)
+    by_class = {low: 0.5, low + 2: 3.0}
+    got, _ = fitted(data[0], y, net=make(sizes=[4, outputs]), class_weight=by_class, **arguments)
+    assert_same_weights(got, expected)
+
+
 def test_balanced_counts_the_rows_it_trains_on(data):
     X, _ = data
     a, _ = fitted(X, LABELS, loss="cross_entropy", class_weight="balanced", validation_split=0.3)

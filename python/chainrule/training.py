@@ -107,20 +107,10 @@ def _split(data: Data, fraction: float) -> tuple[Data, Data]:
 
 def _class_weights(net: Network, loss: losses.Loss, data: Data, class_weight: Any) -> Array | None:
     """Sample weights times the weight of each row's class; a class without a weight has 1."""
-    classes = net.out_features if isinstance(loss, losses.CrossEntropy) else 2
-    one_label = data.y.ndim == 1 or data.y.shape[1] == 1
-    if not (isinstance(loss, (losses.CrossEntropy, losses.Logistic)) and one_label):
-        raise ValueError(
-            "[fit] class_weight needs one label per row: expected loss 'cross_entropy' with integer labels "
-            f"or 'logistic' with 0 and 1, got {loss!r} and targets of shape {data.y.shape}"
-        )
-    labels, place, counts = np.unique(data.y, return_inverse=True, return_counts=True)
-    if not np.isin(labels, np.arange(classes)).all():
-        raise ValueError(
-            f"[fit] class_weight needs labels: expected only 0 and 1, got {short(labels.tolist())}"
-        )
+    labels, place, counts = np.unique(_labels(data.y), return_inverse=True, return_counts=True)
     if isinstance(class_weight, dict):
-        named = {_label(key, classes): _weight(key, value) for key, value in class_weight.items()}
+        known = _known_labels(net, loss, data.y)
+        named = {_label(key, known): _weight(key, value) for key, value in class_weight.items()}
         of_label = np.array([named.get(int(label), 1.0) for label in labels])
     elif isinstance(class_weight, str):
         one_of("fit", "class_weight", class_weight, ("balanced",))
@@ -136,8 +126,38 @@ def _class_weights(net: Network, loss: losses.Loss, data: Data, class_weight: An
     return losses.weights("fit", weight, len(weight), net.array_dtype, "class_weight times sample_weight")
 
 
-def _label(key: Any, classes: int) -> int:
-    return whole("fit", "a label in class_weight", int(key) if isinstance(key, bool) else key, 0, classes - 1)
+_EXACT = 2**53  # whole numbers up to here are themselves in float64
+
+
+def _labels(y: Array) -> Array:
+    """The label (B,) of each row of targets: a whole number alone, or the place of the 1 among zeros."""
+    if y.ndim == 1 or y.shape[1] == 1:
+        column = y.reshape(-1)
+        bad = (column != np.floor(column)) | (np.abs(column) > _EXACT)
+        labels = column
+    else:
+        bad = ((y != 0) & (y != 1)).any(axis=1) | (y.sum(axis=1) != 1)
+        labels = y.argmax(axis=1)
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(
+            "[fit] class_weight needs one label per row: expected whole numbers, or rows of zeros and a one, "
+            f"got {short(y[row].tolist())} in row {row}"
+        )
+    return labels
+
+
+def _known_labels(net: Network, loss: losses.Loss, y: Array) -> tuple[int, int]:
+    """The least and the greatest label that targets of this loss can have."""
+    if y.ndim == 2 and y.shape[1] > 1:
+        return 0, y.shape[1] - 1
+    if isinstance(loss, losses.CrossEntropy):
+        return 0, net.out_features - 1
+    return (0, 1) if isinstance(loss, losses.Logistic) else (-_EXACT, _EXACT)
+
+
+def _label(key: Any, known: tuple[int, int]) -> int:
+    return whole("fit", "a label in class_weight", int(key) if isinstance(key, bool) else key, *known)
 
 
 def _weight(key: Any, value: Any) -> float:
