@@ -3,6 +3,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -101,6 +102,17 @@ def test_a_missing_file_and_a_folder(tmp_path):
         read_table(tmp_path / "none.csv")
     with pytest.raises(IsADirectoryError):
         read_table(tmp_path)
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="pipes have names here where /dev/fd is")
+def test_a_pipe_is_refused():
+    """A table gone through more than once, of which a pipe gives nothing the second time."""
+    inside, outside = os.pipe()
+    os.write(outside, b"a,b\n1,2\n")
+    os.close(outside)
+    with pytest.raises(ValueError, match="expected a file on disk, got a pipe or device"):
+        read_table(f"/dev/fd/{inside}")
+    os.close(inside)
 
 
 def test_columns_without_a_name_are_left_out_with_a_note(tmp_path):
