@@ -314,7 +314,11 @@ def test_quiet_prints_the_scores_only(flowers, capsys):
             ["--target", "y", "--loss", "mse"],
             "expected one of cross_entropy, got 'mse'",
         ),
-        ("x,y\n" + "1,a\ninf,b\n" * 9, ["--target", "y"], "column 'x': expected finite numbers, got inf"),
+        (
+            "x,y\n" + "1,a\n1,\n2,b\n" * 9 + "inf,a\n",
+            ["--target", "y"],
+            "column 'x': expected finite numbers, got inf in row 28",
+        ),
         (
             "x,y\n" + "1,a\n2,b\n" * 9,
             ["--target", "y", "--output", "m.pt"],
@@ -324,6 +328,11 @@ def test_quiet_prints_the_scores_only(flowers, capsys):
             "x,y\n" + "1,a\n2,b\n" * 9,
             ["--target", "y", "--output", "no/m.safetensors"],
             "expected a folder that exists",
+        ),
+        (
+            "x,y\n" + "1,a\n2,b\n" * 9,
+            ["--target", "y", "--output", "folder.safetensors"],
+            "expected the name of a file, got the folder 'folder.safetensors'",
         ),
         ("x,y\n" + "1,a\n2,b\n" * 9, ["--target", "y", "--config", "none.toml"], "none.toml: No such file"),
         ("x,y\n" + "1,1.5\n2,-2.5\n" * 9, ["--target", "y", "--loss", "poisson"], "expected counts ≥ 0"),
@@ -337,11 +346,19 @@ def test_quiet_prints_the_scores_only(flowers, capsys):
 def test_mistakes_in_training_are_one_line_and_leave_no_file(capsys, text, arguments, message):
     if text is not None:
         Path("t.csv").write_text(text)
-    code, _, err = run(capsys, "train", "t.csv", *arguments)
-    assert code == 1
+    Path("folder.safetensors").mkdir()
+    code, out, err = run(capsys, "train", "t.csv", *arguments)
+    assert code == 1 and "trained" not in out
     assert err.startswith("chainrule: error: ") and err.count("\n") == 1
     assert message in err
     assert not os.path.exists("model.safetensors")
+
+
+def test_a_read_only_folder_is_noticed_before_training(flowers, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    code, out, err = run(capsys, "train", "flowers.csv", "--target", "price")
+    assert (code, out) == (1, "")
+    assert "expected a folder to write to, got '.', which is read-only" in err
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core, metrics
-from .data import Preprocessor, TableModel, class_labels, infer_task, outputs_for, split_rows
+from .data import Preprocessor, TableModel, class_labels, infer_task, outputs_for, require_finite, split_rows
 from .io import require_suffix
 from .losses import LOSSES
 from .model import array_dtype, mlp, set_num_threads
@@ -61,7 +61,9 @@ def train(args: Namespace) -> None:
     _check_output(args.output)
     if args.threads:
         set_num_threads(args.threads)
-    table, notes = _labelled(read_table(args.data), args.target)
+    table = read_table(args.data)
+    _refuse_infinity(table, _names(args.ignore, table))
+    table, notes = _labelled(table, args.target)
     loss = _loss(args, table)
     preprocessor, test, validation, training = _prepare(args, table, loss)
     sizes = [preprocessor.width, *args.hidden, outputs_for(preprocessor, loss)]
@@ -88,6 +90,19 @@ def _check_output(path: str) -> None:
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise ValueError(f"[save] --output: expected a folder that exists, got {folder!r}; make it first")
+    if os.path.isdir(path):
+        raise ValueError(f"[save] --output: expected the name of a file, got the folder {path!r}")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(
+            f"[save] --output: expected a folder to write to, got {folder!r}, which is read-only"
+        )
+
+
+def _refuse_infinity(table: Table, ignored: Sequence[str]) -> None:
+    """Before rows are left out or split off, while their numbers are those of the file."""
+    for name, column in table.columns.items():
+        if name not in ignored:
+            require_finite(name, column)
 
 
 def _labelled(table: Table, target: str) -> tuple[Table, list[str]]:

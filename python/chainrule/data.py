@@ -107,7 +107,7 @@ class Feature:
             counts = Counter(cell for cell in column if cell is not None)
             frequent = sorted(counts, key=lambda cell: (-counts[cell], cell))[:MAX_CATEGORIES]
             return Feature(name, categories=tuple(sorted(frequent)))
-        _require_finite(name, column)
+        require_finite(name, column)
         missing = np.isnan(column)
         median = float(np.median(column[~missing]))
         mean, std = _moments(name, np.where(missing, median, column))
@@ -122,7 +122,7 @@ class Feature:
             out[rows, found[rows]] = 1
             return
         column = self._as_numbers(column)
-        _require_finite(self.name, column)
+        require_finite(self.name, column)
         missing = np.isnan(column)
         out[:, 0] = (np.where(missing, self.median, column) - self.mean) / self.std
         if self.indicator:
@@ -457,8 +457,9 @@ def _moments(name: str, values: Column) -> tuple[float, float]:
     return mean, std
 
 
-def _require_finite(name: str, column: Column) -> None:
-    infinite = np.flatnonzero(np.isinf(column))
+def require_finite(name: str, column: Column) -> None:
+    """ValueError for infinity in a numeric column, by name and row, counted from 1; a text column has none."""
+    infinite = np.flatnonzero(np.isinf(column)) if column.dtype != object else ()
     if len(infinite):
         where = f"row {infinite[0] + 1}"
         raise ValueError(
@@ -470,7 +471,7 @@ def _require_numbers(name: str, column: Column) -> None:
     if column.dtype == object:
         raise ValueError(f"[table] target {name!r}: expected numbers for a regression, got text such as "
                          f"{next((cell for cell in column if cell is not None), None)!r}")  # fmt: skip
-    _require_finite(name, column)
+    require_finite(name, column)
     if np.isnan(column).any():
         raise ValueError(
             f"[table] target {name!r}: expected a value in every row, got missing cells; leave them out"

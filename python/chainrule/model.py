@@ -525,7 +525,9 @@ def _widths(layers: Sequence[Any]) -> list[int]:
     return widths
 
 
-_MOST_WEIGHTS = 2**48  # more than any machine holds, and few enough for the engine's 64-bit sizes not to overflow
+_MOST_WEIGHTS = (
+    2**48
+)  # more than any machine holds, and few enough for the engine's 64-bit sizes not to overflow
 
 
 @contextmanager
