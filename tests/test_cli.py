@@ -607,5 +607,5 @@ def test_confusion_tables():
     assert lines[1].split() == ["a", "10", "0"] and lines[2].endswith("7")
     assert confusion_lines(counts, ["a", "b"], 20) == ["  most frequent mistakes", "  b taken for a: 3 times"]
     assert confusion_lines(np.eye(2, dtype=int), ["a", "b"], 20) == ["  no mistakes"]
-    alike = ["a very long name, first", "a very long name, second"]  # the same when cut to a column of the table
+    alike = ["a very long name, first", "a very long name, second"]  # the same when cut to a column
     assert confusion_lines(counts, alike, 80)[1:] == [f"  {alike[1]} taken for {alike[0]}: 3 times"]

@@ -185,8 +185,8 @@ class Sequential:
                 on_train_end(net), or callables f(epoch, logs), epochs from 0; True from one of them stops.
             verbose: 0 silent, 1 one progress display, 2 a line per epoch; "auto" is 1 on a terminal, else 0.
             sample_weight: (n,) numbers ≥ 0.
-            class_weight: {label: weight}, or "balanced" for n / (classes · count); targets are labels then, one
-                whole number per row, or rows of zeros and a one.
+            class_weight: {label: weight}, or "balanced" for n / (classes · count), where targets are labels:
+                one whole number per row, or rows of zeros and a one.
             schedule: StepLR, ExponentialLR, CosineAnnealingLR, WarmupLR or ReduceLROnPlateau.
             clip_value, clip_norm: limits for every element, and for the norm, of the gradient; in this order.
 
