@@ -473,6 +473,15 @@ def test_answers_for_a_file_a_dict_and_a_table_are_the_same(tmp_path):
         model.predict_proba(columns)
 
 
+def test_a_target_named_like_a_probability_keeps_its_answers():
+    """Labels written over by the probabilities of a class, and not one error."""
+    table = Table.from_columns({"a": [1, 2, 3, 4], "p_x": list("xyxy")})
+    p = Preprocessor.fit(table, "p_x")
+    answers = TableModel(cr.mlp([p.width, 2]), p, "cross_entropy").answers(table)
+    assert list(answers) == ["p_x", "probability_x", "probability_y"]
+    assert set(answers["p_x"]) <= {"x", "y"}
+
+
 def test_answers_are_in_the_targets_own_unit():
     model, table = trained("y", "gaussian_nll")
     answers = model.answers(table)

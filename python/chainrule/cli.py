@@ -217,7 +217,7 @@ def _show_scores(model: TableModel, part: Part, screen: Screen) -> None:
         )
         return
     best = f.argmax(axis=1)
-    probabilities = np.stack([answers[f"p_{label}"] for label in p.classes], axis=1)
+    probabilities = np.stack([answers[name] for name in p.probability_columns], axis=1)
     counts = metrics.confusion(part.y, best, len(p.classes))
     usual = counts.sum(axis=1).max() / len(part)
     accuracy = metrics.accuracy(part.y, best)

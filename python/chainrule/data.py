@@ -167,6 +167,16 @@ class Preprocessor:
         return sum(feature.width for feature in self.features)
 
     @property
+    def probability_columns(self) -> tuple[str, ...]:
+        """Their names in the answers, one for each class, none of them the target's own.
+
+        >>> Preprocessor("classification", "kind", (), classes=("a", "b")).probability_columns
+        ('p_a', 'p_b')
+        """
+        usual = tuple(f"p_{label}" for label in self.classes)
+        return tuple(f"probability_{label}" for label in self.classes) if self.target in usual else usual
+
+    @property
     def text_columns(self) -> tuple[str, ...]:
         """The columns to read as text even where a new file holds nothing but numbers."""
         return tuple(feature.name for feature in self.features if feature.categories is not None)
@@ -412,9 +422,7 @@ class TableModel:
         p = self.preprocessor
         if p.task == "classification":
             labels = np.array(p.classes, dtype=object)[f.argmax(axis=1)]
-            return {p.target: labels} | {
-                f"p_{c}": column for c, column in zip(p.classes, softmax(f).T, strict=True)
-            }
+            return {p.target: labels} | dict(zip(p.probability_columns, softmax(f).T, strict=True))
         f = f.astype(np.float64)
         if self.loss == "poisson":  # f is the logarithm of the rate
             return {p.target: np.exp(f[:, 0])}
