@@ -542,10 +542,11 @@ def test_output_that_cannot_be_written_is_one_line(flowers, capsys, where, messa
     assert "Traceback" not in done.stderr
 
 
-def test_on_a_terminal_there_is_progress_and_nothing_is_left_of_it_in_the_output(flowers):
+@pytest.mark.parametrize("size", [(24, 80), (0, 0)])  # rows, columns; a new pseudo-terminal says 0 × 0
+def test_on_a_terminal_there_is_progress_and_nothing_is_left_of_it_in_the_output(flowers, size):
     """A real terminal for standard error: the bar goes there, the report stays clean."""
     inside, outside = pty.openpty()
-    fcntl.ioctl(outside, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # rows, columns
+    fcntl.ioctl(outside, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     try:
         command = [sys.executable, "-m", "chainrule", "train", "flowers.csv", "--target", "price"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=outside, timeout=120, check=False)

@@ -4,6 +4,7 @@
 import copy
 import io
 import math
+import os
 import pickle
 import re
 import threading
@@ -467,6 +468,9 @@ class Terminal(io.StringIO):
     def isatty(self):
         return True
 
+    def fileno(self):
+        return 2
+
 
 def shown(monkeypatch, stream, **arguments):
     monkeypatch.setattr("sys.stderr", stream)
@@ -501,6 +505,16 @@ def test_a_line_on_a_terminal_without_tqdm(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
     text = shown(monkeypatch, Terminal())
     assert text.startswith("\repoch") and "epoch 40/40" in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", [1, 2, 13, 40, 200])
+def test_the_line_stays_within_the_terminal(columns, monkeypatch):
+    """A line that wraps, which \\r does not take back: one line left behind at every update."""
+    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
+    monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((columns, 24)))
+    lines = shown(monkeypatch, Terminal(), epochs=100).rstrip("\n").split("\r")
+    assert max(map(len, lines)) <= columns - 1
+    assert "epoch 100/100  loss"[: columns - 1] in lines[-1]
 
 
 def test_no_stderr_at_all(monkeypatch):

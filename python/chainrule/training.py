@@ -7,6 +7,7 @@ Everything is checked before anything is changed. Where nobody looks between epo
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -335,7 +336,7 @@ class _Progress:
     """
 
     def __init__(self, verbose: int, epochs: int) -> None:
-        self.verbose, self.epochs, self.shown, self.moment = verbose, epochs, 0, -math.inf
+        self.verbose, self.epochs, self.shown, self.moment, self.width = verbose, epochs, 0, -math.inf, 0
         self.terminal = _is_terminal()
         self.bar = self._tqdm() if verbose == 1 and self.terminal else None
 
@@ -344,7 +345,9 @@ class _Progress:
             from tqdm import tqdm
         except ImportError:
             return None
-        return tqdm(total=self.epochs, unit="epoch", file=sys.stderr, leave=True)
+        # Told the size, for it shows nothing on a terminal that says 0 × 0.
+        size = {"ncols": _columns() - 1, "nrows": 24}
+        return tqdm(total=self.epochs, unit="epoch", file=sys.stderr, leave=True, **size)
 
     def show(self, done: int, logs: dict[str, float]) -> None:
         if not self.verbose or sys.stderr is None:
@@ -357,8 +360,9 @@ class _Progress:
             self.shown = done
         elif self.verbose == 1 and self.terminal:
             if done == self.epochs or time.perf_counter() > self.moment + 0.1:
-                print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
-                self.moment = time.perf_counter()
+                line = line[: _columns() - 1]  # a line that wraps would leave one line of itself each time
+                print("\r" + line.ljust(self.width), end="", file=sys.stderr, flush=True)
+                self.moment, self.width = time.perf_counter(), len(line)
         elif (
             self.verbose == 2
             or done == self.epochs
@@ -376,6 +380,14 @@ class _Progress:
 
 def _is_terminal() -> bool:
     return sys.stderr is not None and bool(getattr(sys.stderr, "isatty", bool)())
+
+
+def _columns() -> int:
+    """Of the terminal; 80 where it does not say, or says 0."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError, AttributeError):
+        return 80
 
 
 # ------------------------------------------------------------ fit
