@@ -457,7 +457,7 @@ def test_history(data):
     assert history.epochs == len(history["loss"]) == 4
     assert all(type(value) is float for values in history.history.values() for value in values)
     assert re.fullmatch(r"<History of 4 epochs, loss=[\d.]+, lr=0.001>", repr(history))
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"expected one of 'loss', 'lr', got 'val_loss'"):
         history["val_loss"]
 
 

@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 import numpy as np
 
 from . import _core, losses, optim
-from .checks import Description, all_finite, converted, flag, one_of, real, real_array, short, whole
+from .checks import (
+    Description,
+    all_finite,
+    converted,
+    flag,
+    listed,
+    one_of,
+    real,
+    real_array,
+    short,
+    whole,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -189,6 +200,10 @@ class History:
         return len(self.history["loss"])
 
     def __getitem__(self, name: str) -> list[float]:
+        if name not in self.history:
+            raise KeyError(
+                f"[History] name must be known: expected one of {listed(self.history)}, got {short(name)}"
+            )
         return self.history[name]
 
     def logs(self) -> dict[str, float]:
