@@ -74,6 +74,7 @@ class Sequential:
                 self._put({f"{index}.weight": weight} | ({f"{index}.bias": bias} if layer.bias else {}))
 
     def _build(self, layers: Sequence[Layer], seed: int, dtype: str, device: str) -> None:
+        users = {*vars(self)}  # attributes of a subclass; later ones are the user's as well
         widths = _widths(layers)
         self.array_dtype = array_dtype(dtype)
         rows = [
@@ -88,6 +89,7 @@ class Sequential:
         self._places = {f"{layer}.{name}": k for k, (layer, name, _) in enumerate(self._core.parameters)}
         self._steppers: dict[tuple[int, int], training.Stepper] = {}
         self._predict_as_is: Callable[[Any], Array | None] = self._core.predict_as_is
+        self._made = {"_made", *(vars(self).keys() - users)}
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -393,11 +395,13 @@ class Sequential:
         return {
             "layers": self.layers, "seed": self.seed, "dtype": self.dtype, "device": self.device,
             "weights": self.state_dict(),
+            "attributes": {name: value for name, value in vars(self).items() if name not in self._made},
         }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._build(state["layers"], state["seed"], state["dtype"], state["device"])
         self._put(state["weights"])
+        vars(self).update(state["attributes"])
 
     def __copy__(self) -> Sequential:
         from copy import deepcopy
