@@ -522,6 +522,18 @@ def test_an_ascii_terminal_gets_ascii(flowers):
     )
 
 
+def test_a_reader_that_goes_away_does_not_take_the_model_along(flowers):
+    """`chainrule train … | head`, each line written at once: all that is printed after training fails."""
+    options = ["--target", "kind", "--epochs", "3000", "--patience", "0"]
+    command = [sys.executable, "-u", "-m", "chainrule", "train", "flowers.csv", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while b"note" not in process.stdout.readline():  # the last line before training
+            pass
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1 and TableModel.load("model.safetensors").preprocessor.target == "kind"
+
+
 def test_a_reader_that_goes_away_ends_it_in_silence(flowers, capsys):
     run(capsys, "train", "flowers.csv", "--target", "kind", "--epochs", 1)
     write_csv("many.csv", rows=20_000)

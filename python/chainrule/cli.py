@@ -75,11 +75,12 @@ def train(args: Namespace) -> None:
     screen.line()
     screen.facts(_plan(args, model, [training, validation, test]))
     screen.facts([("note", note) for note in (*table.notes, *notes, *preprocessor.notes)])
-    _fit(args, model, training, validation, screen)
+    trained = _fit(args, model, training, validation)
+    model.save(args.output)  # before anything is printed about it: its reader may have gone meanwhile
+    screen.facts([("trained", trained)])
     if len(test):
         screen.heading(f"On the {len(test):,} rows held out")
         _show_scores(model, test, Screen(sys.stdout))
-    model.save(args.output)
     screen.heading(f"Saved as {args.output}. To use it:")
     _show_usage(args, screen)
 
@@ -175,7 +176,8 @@ def _plan(args: Namespace, model: TableModel, parts: Sequence[Part]) -> list[tup
     ]
 
 
-def _fit(args: Namespace, model: TableModel, training: Part, validation: Part, screen: Screen) -> None:
+def _fit(args: Namespace, model: TableModel, training: Part, validation: Part) -> str:
+    """Train, and say how long it took."""
     stopping = len(validation) > 0 and args.patience > 0
     whole = args.optimizer == "gd"
     start = time.perf_counter()
@@ -198,7 +200,7 @@ def _fit(args: Namespace, model: TableModel, training: Part, validation: Part, s
     if stopping:
         best = int(np.argmin(history["val_loss"])) + 1
         taken += f"; the weights of epoch {best}, the best on the validation rows, are kept"
-    screen.facts([("trained", taken)])
+    return taken
 
 
 def _show_scores(model: TableModel, part: Part, screen: Screen) -> None:
