@@ -493,6 +493,7 @@ def test_version_and_help(capsys):
         code, out, _ = run(capsys, *command, "--help")
         assert code == 0 and out.startswith("usage: chainrule") and out.isascii()
         assert "None" not in out and "SUPPRESS" not in out
+    assert "become the median" in run(capsys, "train", "--help")[1]  # the rule for missing cells
 
 
 # ------------------------------------------------------------ as a program
