@@ -467,7 +467,9 @@ def _moments(name: str, values: Column) -> tuple[float, float]:
 
 def require_finite(name: str, column: Column) -> None:
     """ValueError for infinity in a numeric column, by name and row (from 1); a text column has none."""
-    infinite = np.flatnonzero(np.isinf(column)) if column.dtype != object else ()
+    if column.dtype == object:
+        return
+    infinite = np.flatnonzero(np.isinf(column))
     if len(infinite):
         where = f"row {infinite[0] + 1}"
         raise ValueError(
