@@ -436,8 +436,8 @@ void Derivatives<T>::add_gradient(Kind cotangents, Index moving, bool add) {
         tiles_rows_ = rows;
     }
     T* flat = gradient_.data();
-    tiles_->over(static_cast<double>(moving < net_.depth() ? 2 * rows : rows), [&](const Tile& tile, std::size_t,
-                                                                                   auto& scratch) {
+    const double products = static_cast<double>(moving < net_.depth() ? 2 * rows : rows);
+    tiles_->over(products, [&](const Tile& tile, std::size_t, auto& scratch) {
         if (tile.kind == Tile::Kind::external) return;
         const Index l = tile.layer;
         T* to = flat + tile.place;
