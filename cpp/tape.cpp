@@ -26,18 +26,26 @@ Direction<T>::Direction(const Network<T>& net) : net_(net) {
         places_.push_back(total);
         if (layer.kind == LayerKind<T>::linear) total += layer.outputs * round_up(layer.inputs, kLine<T>);
     }
-    theta_ = Array<T>(net.size());
-    backward_ = Array<T>(total);
+    places_.push_back(total);
 }
 
 template <class T>
 void Direction<T>::clear() {
+    prepare();
     std::fill_n(theta_.data(), theta_.size(), T{0});
     std::fill_n(backward_.data(), backward_.size(), T{0});
 }
 
+// Memory only when somebody asks for a derivative along parameters.
+template <class T>
+void Direction<T>::prepare() {
+    if (theta_.size() < net_.size()) theta_ = Array<T>(net_.size());
+    if (backward_.size() < places_.back()) backward_ = Array<T>(places_.back());
+}
+
 template <class T>
 void Direction<T>::set(const Parameter& parameter, const T* from) {
+    prepare();
     net_.pack(parameter, from, theta_.data());
     const Layer<T>& layer = net_.layers()[static_cast<std::size_t>(parameter.layer)];
     if (layer.kind == LayerKind<T>::linear && parameter.shape.size() == 2)
