@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Losses: value and gradient.
+// Losses: value, gradient and Hessian-vector product.
 #pragma once
 
 #include "ops.hpp"
@@ -153,9 +153,17 @@ struct LossCase {
         labels.freeze();
     }
     bool unchanged() const { return f.unchanged() && y.unchanged() && weight.unchanged() && labels.unchanged(); }
+    Targets<T> targets_of() const {
+        return {labelled ? labels.data() : nullptr, labelled ? nullptr : y.data(), labelled ? 0 : y.stride};
+    }
+    void run_hvp(bool weighted, T scale, const Matrix<T>& t) const {
+        kernels<T>().loss_hvp[static_cast<int>(loss.op)](
+            {f.data(), f.rows, f.cols, f.stride}, targets_of(), weighted ? weight.data() : nullptr, scale,
+            {t.data(), t.rows, t.cols, t.stride}, {df.data(), df.rows, df.cols, df.stride},
+            static_cast<T>(parameter_of(loss.op)));
+    }
     void run(bool weighted, T scale) const {
-        const Targets<T> targets = {labelled ? labels.data() : nullptr, labelled ? nullptr : y.data(),
-                                    labelled ? 0 : y.stride};
+        const Targets<T> targets = targets_of();
         kernels<T>().loss[static_cast<int>(loss.op)](f.rows, f.cols, f.data(), f.stride, targets,
                                                      weighted ? weight.data() : nullptr, scale, values.data(),
                                                      df.data(), df.stride, static_cast<T>(parameter_of(loss.op)));
@@ -189,6 +197,27 @@ void loss_case(const LossRow& loss, bool labelled, bool weighted, Index cols, Ta
     c.run(weighted, scale);
     check_bits("the same value with other padding", 1, kRows, c.values.data(), 0, values.data(), 0);
     check_bits("the same gradient with other padding", 1, c.df.size(), c.df.data(), 0, df.data(), 0);
+}
+
+// H t keeps to its memory, is the same with other padding, and agrees among the instruction sets; the formulas are left to
+// the Python tests.
+template <class T>
+void hvp_case(const LossRow& loss, bool labelled, bool weighted, Index cols, Tape<T>& tape) {
+    Random random = begin_case<T>(loss.name, kRows, cols, 4 + 2 * labelled + weighted);
+    LossCase<T> c(loss, labelled, kRows, cols, random);
+    Matrix<T> t(kRows, cols, 2);
+    t.fill([&](Index, Index) { return random.uniform(-2, 2); });
+    c.freeze();
+    t.freeze();
+    c.run_hvp(weighted, static_cast<T>(0.3), t);
+    check(c.unchanged() && t.unchanged(), "its inputs are only read");
+    check(c.df.gaps_hold(), "nothing is written beyond the outputs");
+    check(c.df.padding_is_zero(), "the padding is zero");
+    tape.same(c.df);
+    const std::vector<T> before(c.df.data(), c.df.data() + c.df.size());
+    for (Matrix<T>* m : {&c.f, &c.y, &t}) m->pad_with_maximum();
+    c.run_hvp(weighted, static_cast<T>(0.3), t);
+    check_bits("the same with other padding", 1, c.df.size(), c.df.data(), 0, before.data(), 0);
 }
 
 // NaN in one output, then in one target: the value is NaN, so is the derivative there; where outputs do not interact no
@@ -231,7 +260,10 @@ void losses() {
         on_each_isa_same_bits<T>([](Tape<T>& tape) {
             over_losses([&](const LossRow& loss, bool labelled, Index even) {
                 for (const Index cols : widths())
-                    for (const bool weighted : {false, true}) loss_case(loss, labelled, weighted, cols * even, tape);
+                    for (const bool weighted : {false, true}) {
+                        loss_case(loss, labelled, weighted, cols * even, tape);
+                        hvp_case(loss, labelled, weighted, cols * even, tape);
+                    }
                 for (Index cols = 1; cols <= 70; cols += quick ? 5 : 1) loss_nan_case<T>(loss, labelled, cols * even);
             });
         });

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Elementwise and row-wise ops: forward, vjp, jvp.
+// Elementwise and row-wise ops: forward, vjp, jvp, and the maps of second order.
 #pragma once
 
 #include "harness.hpp"
@@ -234,6 +234,56 @@ void derivative_case(const OpRow& op, bool reverse, Index cols, Tape<T>& tape) {
     check_bits("the same in place and with other padding", d, out);
 }
 
+// g'' from g', which is a function of what is saved: by differences in long double, right to some 1e-10.
+Real bend_of(Op op, Saves saves, Real saved, Real p) {
+    const Real h = 1e-6L;
+    const auto slope = [&](Real s) { return derivative_of(op, s, p).value; };
+    const Real change = (slope(saved + h) - slope(saved - h)) / (2 * h);
+    return saves == Saves::output ? change * slope(saved) : change;
+}
+
+// The tangent of vjp (reverse) or of jvp. Row-wise formulas are left to the Python tests; here they must keep to their
+// memory and agree among the instruction sets.
+template <class T>
+void second_case(const OpRow& op, bool reverse, Index cols, Tape<T>& tape) {
+    Random random = begin_case<T>(op.name, kRows, cols, 2 + reverse);
+    Matrix<T> v(kRows, cols, 1), dx(kRows, cols), dv(kRows, cols, 2), saved(kRows, cols), out(kRows, cols, 1);
+    for (Matrix<T>* m : {&v, &dx, &dv}) m->fill([&](Index, Index) { return random.uniform(-2, 2); });
+    saved.fill([&](Index, Index) { return random.uniform(-6, 6); });
+    if (op.saves == Saves::output) run_map(op, saved, saved);
+    for (Matrix<T>* m : {&v, &dx, &dv, &saved}) m->freeze();
+    const auto kernel = (reverse ? kernels<T>().vjp_jvp : kernels<T>().jvp_jvp)[op.index()];
+    const auto view = [](const Matrix<T>& m) { return MatrixView<const T>{m.data(), m.rows, m.cols, m.stride}; };
+    const auto run = [&] {
+        kernel(view(reverse ? v : dx), view(dx), view(dv), view(saved), {out.data(), out.rows, out.cols, out.stride},
+               static_cast<T>(parameter_of(op.op)));
+    };
+    run();
+    for (Index i = 0; i < kRows && !op.rowwise; ++i)
+        for (Index j = 0; j < cols; ++j) {
+            const Real s = saved.at(i, j), p = parameter_of(op.op);
+            if (std::fabs(s) < 1e-5L) continue;  // too near to a kink for a difference
+            const Real bend = bend_of(op.op, op.saves, s, p), slope = derivative_of(op.op, s, p).value;
+            const Real product = static_cast<Real>((reverse ? v : dx).at(i, j)) * dx.at(i, j), straight = dv.at(i, j);
+            const Bounded want = {straight * slope + product * bend,
+                                  40 * (std::fabs(straight) + std::fabs(product)) +
+                                      1e-9L / static_cast<Real>(std::numeric_limits<T>::epsilon())};
+            check_within("second order agrees with differences of the first", 1, &out.at(i, j), &want);
+        }
+    check(v.unchanged() && dx.unchanged() && dv.unchanged() && saved.unchanged(), "its inputs are only read");
+    check(out.gaps_hold(), "nothing is written beyond the padded rows");
+    if (op.rowwise) check(out.padding_is_zero(), "row-wise derivatives write zeros into the padding");
+    tape.same(out);
+    const std::vector<T> before(out.data(), out.data() + out.size());
+    for (Matrix<T>* m : {&v, &dx, &dv, &saved}) m->pad_with_maximum();
+    run();
+    bool same = true;
+    for (Index i = 0; i < kRows; ++i)
+        same = same && std::memcmp(out.row(i), before.data() + (out.row(i) - out.data()),
+                                   static_cast<std::size_t>(cols) * sizeof(T)) == 0;
+    check(same, "the same with other padding");
+}
+
 // The padding of every cotangent stays zero, since the gradient of the weights' padding is read off it. The engine
 // runs vjp in place. What is saved has in its padding what forward passes leave there: g(0), and a 1 where a bias
 // multiplies it.
@@ -261,6 +311,8 @@ void ops_agree() {
                     forward_case(op, cols, tape);
                     derivative_case(op, true, cols, tape);
                     derivative_case(op, false, cols, tape);
+                    second_case(op, true, cols, tape);
+                    second_case(op, false, cols, tape);
                     padding_case<T>(op, cols);
                 }
         });

@@ -129,12 +129,25 @@ class ProductCase {
         check(c.gaps_hold(), "nothing written beyond the padded rows");
         if (zeros_) check(c.padding_is_zero(), "zero padding in, zero padding out");
     }
+    // The product, with the bias or without, and the product once more.
+    void twice(const Matrix<T>& c, bool bias) const {
+        Matrix<T> want(c.rows, c.cols);
+        const T *first = data_.product(k_index_, bias), *second = data_.product(k_index_, false);
+        want.fill([&](Index i, Index j) { return first[i * data_.cols + j] + second[i * data_.cols + j]; });
+        check_bits("added to what is there", c.rows, c.cols, c.data(), c.stride, want.data(), want.stride);
+        check(c.gaps_hold(), "nothing written beyond the padded rows");
+    }
     void forward(const char* name, const Matrix<T>& a, bool bias) const {
         begin_case<T>(name, a.rows, n_, k_);
         const Matrix<T> c(a.rows, n_, n_ % 2);
         kernels<T>().linear_forward(a.rows, k_, n_, bias, a.data(), a.stride, (bias ? biased_ : plain_).data(),
                                     c.data(), c.stride);
         verify(c, bias);
+        const T* weights = (bias ? biased_ : plain_).data();
+        kernels<T>().linear_jvp(a.rows, k_, n_, bias, a.data(), a.stride, weights, c.data(), c.stride, true);
+        twice(c, bias);
+        kernels<T>().linear_jvp(a.rows, k_, n_, bias, a.data(), a.stride, weights, c.data(), c.stride, false);
+        verify(c, false);
     }
     void narrow(const Matrix<T>& a, bool bias) const {
         begin_case<T>(bias ? "linear_forward_narrow with bias" : "linear_forward_narrow", a.rows, n_, k_);
@@ -148,6 +161,9 @@ class ProductCase {
         check_bits("exact on integers", c.rows, c.cols, c.data(), c.stride, data_.product(k_index_, bias), data_.cols);
         check(c.gaps_hold(), "nothing written beyond the padded rows");
         check(c.padding_is_zero(), "zeros after the last column, whatever pads the left-hand matrix");
+        kernels<T>().linear_jvp_narrow(a.rows, k_, n_, bias, a.data(), a.stride, master.data(), c.data(), c.stride,
+                                       true);
+        twice(c, bias);
         check(master.unchanged(), "the right-hand matrix is only read");
     }
     void backward(const Matrix<T>& a) const {
@@ -155,6 +171,8 @@ class ProductCase {
         const Matrix<T> c(a.rows, n_, (n_ + 1) % 2);
         kernels<T>().linear_vjp_input(a.rows, n_, k_, a.data(), a.stride, plain_.data(), c.data(), c.stride, false);
         verify(c, false);
+        kernels<T>().linear_vjp_input(a.rows, n_, k_, a.data(), a.stride, plain_.data(), c.data(), c.stride, true);
+        twice(c, false);
     }
     // The batch is the sum's index. A tile is at most a panel wide, so wide matrices are cut as the trainer cuts them.
     void weight(Index m) const {
@@ -331,11 +349,35 @@ void transpose_case(Index inputs, Index outputs, Index tile) {
     check(forward.unchanged() && backward.fence_holds(), "the master copy is only read, nothing is written outside");
 }
 
+// Without padding: nothing beyond the elements is read or written.
+template <class T>
+void plain_case(Index rows, Index cols) {
+    begin_case<T>("transpose", rows, cols);
+    Fenced<T> a(rows * cols), left(rows), right(cols);
+    const Fenced<T> b(rows * cols), c(rows * cols), want(rows * cols), product(rows * cols);
+    for (Index i = 0; i < rows; ++i)
+        for (Index j = 0; j < cols; ++j) {
+            a[i * cols + j] = want[j * rows + i] = static_cast<T>(1000 * i + j + 1);
+            left[i] = static_cast<T>(i - 3);
+            right[j] = static_cast<T>(j + 1);
+            product[i * cols + j] = left[i] * right[j];
+        }
+    for (Fenced<T>* f : {&a, &left, &right}) f->freeze();
+    kernels<T>().transpose(rows, cols, a.data(), cols, b.data(), rows);
+    check_bits("a plain transposition", 1, b.size(), b.data(), 0, want.data(), 0);
+    kernels<T>().outer(rows, cols, left.data(), right.data(), c.data());
+    check_bits("a plain outer product", 1, c.size(), c.data(), 0, product.data(), 0);
+    check(b.fence_holds() && c.fence_holds(), "nothing is written outside");
+    check(a.unchanged() && left.unchanged() && right.unchanged(), "the inputs are only read");
+}
+
 void transposes() {
     in_both_types([](auto zero) {
         using T = decltype(zero);
         on_each_isa([] {
             const Index step = quick ? 3 : 1;
+            for (Index rows = 1; rows <= 40; rows += step)
+                for (Index cols = 1; cols <= 40; cols += step) plain_case<T>(rows, cols);
             for (const Index tile : {16, 48, 64, 1000})  // 48 is the trainer's; 1000 is the whole matrix
                 for (Index inputs = 1; inputs <= 70; inputs += step)
                     for (Index outputs = 1; outputs <= 70; outputs += step) transpose_case<T>(inputs, outputs, tile);
