@@ -63,7 +63,7 @@ py::object op_second(bool reverse, const std::string& name, const py::object& v,
         const std::vector<Index> shape = {given.rows, given.cols};
         const Padded<T> moved(require_shape<T>(dx, "dx", shape)), kept(require_shape<T>(saved, "saved", shape));
         const Padded<T> next(require_shape<T>(dv, reverse ? "dc" : "ddx", shape));
-        const auto& table = reverse ? kernels<T>().vjp_jvp : kernels<T>().jvp_jvp;
+        const auto& table = reverse ? second_kernels<T>().vjp_jvp : second_kernels<T>().jvp_jvp;
         table[static_cast<int>(op)](given.view(), moved.view(), next.view(), kept.view(), out.target(),
                                     static_cast<T>(param));
         return out.numpy();
@@ -120,9 +120,9 @@ py::object loss_hvp(const std::string& name, const py::object& f, const py::obje
         double total = static_cast<double>(at.rows);
         if (!weight.is_none()) total = std::accumulate(w.data(), w.data() + at.rows, 0.0);
         const Targets<T> targets = {labelled ? labels.data() : nullptr, values.data(), values.stride};
-        kernels<T>().loss_hvp[static_cast<int>(spec.op)](at.view(), targets, weight.is_none() ? nullptr : w.data(),
-                                                         static_cast<T>(spec.mean ? 1 / total : 1.0), along.view(),
-                                                         out.target(), static_cast<T>(param));
+        second_kernels<T>().loss_hvp[static_cast<int>(spec.op)](
+            at.view(), targets, weight.is_none() ? nullptr : w.data(), static_cast<T>(spec.mean ? 1 / total : 1.0),
+            along.view(), out.target(), static_cast<T>(param));
         return out.numpy();
     });
 }

@@ -164,6 +164,14 @@ NumpyArray<T> new_array(std::initializer_list<py::ssize_t> shape) {
     return new_array<T>(shape.begin(), shape.size());
 }
 
+// py::make_tuple is compiled anew for each list of types.
+inline py::tuple tuple_of(std::initializer_list<py::object> items) {
+    py::tuple tuple(items.size());
+    std::size_t place = 0;
+    for (const py::object& item : items) tuple[place++] = item;
+    return tuple;
+}
+
 template <class T>
 NumpyArray<T> copy_of(MatrixView<const T> view) {
     NumpyArray<T> array({view.rows, view.cols});

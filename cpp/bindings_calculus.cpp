@@ -126,7 +126,7 @@ py::object jvp(PyNetwork<T>& self, const py::object& X, const py::object& dX, co
             std::fill_n(df_data, rows * net.outputs(), T{0});
         }
     }
-    return py::make_tuple(f, df);
+    return tuple_of({f, df});
 }
 
 template <class T>
@@ -145,8 +145,8 @@ py::object vjp(PyNetwork<T>& self, const py::object& X, const py::object& c, boo
         const Unlocked unlocked(2 * net.multiplies_per_row() * static_cast<double>(rows));
         flat = lease->vjp(rows, x, cotangent, f_data, dphi.data(), parameters);
     }
-    if (!parameters) return py::make_tuple(f, dx);
-    return py::make_tuple(f, dx, named_gradient(self, flat));
+    if (!parameters) return tuple_of({f, dx});
+    return tuple_of({f, dx, named_gradient(self, flat)});
 }
 
 // For a trace: the cotangents of all φ, and the gradient by name.
@@ -170,7 +170,7 @@ py::object backward(PyNetwork<T>& self, const py::object& X, const py::object& c
         const Unlocked unlocked(3 * net.multiplies_per_row() * static_cast<double>(rows));
         flat = lease->vjp(rows, x, cotangent, nullptr, dphi.data(), true);
     }
-    return py::make_tuple(arrays, named_gradient(self, flat));
+    return tuple_of({arrays, named_gradient(self, flat)});
 }
 
 template <class T>

@@ -106,17 +106,17 @@ class PythonLayer final : public ExternalLayer<T> {
     void forward(MatrixView<const T> x, MatrixView<T> y) override {
         const Locked lock;
         publish();
-        fill(y, returned<T>(layer_.attr("forward")(copy_of(x)), name_ + ".forward", {y.rows, y.cols}));
+        fill(y, returned<T>(ask("forward", {copy_of(x)}), name_ + ".forward", {y.rows, y.cols}));
     }
     void vjp(MatrixView<const T> x, MatrixView<const T> y, MatrixView<const T> dy, MatrixView<T> dx,
              T* const* gradients) override {
         const Locked lock;
-        take("vjp", layer_.attr("vjp")(copy_of(x), copy_of(y), copy_of(dy)), dx, gradients);
+        take("vjp", ask("vjp", {copy_of(x), copy_of(y), copy_of(dy)}), dx, gradients);
     }
     void jvp(MatrixView<const T> x, MatrixView<const T> y, const Tangent& dot, MatrixView<T> dy) override {
         const Locked lock;
         publish();
-        fill(dy, returned<T>(layer_.attr("jvp")(copy_of(x), copy_of(y), tangent(dot.x), named(dot.parameters)),
+        fill(dy, returned<T>(ask("jvp", {copy_of(x), copy_of(y), tangent(dot.x), named(dot.parameters)}),
                              name_ + ".jvp", {dy.rows, dy.cols}));
     }
     void vjp_jvp(MatrixView<const T> x, MatrixView<const T> y, MatrixView<const T> c, MatrixView<const T> dc,
@@ -124,16 +124,15 @@ class PythonLayer final : public ExternalLayer<T> {
         const Locked lock;
         publish();
         take("vjp_jvp",
-             layer_.attr("vjp_jvp")(copy_of(x), copy_of(y), copy_of(c), tangent(dot.x), copy_of(dc),
-                                    named(dot.parameters)),
+             ask("vjp_jvp", {copy_of(x), copy_of(y), copy_of(c), tangent(dot.x), copy_of(dc), named(dot.parameters)}),
              out, gradients);
     }
     void jvp_jvp(MatrixView<const T> x, MatrixView<const T> y, MatrixView<const T> dx, MatrixView<const T> ddx,
                  MatrixView<T> out) override {
         const Locked lock;
         publish();
-        fill(out, returned<T>(layer_.attr("jvp_jvp")(copy_of(x), copy_of(y), copy_of(dx), copy_of(ddx)),
-                              name_ + ".jvp_jvp", {out.rows, out.cols}));
+        fill(out, returned<T>(ask("jvp_jvp", {copy_of(x), copy_of(y), copy_of(dx), copy_of(ddx)}), name_ + ".jvp_jvp",
+                              {out.rows, out.cols}));
     }
 
    private:
@@ -159,6 +158,12 @@ class PythonLayer final : public ExternalLayer<T> {
             }
         }
         fill(dx, returned<T>(dx_result, name_ + "." + map, {dx.rows, dx.cols}));
+    }
+    py::object ask(const char* map, std::initializer_list<py::object> arrays) const {
+        const py::tuple arguments = tuple_of(arrays);
+        PyObject* answer = PyObject_CallObject(layer_.attr(map).ptr(), arguments.ptr());
+        if (answer == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(answer);
     }
     static py::object tangent(MatrixView<const T> view) {
         return view.data == nullptr ? py::object(py::none()) : py::object(copy_of(view));

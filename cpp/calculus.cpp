@@ -97,7 +97,7 @@ const T* Derivatives<T>::vjp(Index rows, const T* x, const T* c, T* f, T* const*
                 if (dphi[l])
                     tape_.store(Kind::cotangent, l, begin, end, dphi[l] + first * tape_.at(Kind::cotangent, l).cols);
         });
-        if (parameters) add_gradient(Kind::cotangent, false, first > 0);
+        if (parameters) add_gradient(Kind::cotangent, depth, first > 0);
     }
     return flat;
 }
@@ -233,7 +233,7 @@ void Derivatives<T>::loss_hvp(const Batch& batch, Index begin, Index end, Kind t
         return MatrixView<T>{all.data + begin * all.stride, end - begin, all.cols, all.stride};
     };
     if (batch.loss.external) return difference_of_gradients(batch, rows(to));
-    kernels<T>().loss_hvp[static_cast<int>(batch.loss.op)](
+    second_kernels<T>().loss_hvp[static_cast<int>(batch.loss.op)](
         constant(rows(Kind::primal)), targets(batch, begin), weights(batch, begin), batch.scale,
         constant(rows(Kind::tangent)), rows(to), static_cast<T>(batch.loss.param));
 }
@@ -316,7 +316,7 @@ const T* Derivatives<T>::hvp(const Dataset<T>& data, const Loss<T>& loss) {
                 loss_hvp(batch, begin, end, Kind::cotangent_tangent);
             },
             [&](Index begin, Index end) { tape_.cotangent_tangents(begin, end, lowest(), low, &direction_, flat); });
-        add_gradient(Kind::cotangent_tangent, true, batch.first > 0);
+        add_gradient(Kind::cotangent_tangent, low, batch.first > 0);
     });
     return flat;
 }
@@ -331,7 +331,7 @@ const T* Derivatives<T>::gauss_newton(const Dataset<T>& data, const Loss<T>& los
             batch, 4, [&](Index begin, Index end) { tape_.tangents(begin, end, low, &direction_); },
             [&](Index begin, Index end) { loss_hvp(batch, begin, end, Kind::cotangent); },
             [&](Index begin, Index end) { tape_.cotangents(begin, end, lowest(), flat); });
-        add_gradient(Kind::cotangent, false, batch.first > 0);
+        add_gradient(Kind::cotangent, net_.depth(), batch.first > 0);
     });
     return flat;
 }
@@ -394,8 +394,8 @@ void Derivatives<T>::outer_products(Index begin, Index end, T* const* to) const 
         const T one = 1;
         const bool bias = parameter.shape.size() == 1;
         for (Index r = begin; r < end; ++r)
-            kernels<T>().outer(c.cols, bias ? 1 : x.cols, c.data + r * c.stride,
-                               bias ? &one : x.data + tape_.example(r) * x.stride, to[k] + r * parameter.size);
+            second_kernels<T>().outer(c.cols, bias ? 1 : x.cols, c.data + r * c.stride,
+                                      bias ? &one : x.data + tape_.example(r) * x.stride, to[k] + r * parameter.size);
     }
     if (net_.has_external()) own_gradients(begin, end, to);
 }
@@ -426,25 +426,26 @@ T* Derivatives<T>::gradient() {
     return gradient_.data();
 }
 
-// The linear layers' part of the gradient, from cotangents c of all rows: cᵀ x; of `second` order: ċᵀ x + cᵀ ẋ.
+// The linear layers' part of the gradient, from cotangents of all rows: cᵀ x, or its tangent ċᵀ x + cᵀ ẋ, where the second
+// term is there from layer `moving` on.
 template <class T>
-void Derivatives<T>::add_gradient(Kind cotangents, bool second_order, bool add) {
+void Derivatives<T>::add_gradient(Kind cotangents, Index moving, bool add) {
     const Index rows = tape_.rows();
     if (!tiles_ || tiles_rows_ < rows) {
         tiles_.emplace(net_, rows);
         tiles_rows_ = rows;
     }
     T* flat = gradient_.data();
-    tiles_->over(
-        static_cast<double>(second_order ? 2 * rows : rows), [&](const Tile& tile, std::size_t, auto& scratch) {
-            if (tile.kind == Tile::Kind::external) return;
-            const Index l = tile.layer;
-            T* to = flat + tile.place;
-            tiles_->differentiate(tile, rows, tape_.at(Kind::primal, l), tape_.at(cotangents, l + 1), scratch, to, add);
-            if (second_order && l >= net_.first_cotangent())
-                tiles_->differentiate(tile, rows, tape_.at(Kind::tangent, l), tape_.at(Kind::cotangent, l + 1), scratch,
-                                      to, true);
-        });
+    const double products = static_cast<double>(moving < net_.depth() ? 2 * rows : rows);
+    tiles_->over(products, [&](const Tile& tile, std::size_t, auto& scratch) {
+        if (tile.kind == Tile::Kind::external) return;
+        const Index l = tile.layer;
+        T* to = flat + tile.place;
+        tiles_->differentiate(tile, rows, tape_.at(Kind::primal, l), tape_.at(cotangents, l + 1), scratch, to, add);
+        if (l >= moving)
+            tiles_->differentiate(tile, rows, tape_.at(Kind::tangent, l), tape_.at(Kind::cotangent, l + 1), scratch, to,
+                                  true);
+    });
 }
 
 // ---- one caller at a time -------------------------------------------------------------------------------------------

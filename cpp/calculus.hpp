@@ -79,7 +79,7 @@ class Derivatives {
     void own_gradients(Index begin, Index end, T* const* to) const;
     double square_of_gradient(Index layer, Index row) const;
     T* gradient();
-    void add_gradient(Kind cotangents, bool second_order, bool add);
+    void add_gradient(Kind cotangents, Index moving, bool add);
 
     const Network<T>& net_;
     Tape<T> tape_;

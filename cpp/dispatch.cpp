@@ -7,22 +7,26 @@
 
 #include "kernels.hpp"
 
-// One entry per instruction set in this build, best first.
+// One entry per instruction set in this build, best first, with the one whose maps of second order it takes.
 #if defined(CHAINRULE_X86)
-#define CHAINRULE_ISAS(X) X(avx512) X(avx2) X(baseline)
+#define CHAINRULE_ISAS(X) X(avx512, avx2) X(avx2, avx2) X(baseline, baseline)
 #elif defined(CHAINRULE_ARM)
-#define CHAINRULE_ISAS(X) X(neon)
+#define CHAINRULE_ISAS(X) X(neon, neon)
 #else
-#define CHAINRULE_ISAS(X) X(baseline)
+#define CHAINRULE_ISAS(X) X(baseline, baseline)
 #endif
 
 namespace chainrule {
 
-#define CHAINRULE_DECLARE(isa)                     \
-    namespace isa {                                \
-    extern const Kernels<float> float32_kernels;   \
-    extern const Kernels<double> float64_kernels;  \
-    extern const Bfloat16Kernels bfloat16_kernels; \
+#define CHAINRULE_DECLARE(isa, second)                 \
+    namespace isa {                                    \
+    extern const Kernels<float> float32_kernels;       \
+    extern const Kernels<double> float64_kernels;      \
+    extern const Bfloat16Kernels bfloat16_kernels;     \
+    }                                                  \
+    namespace second {                                 \
+    extern const SecondKernels<float> float32_second;  \
+    extern const SecondKernels<double> float64_second; \
     }
 CHAINRULE_ISAS(CHAINRULE_DECLARE)
 
@@ -33,8 +37,16 @@ struct Tables {
     const Kernels<float>* float32;
     const Kernels<double>* float64;
     const Bfloat16Kernels* bfloat16;
+    const SecondKernels<float>* second32;
+    const SecondKernels<double>* second64;
 };
-#define CHAINRULE_ROW(isa) {Isa::isa, &isa::float32_kernels, &isa::float64_kernels, &isa::bfloat16_kernels},
+#define CHAINRULE_ROW(isa, second) \
+    {Isa::isa,                     \
+     &isa::float32_kernels,        \
+     &isa::float64_kernels,        \
+     &isa::bfloat16_kernels,       \
+     &second::float32_second,      \
+     &second::float64_second},
 constexpr Tables all_tables[] = {CHAINRULE_ISAS(CHAINRULE_ROW)};
 
 const Tables* best_tables() {
@@ -62,6 +74,15 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
     return *active().load(std::memory_order_relaxed)->float64;
+}
+
+template <>
+const SecondKernels<float>& second_kernels<float>() {
+    return *active().load(std::memory_order_relaxed)->second32;
+}
+template <>
+const SecondKernels<double>& second_kernels<double>() {
+    return *active().load(std::memory_order_relaxed)->second64;
 }
 
 // Those of AVX-512 use an instruction that not every processor with AVX-512 has; the next table's are right everywhere.

@@ -57,26 +57,12 @@ constexpr Kernels<T> table = {
 #include "ops/ops.def"
     },
     {
-#define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_jvp<type, T>,
+#define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_vjp<type, T>,
 #define CHAINRULE_ROWWISE(name, type, saves) rowwise_jvp<type, T>,
 #include "ops/ops.def"
     },
     {
-#define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_second<type, T>,
-#define CHAINRULE_ROWWISE(name, type, saves) rowwise_vjp_jvp<type, T>,
-#include "ops/ops.def"
-    },
-    {
-#define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_second<type, T>,
-#define CHAINRULE_ROWWISE(name, type, saves) rowwise_jvp_jvp<type, T>,
-#include "ops/ops.def"
-    },
-    {
 #define CHAINRULE_LOSS(name, type) run_loss<type, T>,
-#include "ops/ops.def"
-    },
-    {
-#define CHAINRULE_LOSS(name, type) run_hvp<type, T>,
 #include "ops/ops.def"
     },
     {
@@ -90,13 +76,38 @@ constexpr Kernels<T> table = {
     linear_vjp_input<T>,
     linear_vjp_weight<T>,
     linear_transpose<T>,
-    outer<T>,
-    transpose<T>,
     dropout<T>,
     penalize<T>,
     clip<T>,
     sum_of_squares<T>,
 };
+
+#if !defined(__AVX512F__)  // which takes AVX2's: the same bits, and worth more in the size of the package than in speed
+template <class T>
+constexpr SecondKernels<T> second_table = {
+    {
+#define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_second<type, T>,
+#define CHAINRULE_ROWWISE(name, type, saves) rowwise_vjp_jvp<type, T>,
+#include "ops/ops.def"
+    },
+    {
+#define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_second<type, T>,
+#define CHAINRULE_ROWWISE(name, type, saves) rowwise_jvp_jvp<type, T>,
+#include "ops/ops.def"
+    },
+    {
+#define CHAINRULE_LOSS(name, type) run_hvp<type, T>,
+#include "ops/ops.def"
+    },
+    outer<T>,
+    transpose<T>,
+};
+
+extern const SecondKernels<float> float32_second;
+extern const SecondKernels<double> float64_second;
+const SecondKernels<float> float32_second = second_table<float>;
+const SecondKernels<double> float64_second = second_table<double>;
+#endif
 
 extern const Kernels<float> float32_kernels;
 extern const Bfloat16Kernels bfloat16_kernels;

@@ -54,18 +54,10 @@ struct Kernels {
                                 Index saved_stride, T* out, Index out_stride, T param);
     using LossMap = void (*)(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight,
                              T scale, T* values, T* df, Index df_stride, T param);
-    using Second = void (*)(MatrixView<const T> v, MatrixView<const T> dx, MatrixView<const T> dv,
-                            MatrixView<const T> saved, MatrixView<T> out, T param);
-    using LossHvp = void (*)(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale,
-                             MatrixView<const T> t, MatrixView<T> out, T param);
-
     Map forward[static_cast<int>(Op::count)];
     Derivative vjp[static_cast<int>(Op::count)];
     Derivative jvp[static_cast<int>(Op::count)];
-    Second vjp_jvp[static_cast<int>(Op::count)];  // v = c, dv = dc
-    Second jvp_jvp[static_cast<int>(Op::count)];  // v = dx, dv = ddx
     LossMap loss[static_cast<int>(LossOp::count)];
-    LossHvp loss_hvp[static_cast<int>(LossOp::count)];
     void (*optimize[static_cast<int>(OptimizerOp::count)])(Index n, T* w, const T* g, T scale, T* const* slots,
                                                            const Hyper<T>& hyper);
 
@@ -83,14 +75,29 @@ struct Kernels {
                               Index dz_stride, T* packed, T* tile, bool add);
     void (*linear_transpose)(Index inputs, Index outputs, Index first, Index count, Index column, const T* panel,
                              Index width, T* backward);
-    void (*outer)(Index rows, Index cols, const T* a, const T* b, T* c);
-    void (*transpose)(Index rows, Index cols, const T* a, Index a_stride, T* b, Index b_stride);
     void (*dropout)(Index rows, Index cols, const T* x, Index x_stride, T* y, Index y_stride, double p,
                     std::uint64_t key, std::uint64_t step, Index first_row);
     T (*penalize)(Index n, const T* w, T* g, T l1, T l2);
     void (*clip)(Index n, T* g, T limit);
     T (*sum_of_squares)(Index n, const T* g);
 };
+
+// What no training step needs: maps of second order (ops/op.hpp), and two that work on plain arrays (gemm.hpp).
+template <class T>
+struct SecondKernels {
+    using Second = void (*)(MatrixView<const T> v, MatrixView<const T> dx, MatrixView<const T> dv,
+                            MatrixView<const T> saved, MatrixView<T> out, T param);
+    using LossHvp = void (*)(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale,
+                             MatrixView<const T> t, MatrixView<T> out, T param);
+
+    Second vjp_jvp[static_cast<int>(Op::count)];  // v = c, dv = dc
+    Second jvp_jvp[static_cast<int>(Op::count)];  // v = dx, dv = ddx
+    LossHvp loss_hvp[static_cast<int>(LossOp::count)];
+    void (*outer)(Index rows, Index cols, const T* a, const T* b, T* c);
+    void (*transpose)(Index rows, Index cols, const T* a, Index a_stride, T* b, Index b_stride);
+};
+template <class T>
+const SecondKernels<T>& second_kernels();
 
 // The products of a linear layer on operands rounded to bfloat16; see ops/linear_bfloat16.hpp.
 struct Bfloat16Kernels {

@@ -154,7 +154,7 @@ void Network<T>::read(const Parameter& parameter, const T* flat, T* to) const {
             if (bias)
                 std::copy_n(panel + inputs * width, columns, to + start);
             else
-                kernels<T>().transpose(inputs, columns, panel, width, to + start * inputs, inputs);
+                second_kernels<T>().transpose(inputs, columns, panel, width, to + start * inputs, inputs);
         }
     }
 }
@@ -176,7 +176,7 @@ void Network<T>::pack(const Parameter& parameter, const T* from, T* flat) const 
             if (bias)
                 std::copy_n(from + start, columns, panel + inputs * width);
             else
-                kernels<T>().transpose(columns, inputs, from + start * inputs, inputs, panel, width);
+                second_kernels<T>().transpose(columns, inputs, from + start * inputs, inputs, panel, width);
         }
     }
 }

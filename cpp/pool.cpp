@@ -186,7 +186,7 @@ class Pool {
     std::atomic<int> worker_count_{0};
     Clock::time_point alone_until_{};  // the owner's, as the next
     int retreat_ = 1;
-    std::uint64_t rouses_ = 0;         // under sleep_
+    std::uint64_t rouses_ = 0;  // under sleep_
     Task task_ = nullptr;
     void* context_ = nullptr;
     std::uint64_t float_mode_ = 0;

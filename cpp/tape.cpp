@@ -26,18 +26,26 @@ Direction<T>::Direction(const Network<T>& net) : net_(net) {
         places_.push_back(total);
         if (layer.kind == LayerKind<T>::linear) total += layer.outputs * round_up(layer.inputs, kLine<T>);
     }
-    theta_ = Array<T>(net.size());
-    backward_ = Array<T>(total);
+    places_.push_back(total);
 }
 
 template <class T>
 void Direction<T>::clear() {
+    prepare();
     std::fill_n(theta_.data(), theta_.size(), T{0});
     std::fill_n(backward_.data(), backward_.size(), T{0});
 }
 
+// Memory only when somebody asks for a derivative along parameters.
+template <class T>
+void Direction<T>::prepare() {
+    if (theta_.size() < net_.size()) theta_ = Array<T>(net_.size());
+    if (backward_.size() < places_.back()) backward_ = Array<T>(places_.back());
+}
+
 template <class T>
 void Direction<T>::set(const Parameter& parameter, const T* from) {
+    prepare();
     net_.pack(parameter, from, theta_.data());
     const Layer<T>& layer = net_.layers()[static_cast<std::size_t>(parameter.layer)];
     if (layer.kind == LayerKind<T>::linear && parameter.shape.size() == 2)
@@ -250,8 +258,8 @@ void Tape<T>::bend(Index l, Index begin, Index end) const {
         const MatrixView<T> out = rows_of(second_tangent, l + 1, from, to);
         if (g.kind == LayerKind<T>::external)
             return g.external->jvp_jvp(saved(l, from, to), saved(l + 1, from, to), dx, ddx, out);
-        k.jvp_jvp[static_cast<int>(g.op)](dx, dx, ddx, saved(saved_at(g.op, l), from, to), out,
-                                          static_cast<T>(g.param));
+        second_kernels<T>().jvp_jvp[static_cast<int>(g.op)](dx, dx, ddx, saved(saved_at(g.op, l), from, to), out,
+                                                            static_cast<T>(g.param));
     });
 }
 
@@ -321,8 +329,8 @@ void Tape<T>::pull_tangent(Index l, Index begin, Index end, bool moves, const Di
                 g.external->vjp_jvp(saved(l, from, until), saved(l + 1, from, until), c, dc,
                                     {dx, own.empty() ? nullptr : own.data()}, out, gradients);
             });
-        k.vjp_jvp[static_cast<int>(g.op)](c, dx, dc, saved(saved_at(g.op, l), from, until), out,
-                                          static_cast<T>(g.param));
+        second_kernels<T>().vjp_jvp[static_cast<int>(g.op)](c, dx, dc, saved(saved_at(g.op, l), from, until), out,
+                                                            static_cast<T>(g.param));
     });
 }
 

@@ -27,8 +27,9 @@ class Direction {
     Index bytes() const { return (theta_.size() + backward_.size()) * static_cast<Index>(sizeof(T)); }
 
    private:
+    void prepare();
     const Network<T>& net_;
-    std::vector<Index> places_;
+    std::vector<Index> places_;  // of the layers in backward_, and its size
     Array<T> theta_, backward_;
 };
 

@@ -30,6 +30,7 @@ void elementwise_forward(Index rows, Index cols, const T* x, Index x_stride, T* 
             store(y + i * y_stride + j, Op::forward(load(x + i * x_stride + j), p));
 }
 
+// jvp as well: J is diagonal, so that dy J and J dx are the same products, and one loop serves both.
 template <class Op, class T>
 void elementwise_vjp(Index rows, Index cols, const T* dy, Index dy_stride, const T* saved, Index saved_stride, T* dx,
                      Index dx_stride, T param) {
@@ -37,15 +38,6 @@ void elementwise_vjp(Index rows, Index cols, const T* dy, Index dy_stride, const
     for (Index i = 0; i < rows; ++i)
         for (Index j = 0; j < cols; j += kWidth<T>)
             store(dx + i * dx_stride + j, Op::vjp(load(dy + i * dy_stride + j), load(saved + i * saved_stride + j), p));
-}
-
-template <class Op, class T>
-void elementwise_jvp(Index rows, Index cols, const T* dx, Index dx_stride, const T* saved, Index saved_stride, T* dy,
-                     Index dy_stride, T param) {
-    const Vec<T> p = Vec<T>{} + param;
-    for (Index i = 0; i < rows; ++i)
-        for (Index j = 0; j < cols; j += kWidth<T>)
-            store(dy + i * dy_stride + j, Op::jvp(load(dx + i * dx_stride + j), load(saved + i * saved_stride + j), p));
 }
 
 // dv g' + v dx g''; v and dx may be the same.

@@ -157,7 +157,7 @@ struct LossCase {
         return {labelled ? labels.data() : nullptr, labelled ? nullptr : y.data(), labelled ? 0 : y.stride};
     }
     void run_hvp(bool weighted, T scale, const Matrix<T>& t) const {
-        kernels<T>().loss_hvp[static_cast<int>(loss.op)](
+        second_kernels<T>().loss_hvp[static_cast<int>(loss.op)](
             {f.data(), f.rows, f.cols, f.stride}, targets_of(), weighted ? weight.data() : nullptr, scale,
             {t.data(), t.rows, t.cols, t.stride}, {df.data(), df.rows, df.cols, df.stride},
             static_cast<T>(parameter_of(loss.op)));

@@ -252,7 +252,7 @@ void second_case(const OpRow& op, bool reverse, Index cols, Tape<T>& tape) {
     saved.fill([&](Index, Index) { return random.uniform(-6, 6); });
     if (op.saves == Saves::output) run_map(op, saved, saved);
     for (Matrix<T>* m : {&v, &dx, &dv, &saved}) m->freeze();
-    const auto kernel = (reverse ? kernels<T>().vjp_jvp : kernels<T>().jvp_jvp)[op.index()];
+    const auto kernel = (reverse ? second_kernels<T>().vjp_jvp : second_kernels<T>().jvp_jvp)[op.index()];
     const auto view = [](const Matrix<T>& m) { return MatrixView<const T>{m.data(), m.rows, m.cols, m.stride}; };
     const auto run = [&] {
         kernel(view(reverse ? v : dx), view(dx), view(dv), view(saved), {out.data(), out.rows, out.cols, out.stride},

@@ -363,9 +363,9 @@ void plain_case(Index rows, Index cols) {
             product[i * cols + j] = left[i] * right[j];
         }
     for (Fenced<T>* f : {&a, &left, &right}) f->freeze();
-    kernels<T>().transpose(rows, cols, a.data(), cols, b.data(), rows);
+    second_kernels<T>().transpose(rows, cols, a.data(), cols, b.data(), rows);
     check_bits("a plain transposition", 1, b.size(), b.data(), 0, want.data(), 0);
-    kernels<T>().outer(rows, cols, left.data(), right.data(), c.data());
+    second_kernels<T>().outer(rows, cols, left.data(), right.data(), c.data());
     check_bits("a plain outer product", 1, c.size(), c.data(), 0, product.data(), 0);
     check(b.fence_holds() && c.fence_holds(), "nothing is written outside");
     check(a.unchanged() && left.unchanged() && right.unchanged(), "the inputs are only read");
