@@ -15,6 +15,19 @@ MatrixView<const T> constant(MatrixView<T> m) {
     return {m.data, m.rows, m.cols, m.stride};
 }
 
+// A column of a linear layer's W (outputs x inputs), out of its master copy; see ops/linear.hpp.
+template <class T>
+void copy_column(const Layer<T>& layer, const T* master, Index column, T* to) {
+    if (layer.narrow()) {
+        const Index start = column / kPanel<T> * kPanel<T>, width = panel_width<T>(layer.inputs, start);
+        for (Index o = 0; o < layer.outputs; ++o) to[o] = master[start * layer.outputs + o * width + column - start];
+        return;
+    }
+    for (Index start = 0; start < layer.outputs; start += kPanel<T>)
+        std::copy_n(master + start * layer.weight_rows() + column * panel_width<T>(layer.outputs, start),
+                    std::min(layer.outputs - start, kPanel<T>), to + start);
+}
+
 }  // namespace
 
 // ---- directions -----------------------------------------------------------------------------------------------------
@@ -199,6 +212,26 @@ void Tape<T>::tangents(Index begin, Index end, Index moving, const Direction<T>*
     for (Index l = std::max<Index>(moving - 1, 0); l < net_.depth(); ++l) {
         if (l >= moving) append(tangent, l, begin, end, T{0});
         push(l, begin, end, l >= moving, direction);
+    }
+}
+
+// A linear layer's outputs move along one column of W: no product, and nothing is done for the other inputs.
+template <class T>
+void Tape<T>::tangents_along(Index input, Index begin, Index end) const {
+    const bool linear = layer(0).kind == LayerKind<T>::linear;
+    const MatrixView<T> first = rows_of(tangent, linear ? 1 : 0, begin, end);
+    for (Index i = 0; i < first.rows; ++i) {
+        T* row = first.data + i * first.stride;
+        if (linear) {
+            copy_column(layer(0), net_.theta() + layer(0).offset, input, row);
+        } else {
+            std::fill_n(row, first.cols, T{0});
+            row[input] = T{1};
+        }
+    }
+    for (Index l = linear ? 1 : 0; l < net_.depth(); ++l) {
+        append(tangent, l, begin, end, T{0});
+        push(l, begin, end, true, nullptr);
     }
 }
 

@@ -61,6 +61,7 @@ class Tape {
     // gradient to `gradient`, laid out like theta, if it is given.
     void forward(Index begin, Index end) const;
     void tangents(Index begin, Index end, Index moving, const Direction<T>* direction) const;
+    void tangents_along(Index input, Index begin, Index end) const;  // that input alone moves, by 1 in every row
     void second_tangents(Index begin, Index end) const;
     void cotangents(Index begin, Index end, Index to, T* gradient) const;
     void cotangent_tangents(Index begin, Index end, Index to, Index moving, const Direction<T>* direction,
