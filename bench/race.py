@@ -30,7 +30,7 @@ class Contestant:
 
     process: Process
     variant: str
-    kind: str = "variants"  # of what a worker offers: "variants" train, "predictors" predict
+    kind: str = "variants"  # of what a worker offers: "variants" train, "predictors" predict, "derivatives"
     facts: dict[str, Any] = field(default_factory=dict)  # form, note, differences from float64
     epochs: int = 0
     seconds: list[float] = field(default_factory=list)  # per step, one entry a round
@@ -152,10 +152,14 @@ class Race:
             fastest.setdefault(one.variant, one)
         return list(fastest.values())
 
-    def ratio(self, one: Contestant) -> Spread:
-        """Time over the base's time, round by round: both numbers come from the same spell of the machine."""
+    def rival(self, one: Contestant) -> Contestant:
+        """Whom one is compared with."""
         assert self.base is not None
-        return Spread.of([a / b for a, b in zip(one.seconds, self.base.seconds, strict=True)])
+        return self.base
+
+    def ratio(self, one: Contestant) -> Spread:
+        """Time over the rival's, round by round: both numbers come from the same spell of the machine."""
+        return Spread.of([a / b for a, b in zip(one.seconds, self.rival(one).seconds, strict=True)])
 
     def peak(self, threads: int) -> float | None:
         """Measured FLOP/s of so many cores."""
@@ -166,29 +170,29 @@ class Race:
         peak = self.peak(one.process.threads)
         return None if peak is None else self.flop / one.spread.median / peak
 
+    def row(self, one: Contestant) -> dict[str, Any]:
+        """What the result file says of one."""
+        return {
+            "peer": one.process.peer,
+            "variant": one.variant,
+            "threads": one.process.threads,
+            f"seconds_per_{self.unit}": one.seconds,
+            "median": one.spread.median,
+            "cores_used": Spread.of(one.cpu).median,
+            "ratio_to_base": vars(self.ratio(one)),
+            f"{self.unit}s_per_sample": one.epochs * self.work.batches,
+            **one.facts,
+        }
+
     def record(self) -> dict[str, Any]:
         """Everything, for the result file."""
-        rows = [
-            {
-                "peer": one.process.peer,
-                "variant": one.variant,
-                "threads": one.process.threads,
-                f"seconds_per_{self.unit}": one.seconds,
-                "median": one.spread.median,
-                "cores_used": Spread.of(one.cpu).median,
-                "ratio_to_base": vars(self.ratio(one)),
-                "share_of_peak": self.share(one),
-                f"{self.unit}s_per_sample": one.epochs * self.work.batches,
-                **one.facts,
-            }
-            for one in sorted(self.contestants, key=lambda one: one.spread.median)
-        ]
+        ranked = sorted(self.contestants, key=lambda one: one.spread.median)
         return {
             "workload": str(self.work),
             f"flop_per_{self.unit}": self.flop,
             "parameters": self.work.parameters,
             "base": self.base.name if self.base else None,
-            "rows": rows,
+            "rows": [self.row(one) | {"share_of_peak": self.share(one)} for one in ranked],
             "excluded": self.excluded,
             "conditions": self.conditions(),
         }

@@ -130,6 +130,23 @@ py::object jvp(PyNetwork<T>& self, const py::object& X, const py::object& dX, co
 }
 
 template <class T>
+py::object sensitivity(PyNetwork<T>& self, const py::object& X, Index input) {
+    const Network<T>& net = self.net;
+    Index rows = -1;
+    const T* x = matrix<T>(X, rows, net.inputs());
+    if (x == nullptr) return py::none();
+    if (input < 0 || input >= net.inputs()) throw py::index_error("[_core] no such input: " + std::to_string(input));
+    typename DerivativesOf<T>::Lease lease(self.derivatives);
+    const NumpyArray<T> f = new_array<T>({rows, net.outputs()}), df = new_array<T>({rows, net.outputs()});
+    T *f_data = const_cast<T*>(f.data()), *df_data = const_cast<T*>(df.data());
+    {
+        const Unlocked unlocked(2 * net.multiplies_per_row() * static_cast<double>(rows));
+        lease->sensitivity(rows, x, input, f_data, df_data);
+    }
+    return tuple_of({f, df});
+}
+
+template <class T>
 py::object vjp(PyNetwork<T>& self, const py::object& X, const py::object& c, bool parameters) {
     const Network<T>& net = self.net;
     Index rows = -1;
@@ -292,6 +309,7 @@ template <class T>
 void bind_calculus(py::class_<PyNetwork<T>>& network) {
     network.def_property_readonly("changes", [](const PyNetwork<T>& self) { return self.net.changes(); })
         .def("jvp", &jvp<T>, py::arg("X"), py::arg("dX"), py::arg("dparams"))
+        .def("sensitivity", &sensitivity<T>, py::arg("X"), py::arg("input"))
         .def("vjp", &vjp<T>, py::arg("X"), py::arg("c"), py::arg("params"))
         .def("backward", &backward<T>, py::arg("X"), py::arg("c"))
         .def("jacobian", &jacobian<T>, py::arg("X"), py::arg("reverse"))

@@ -80,6 +80,21 @@ void Derivatives<T>::jvp(Index rows, const T* x, const T* dx, bool along_paramet
 }
 
 template <class T>
+void Derivatives<T>::sensitivity(Index rows, const T* x, Index input, T* f, T* df) {
+    const Index depth = net_.depth();
+    for (Index first = 0; first < rows; first += kBatchRows) {
+        tape_.shape(first, std::min(rows - first, kBatchRows), 1, {Kind::primal, Kind::tangent});
+        over(tape_.rows(), 2, [&](Index begin, Index end) {
+            tape_.load(Kind::primal, 0, begin, end, x + first * net_.inputs());
+            tape_.forward(begin, end);
+            tape_.tangents_along(input, begin, end);
+            tape_.store(Kind::primal, depth, begin, end, f + first * net_.outputs());
+            tape_.store(Kind::tangent, depth, begin, end, df + first * net_.outputs());
+        });
+    }
+}
+
+template <class T>
 const T* Derivatives<T>::vjp(Index rows, const T* x, const T* c, T* f, T* const* dphi, bool parameters) {
     const Index depth = net_.depth(), to = dphi[0] ? 0 : lowest();
     T* flat = parameters ? gradient() : nullptr;

@@ -39,6 +39,8 @@ class Derivatives {
 
     // f and its tangent along dx (null: 0) and, if wanted, along `direction()`.
     void jvp(Index rows, const T* x, const T* dx, bool along_parameters, T* f, T* df);
+    // f and its tangent along one input, which moves by 1.
+    void sensitivity(Index rows, const T* x, Index input, T* f, T* df);
     // f and the cotangents of all φˡ below c, each null where nobody wants it; the gradient, laid out like theta, if wanted.
     const T* vjp(Index rows, const T* x, const T* c, T* f, T* const* dphi, bool parameters);
     // J (rows, O, I), its rows by reverse or its columns by forward mode.

@@ -15,6 +15,19 @@ MatrixView<const T> constant(MatrixView<T> m) {
     return {m.data, m.rows, m.cols, m.stride};
 }
 
+// A column of a linear layer's W (outputs x inputs), out of its master copy; see ops/linear.hpp.
+template <class T>
+void copy_column(const Layer<T>& layer, const T* master, Index column, T* to) {
+    if (layer.narrow()) {
+        const Index start = column / kPanel<T> * kPanel<T>, width = panel_width<T>(layer.inputs, start);
+        for (Index o = 0; o < layer.outputs; ++o) to[o] = master[start * layer.outputs + o * width + column - start];
+        return;
+    }
+    for (Index start = 0; start < layer.outputs; start += kPanel<T>)
+        std::copy_n(master + start * layer.weight_rows() + column * panel_width<T>(layer.outputs, start),
+                    std::min(layer.outputs - start, kPanel<T>), to + start);
+}
+
 }  // namespace
 
 // ---- directions -----------------------------------------------------------------------------------------------------
@@ -57,9 +70,10 @@ void Direction<T>::set(const Parameter& parameter, const T* from) {
 
 template <class T>
 void Tape<T>::shape(Index first, Index rows, Index seeds, std::initializer_list<Kind> wanted) {
-    rows_ = rows;
-    seeds_ = seeds;
-    phase_ = first % seeds;
+    Shape next = {first % seeds, rows, seeds};
+    for (const Kind kind : wanted) next.wanted |= 1U << kind;
+    if (next == shape_) return;  // as in every call of many for one row each
+    shape_ = next;
     examples_ = rows == 0 ? 0 : example(rows - 1) + 1;
     Index total = 0;
     const auto each = [&](auto f) {
@@ -74,19 +88,19 @@ void Tape<T>::shape(Index first, Index rows, Index seeds, std::initializer_list<
         }
         // One column more for the ones that a linear layer's bias is multiplied by.
         const Index cols = l == 0 ? net_.inputs() : layer(l - 1).outputs, stride = padded_stride<T>(cols + 1);
-        view = {nullptr, kind == primal ? examples_ : rows_, cols, stride};
+        view = {nullptr, kind == primal ? examples_ : rows, cols, stride};
         total += view.rows * stride;
     });
     if (arena_.size() < total) arena_ = Array<T>(total);
-    T* next = arena_.data();
+    T* place_of_next = arena_.data();
     each([&](Kind kind, Index l) {
         MatrixView<T>& view = views_[place(kind, l)];
         if (l > 0 && layer(l - 1).kind == LayerKind<T>::dropout) {
             view = at(kind, l - 1);
             return;
         }
-        view.data = next;
-        next += view.rows * view.stride;
+        view.data = place_of_next;
+        place_of_next += view.rows * view.stride;
     });
 }
 
@@ -107,7 +121,7 @@ void Tape<T>::seed(Kind kind, Index l, Index begin, Index end) const {
     const MatrixView<T> to = at(kind, l);
     for (Index i = begin; i < end; ++i) {
         std::fill_n(to.data + i * to.stride, to.cols, T{0});
-        to.data[i * to.stride + (phase_ + i) % seeds_] = T{1};
+        to.data[i * to.stride + (shape_.phase + i) % shape_.seeds] = T{1};
     }
 }
 
@@ -126,14 +140,14 @@ MatrixView<const T> Tape<T>::read(Kind kind, Index l, Index begin, Index end) co
 template <class T>
 MatrixView<const T> Tape<T>::saved(Index l, Index begin, Index end) const {
     const MatrixView<T> all = at(primal, l);
-    return {all.data + example(begin) * all.stride, end - begin, all.cols, seeds_ == 1 ? all.stride : 0};
+    return {all.data + example(begin) * all.stride, end - begin, all.cols, shape_.seeds == 1 ? all.stride : 0};
 }
 
 template <class T>
 template <class F>
 void Tape<T>::by_example(Index begin, Index end, F f) const {
     for (Index next; begin < end; begin = next) {
-        next = seeds_ == 1 ? end : std::min(end, (example(begin) + 1) * seeds_ - phase_);
+        next = shape_.seeds == 1 ? end : std::min(end, (example(begin) + 1) * shape_.seeds - shape_.phase);
         f(begin, next);
     }
 }
@@ -198,6 +212,26 @@ void Tape<T>::tangents(Index begin, Index end, Index moving, const Direction<T>*
     for (Index l = std::max<Index>(moving - 1, 0); l < net_.depth(); ++l) {
         if (l >= moving) append(tangent, l, begin, end, T{0});
         push(l, begin, end, l >= moving, direction);
+    }
+}
+
+// A linear layer's outputs move along one column of W: no product, and nothing is done for the other inputs.
+template <class T>
+void Tape<T>::tangents_along(Index input, Index begin, Index end) const {
+    const bool linear = layer(0).kind == LayerKind<T>::linear;
+    const MatrixView<T> first = rows_of(tangent, linear ? 1 : 0, begin, end);
+    for (Index i = 0; i < first.rows; ++i) {
+        T* row = first.data + i * first.stride;
+        if (linear) {
+            copy_column(layer(0), net_.theta() + layer(0).offset, input, row);
+        } else {
+            std::fill_n(row, first.cols, T{0});
+            row[input] = T{1};
+        }
+    }
+    for (Index l = linear ? 1 : 0; l < net_.depth(); ++l) {
+        append(tangent, l, begin, end, T{0});
+        push(l, begin, end, true, nullptr);
     }
 }
 

@@ -40,13 +40,14 @@ class Tape {
    public:
     enum Kind { primal, tangent, cotangent, cotangent_tangent, second_tangent, kinds };
 
-    explicit Tape(const Network<T>& net) : net_(net), views_(kinds * static_cast<std::size_t>(net.depth() + 1)) {}
+    explicit Tape(const Network<T>& net)
+        : net_(net), levels_(net.depth() + 1), views_(static_cast<std::size_t>(kinds * levels_)) {}
 
     // Room for these kinds, contents undefined. Rows [first, first + rows) of derivatives, `seeds` for each example.
     void shape(Index first, Index rows, Index seeds, std::initializer_list<Kind> wanted);
-    Index rows() const { return rows_; }
+    Index rows() const { return shape_.rows; }
     Index examples() const { return examples_; }
-    Index example(Index row) const { return (phase_ + row) / seeds_; }
+    Index example(Index row) const { return (shape_.phase + row) / shape_.seeds; }
     MatrixView<T> at(Kind kind, Index layer) const { return views_[place(kind, layer)]; }
     Index bytes() const { return (arena_.size() + inputs_backward_.size()) * static_cast<Index>(sizeof(T)); }
 
@@ -60,6 +61,7 @@ class Tape {
     // gradient to `gradient`, laid out like theta, if it is given.
     void forward(Index begin, Index end) const;
     void tangents(Index begin, Index end, Index moving, const Direction<T>* direction) const;
+    void tangents_along(Index input, Index begin, Index end) const;  // that input alone moves, by 1 in every row
     void second_tangents(Index begin, Index end) const;
     void cotangents(Index begin, Index end, Index to, T* gradient) const;
     void cotangent_tangents(Index begin, Index end, Index to, Index moving, const Direction<T>* direction,
@@ -70,9 +72,7 @@ class Tape {
     void example_gradient(Index layer, Index row, T* own) const;
 
    private:
-    std::size_t place(Kind kind, Index layer) const {
-        return kind * static_cast<std::size_t>(net_.depth() + 1) + static_cast<std::size_t>(layer);
-    }
+    std::size_t place(Kind kind, Index layer) const { return static_cast<std::size_t>(kind * levels_ + layer); }
     const Layer<T>& layer(Index l) const { return net_.layers()[static_cast<std::size_t>(l)]; }
     MatrixView<T> rows_of(Kind kind, Index l, Index begin, Index end) const;
     MatrixView<const T> read(Kind kind, Index l, Index begin, Index end) const;
@@ -90,7 +90,15 @@ class Tape {
     std::vector<T*> own_parameters(Index l, const T* flat) const;
 
     const Network<T>& net_;
-    Index rows_ = 0, examples_ = 0, seeds_ = 1, phase_ = 0;
+    struct Shape {  // what `views_` are laid out for
+        Index phase = 0, rows = 0, seeds = 1;
+        unsigned wanted = 0;  // a bit for each kind
+        bool operator==(const Shape& other) const {
+            return phase == other.phase && rows == other.rows && seeds == other.seeds && wanted == other.wanted;
+        }
+    };
+    Shape shape_;
+    Index levels_, examples_ = 0;
     std::vector<MatrixView<T>> views_;
     Array<T> arena_;
     // The transposed copy of the weights that training has none of, made when somebody first differentiates down to the

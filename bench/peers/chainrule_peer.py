@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 import chainrule as cr
 
-from .problem import ADAM, PREDICTION_ROUNDING, ROUNDING, Workload
+from . import derivatives
+from .problem import ADAM, DERIVATIVE_ROUNDING, PREDICTION_ROUNDING, ROUNDING, Workload
 
 
 def configure(threads: int) -> None:
@@ -131,5 +134,53 @@ class Predict(_Chainrule):
         return self.net(self.X)
 
 
+class Derivative(_Chainrule):
+    """One call of one function on NumPy arrays, which makes new arrays for its result."""
+
+    tolerance = DERIVATIVE_ROUNDING
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray], what: str) -> None:
+        super().__init__(work, problem)
+        self.net.load_state_dict(self.initial)
+        self.what, self.call = what, self._calls(problem)[what]
+        self.form = {"forward": "net(x)", "gradient": "net.value_and_grad"}.get(what, "cr.*")
+
+    def _calls(self, problem: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:
+        net, X, y, loss = self.net, self.X, self.y, self.work.loss
+        dX, c = problem["dX"], problem["c"]
+        v = dict(zip(self.names, derivatives.direction(self.work, problem), strict=True))
+        return {
+            "forward": lambda: net(X),
+            "gradient": lambda: net.value_and_grad(X, y, loss=loss),
+            "jvp": lambda: cr.jvp(net, X, dX),
+            "vjp": lambda: cr.vjp(net, X, c),
+            "jacobian": lambda: cr.jacobian(net, X),
+            "example gradients": lambda: cr.per_example_grads(net, X, y, loss),
+            "example norms": lambda: cr.per_example_grad_norms(net, X, y, loss),
+            "hvp": lambda: cr.hvp(net, X, y, loss, v),
+        }
+
+    def reset(self) -> None:
+        """Nothing changes."""
+
+    def run(self, calls: int) -> None:
+        """The results are dropped."""
+        call = self.call
+        for _ in range(calls):
+            call()
+
+    def arrays(self) -> list[np.ndarray]:
+        """Of one call; a gradient's in the order of the state dict."""
+        answer = self.call()
+        if self.what == "gradient":
+            answer = answer[1]
+        if isinstance(answer, dict):
+            return [answer[name] for name in self.names]
+        return list(answer) if isinstance(answer, tuple) else [answer]
+
+
 VARIANTS: dict[str, Any] = {"chainrule fit": Fit, "chainrule train_step": TrainStep}
 PREDICTORS: dict[str, Any] = {"chainrule": Predict}
+DERIVATIVES: dict[str, Any] = {
+    f"{what}: chainrule": partial(Derivative, what=what) for what in derivatives.NAMES
+}

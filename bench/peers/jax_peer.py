@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .problem import ADAM, PREDICTION_ROUNDING, ROUNDING, Workload
+from . import derivatives
+from .problem import ADAM, DERIVATIVE_ROUNDING, PREDICTION_ROUNDING, ROUNDING, Workload
 
 Params = list[tuple[jax.Array, jax.Array]]
 
@@ -182,5 +184,71 @@ class Predict(_Jax):
         return np.asarray(self.forward(self.state[0], self.x))
 
 
+class Derivative(_Jax):
+    """jax.jit of one derivative as a function of parameters and inputs.
+
+    Norms are those of the gradients, which XLA may fuse: JAX has no other way to them.
+    """
+
+    tolerance = DERIVATIVE_ROUNDING
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray], what: str) -> None:
+        super().__init__(work, problem)
+        super().reset()
+        self.what = what
+        function, *arguments = self._parts(problem)[what]
+        self.call = partial(jax.jit(function), self.state[0], *arguments)
+        self.form = f"jax.jit of {what}, block_until_ready each time, device arrays in and out"
+
+    def reset(self) -> None:
+        """Nothing changes."""
+
+    def _parts(self, problem: dict[str, np.ndarray]) -> dict[str, tuple[Any, ...]]:
+        """name: (function of the parameters and more, what more)."""
+        f, value = partial(_forward, self.work), partial(_value, self.work)
+        x, y, dx, c = self.X[0], self.y[0], jnp.asarray(problem["dX"]), jnp.asarray(problem["c"])
+        flat = derivatives.direction(self.work, problem)
+        v = [(jnp.asarray(w.T), jnp.asarray(b)) for w, b in zip(flat[::2], flat[1::2], strict=True)]
+        slopes = jax.grad(value)
+
+        def each(p: Params, x: jax.Array, y: jax.Array) -> Params:
+            return jax.vmap(lambda x, y: slopes(p, x[None], y[None]))(x, y)
+
+        return {
+            "jvp": (lambda p, x, dx: jax.jvp(partial(f, p), (x,), (dx,)), x, dx),
+            "vjp": (lambda p, x, c: _pulled(partial(f, p), x, c), x, c),
+            "jacobian": (lambda p, x: jax.vmap(jax.jacrev(partial(f, p)))(x), x),
+            "example gradients": (each, x, y),
+            "example norms": (lambda p, x, y: _norms(each(p, x, y)), x, y),
+            "hvp": (lambda p, x, y, v: jax.jvp(lambda p: slopes(p, x, y), (p,), (v,))[1], x, y, v),
+        }
+
+    def run(self, calls: int) -> None:
+        """Each call waits for its result: that is its latency."""
+        call = self.call
+        for _ in range(calls):
+            jax.block_until_ready(call())
+
+    def arrays(self) -> list[np.ndarray]:
+        """Of one call, weights as (…, out, in)."""
+        answer = self.call()
+        if isinstance(answer, list):
+            return [a for w, b in answer for a in (np.asarray(w).swapaxes(-1, -2), np.asarray(b))]
+        return [np.asarray(a) for a in (answer if isinstance(answer, tuple) else (answer,))]
+
+
+def _pulled(f: Callable[[jax.Array], jax.Array], x: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
+    value, pull = jax.vjp(f, x)
+    return value, pull(c)[0]
+
+
+def _norms(gradients: Params) -> jax.Array:
+    squares = [jnp.square(g.reshape(len(g), -1)).sum(axis=1) for g in jax.tree.leaves(gradients)]
+    return jnp.sqrt(sum(squares))
+
+
 VARIANTS: dict[str, Any] = {"jax.jit": Jit, "jax lax.scan": Scan}
 PREDICTORS: dict[str, Any] = {"jax.jit": Predict}
+DERIVATIVES: dict[str, Any] = {
+    f"{what}: jax.jit": partial(Derivative, what=what) for what in derivatives.COMPARED
+}

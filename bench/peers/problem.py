@@ -18,6 +18,7 @@ import numpy as np
 # "mnist".
 ROUNDING = (1e-4, 2e-3)
 PREDICTION_ROUNDING = (1e-5,)  # the same for outputs
+DERIVATIVE_ROUNDING = (1e-5,)  # and for derivatives
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 
 
@@ -74,15 +75,15 @@ def make(work: Workload, seed: int = 0) -> dict[str, np.ndarray]:
     and (O,) float32; `losses` (steps,) float64, each before its update; `ref_W0`, `ref_b0`, ... the float64
     parameters after the last step.
     """
-    problem = _start(work, seed)
+    problem = start(work, seed)
     losses, trained = reference(work, problem)
-    return problem | {"losses": losses} | _named("ref_", trained)
+    return problem | {"losses": losses} | named("ref_", trained)
 
 
 def make_prediction(work: Workload, seed: int = 0) -> dict[str, np.ndarray]:
     """The same with `outputs` (N, k) float64, the network's values at X, in place of the trajectory."""
-    problem = _start(work, seed)
-    return problem | {"outputs": predict(work, problem["X"], _parameters(work, problem))}
+    problem = start(work, seed)
+    return problem | {"outputs": predict(work, problem["X"], parameters(work, problem))}
 
 
 def save(problem: dict[str, np.ndarray], path: Path) -> None:
@@ -96,18 +97,19 @@ def data(work: Workload, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
     return X, _targets(work, X, rng)
 
 
-def _start(work: Workload, seed: int) -> dict[str, np.ndarray]:
+def start(work: Workload, seed: int) -> dict[str, np.ndarray]:
+    """Data and initial weights, without a result."""
     rng = np.random.default_rng(seed)
     X, y = data(work, rng)
-    return {"X": X, "y": y} | _named("", _initial(work, rng))
+    return {"X": X, "y": y} | named("", initial(work, rng))
 
 
-def _named(prefix: str, parameters: list[np.ndarray]) -> dict[str, np.ndarray]:
+def named(prefix: str, values: list[np.ndarray]) -> dict[str, np.ndarray]:
     """W0, b0, W1, b1, ..."""
-    return {f"{prefix}{'Wb'[k % 2]}{k // 2}": value for k, value in enumerate(parameters)}
+    return {f"{prefix}{'Wb'[k % 2]}{k // 2}": value for k, value in enumerate(values)}
 
 
-def _parameters(work: Workload, problem: dict[str, np.ndarray]) -> list[np.ndarray]:
+def parameters(work: Workload, problem: dict[str, np.ndarray]) -> list[np.ndarray]:
     """W0, b0, W1, b1, ... in float64."""
     return [problem[f"{kind}{k}"].astype(np.float64) for k in range(len(work.sizes) - 1) for kind in "Wb"]
 
@@ -123,14 +125,14 @@ def _targets(work: Workload, X: np.ndarray, rng: np.random.Generator) -> np.ndar
     return scores
 
 
-def _initial(work: Workload, rng: np.random.Generator) -> list[np.ndarray]:
+def initial(work: Workload, rng: np.random.Generator) -> list[np.ndarray]:
     """He (relu) or Glorot (tanh) normal weights; biases that are not zero, so that a forgotten bias shows."""
-    parameters = []
+    values = []
     for i, o in zip(work.sizes, work.sizes[1:], strict=False):
         spread = np.sqrt(2.0 / i if work.activation == "relu" else 2.0 / (i + o))
-        parameters.append((rng.standard_normal((o, i)) * spread).astype(np.float32))
-        parameters.append((rng.standard_normal(o) * 0.01).astype(np.float32))
-    return parameters
+        values.append((rng.standard_normal((o, i)) * spread).astype(np.float32))
+        values.append((rng.standard_normal(o) * 0.01).astype(np.float32))
+    return values
 
 
 def _loss(name: str, f: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
@@ -152,7 +154,7 @@ def _loss(name: str, f: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
     return float(0.5 * (d * d).sum(axis=1).mean()), d / rows  # least_squares
 
 
-def _forward(work: Workload, X: np.ndarray, params: list[np.ndarray]) -> list[np.ndarray]:
+def forward(work: Workload, X: np.ndarray, params: list[np.ndarray]) -> list[np.ndarray]:
     """X, the activations of each layer, the outputs."""
     depth = len(params) // 2
     phi = [X]
@@ -166,15 +168,15 @@ def _forward(work: Workload, X: np.ndarray, params: list[np.ndarray]) -> list[np
 
 def predict(work: Workload, X: np.ndarray, params: list[np.ndarray]) -> np.ndarray:
     """The network's outputs in float64."""
-    return _forward(work, X.astype(np.float64), params)[-1]
+    return forward(work, X.astype(np.float64), params)[-1]
 
 
-def _gradient(
+def gradient(
     work: Workload, X: np.ndarray, y: np.ndarray, params: list[np.ndarray]
 ) -> tuple[float, list[np.ndarray]]:
     """Loss and gradients in the order W0, b0, W1, b1, ... (the chain rule, written out)."""
     depth = len(params) // 2
-    phi = _forward(work, X, params)
+    phi = forward(work, X, params)
     value, cotangent = _loss(work.loss, phi[-1], y)
     grads: list[np.ndarray] = [np.empty(0)] * len(params)
     for k in reversed(range(depth)):
@@ -188,7 +190,7 @@ def _gradient(
 
 def reference(work: Workload, problem: dict[str, np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     """Train `verify_epochs` epochs in float64: losses before each update; W0, b0, W1, ... at the end."""
-    params = _parameters(work, problem)
+    params = parameters(work, problem)
     first = [np.zeros_like(p) for p in params]
     second = [np.zeros_like(p) for p in params]
     X = problem["X"].astype(np.float64)
@@ -197,7 +199,7 @@ def reference(work: Workload, problem: dict[str, np.ndarray]) -> tuple[np.ndarra
     for t in range(work.verify_epochs * work.batches):
         start = (t % work.batches) * work.batch
         rows = slice(start, start + work.batch)
-        value, grads = _gradient(work, X[rows], y[rows], params)
+        value, grads = gradient(work, X[rows], y[rows], params)
         losses.append(value)
         for p, g, m, v in zip(params, grads, first, second, strict=True):
             if work.optimizer == "sgd":

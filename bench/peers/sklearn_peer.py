@@ -162,3 +162,4 @@ class Predict(_Sklearn):
 
 VARIANTS: dict[str, Any] = {"sklearn fit": Fit, "sklearn partial_fit": PartialFit}
 PREDICTORS: dict[str, Any] = {"sklearn": Predict}
+DERIVATIVES: dict[str, Any] = {}  # it has none to ask for

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
-from .problem import ADAM, PREDICTION_ROUNDING, ROUNDING, Workload
+from . import derivatives
+from .problem import ADAM, DERIVATIVE_ROUNDING, PREDICTION_ROUNDING, ROUNDING, Workload
 
 
 def configure(threads: int) -> None:
@@ -156,5 +159,74 @@ class PredictCompiled(Predict):
         self.call = torch.compile(self.model, dynamic=False)
 
 
+class Derivative(Eager):
+    """torch.func on the module as a function of its parameters and inputs.
+
+    One row alone is differentiated without vmap, which only costs there. Norms are those of the gradients:
+    torch.func has no other way to them.
+    """
+
+    form = "torch.func.{what} of functional_call, vmap over rows where there are several, tensors in and out"
+    tolerance = DERIVATIVE_ROUNDING
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray], what: str) -> None:
+        super().__init__(work, problem)
+        self.reset()
+        self.what, self.form = what, self.form.format(what=what)
+        self.now = {name: p.detach() for name, p in self.model.named_parameters()}
+        self.call = self._calls(problem)[what]
+
+    def _outputs(self, x: torch.Tensor) -> torch.Tensor:
+        return functional_call(self.model, self.now, (x,))
+
+    def _value(self, parameters: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.loss(functional_call(self.model, parameters, (x,)), y)
+
+    def _jacobian(self, x: torch.Tensor) -> torch.Tensor:
+        one = jacrev(self._outputs)
+        return one(x[0])[None] if len(x) == 1 else vmap(one)(x)
+
+    def _each(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        one = grad(self._value)
+        if len(x) == 1:
+            return {name: g[None] for name, g in one(self.now, x, y).items()}
+        return vmap(lambda x, y: one(self.now, x[None], y[None]))(x, y)
+
+    def _calls(self, problem: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:
+        f, now, slopes, (x, y) = self._outputs, self.now, grad(self._value), self.batches[0]
+        dx, c = torch.tensor(problem["dX"]), torch.tensor(problem["c"])
+        v = dict(zip(now, map(torch.tensor, derivatives.direction(self.work, problem)), strict=True))
+        return {
+            "jvp": lambda: jvp(f, (x,), (dx,)),
+            "vjp": lambda: _pulled(f, x, c),
+            "jacobian": lambda: (self._jacobian(x),),
+            "example gradients": lambda: self._each(x, y).values(),
+            "example norms": lambda: (_norms(self._each(x, y)),),
+            "hvp": lambda: jvp(lambda p: slopes(p, x, y), (now,), (v,))[1].values(),
+        }
+
+    def run(self, calls: int) -> None:
+        """The results are dropped."""
+        call = self.call
+        for _ in range(calls):
+            call()
+
+    def arrays(self) -> list[np.ndarray]:
+        """Of one call."""
+        return [a.detach().numpy() for a in self.call()]
+
+
+def _pulled(f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, c: torch.Tensor) -> tuple[Any, ...]:
+    value, pull = vjp(f, x)
+    return value, *pull(c)
+
+
+def _norms(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([g.flatten(1).square().sum(dim=1) for g in gradients.values()]).sum(dim=0).sqrt()
+
+
 VARIANTS: dict[str, Any] = {"torch eager": Eager, "torch.compile": Compiled}
 PREDICTORS: dict[str, Any] = {"torch eager": Predict, "torch.compile": PredictCompiled}
+DERIVATIVES: dict[str, Any] = {
+    f"{what}: torch.func": partial(Derivative, what=what) for what in derivatives.COMPARED
+}

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from . import derivatives
 from .problem import Workload
 
 
@@ -58,13 +59,35 @@ class Predictor(Runner, Protocol):
         """The result of one call, (rows, outputs)."""
 
 
-def output_error(predictor: Predictor, problem: dict[str, np.ndarray]) -> dict[str, float]:
-    """Largest difference from float64, relative to the outputs' root mean square."""
-    want = problem["outputs"]
-    got = np.asarray(predictor.outputs(), dtype=np.float64)
+class Differentiator(Runner, Protocol):
+    """One way to one derivative of one network; the tolerance is of each of its arrays."""
+
+    what: str  # as in derivatives.NAMES
+
+    def arrays(self) -> list[np.ndarray]:
+        """The result of one call, in the order and the shapes of derivatives.py."""
+
+
+def distance(name: str, got: Any, want: np.ndarray) -> float:
+    """Largest difference, relative to the root mean square of what is wanted."""
+    got = np.asarray(got, dtype=np.float64)
     if got.shape != want.shape:
-        raise ValueError(f"outputs: expected shape {want.shape}, got {got.shape}")
-    return {"output_difference": float(np.abs(got - want).max() / np.sqrt((want**2).mean()))}
+        raise ValueError(f"{name}: expected shape {want.shape}, got {got.shape}")
+    return float(np.abs(got - want).max() / np.sqrt((want**2).mean()))
+
+
+def output_error(predictor: Predictor, work: Workload, problem: dict[str, np.ndarray]) -> dict[str, float]:
+    """Against float64: of the outputs."""
+    return {"output_difference": distance("outputs", predictor.outputs(), problem["outputs"])}
+
+
+def derivative_error(
+    contender: Differentiator, work: Workload, problem: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """Against float64: the worst of all arrays, each relative to its own size."""
+    want = derivatives.expected(problem, contender.what)
+    pairs = zip(contender.arrays(), want, strict=True)
+    return {"derivative_difference": max(distance(contender.what, *pair) for pair in pairs)}
 
 
 def relative_errors(contender: Contender, work: Workload, problem: dict[str, np.ndarray]) -> dict[str, float]:
@@ -86,6 +109,9 @@ def relative_errors(contender: Contender, work: Workload, problem: dict[str, np.
         "loss_difference": float(np.max(np.abs(got - want) / np.abs(want))),
         "weight_difference": float(np.sqrt(missed / moved)),
     }
+
+
+ERRORS = {"variants": relative_errors, "predictors": output_error, "derivatives": derivative_error}
 
 
 def sample(contender: Runner, epochs: int) -> dict[str, float]:
@@ -126,11 +152,11 @@ class Worker:
     def hello(self) -> dict[str, Any]:
         """What this process can run, and with which versions."""
         versions = {"python": sys.version.split()[0], "numpy": np.__version__} | self.module.versions()
-        return {
-            "versions": versions,
-            "variants": list(self.module.VARIANTS),
-            "predictors": list(self.module.PREDICTORS),
-        }
+        return {"versions": versions} | {kind: list(self._offered(kind)) for kind in ERRORS}
+
+    def _offered(self, kind: str) -> dict[str, Any]:
+        """The module's VARIANTS, PREDICTORS or DERIVATIVES."""
+        return dict(getattr(self.module, kind.upper()))
 
     def load(self, workload: dict[str, Any], path: str) -> dict[str, Any]:
         """Read a problem and forget the previous one."""
@@ -142,15 +168,11 @@ class Worker:
         return {}
 
     def prepare(self, kind: str, variant: str) -> dict[str, Any]:
-        """Build (and compile) one contender of "variants" or "predictors" and check it against float64."""
+        """Build (and compile) one contender of one of the kinds in ERRORS and check it against float64."""
         assert self.work is not None
         start = time.perf_counter()
-        if kind == "predictors":
-            contender = self.module.PREDICTORS[variant](self.work, self.problem)
-            errors = output_error(contender, self.problem)
-        else:
-            contender = self.module.VARIANTS[variant](self.work, self.problem)
-            errors = relative_errors(contender, self.work, self.problem)
+        contender = self._offered(kind)[variant](self.work, self.problem)
+        errors = ERRORS[kind](contender, self.work, self.problem)
         self.contenders[variant] = contender
         return errors | {
             "form": contender.form,

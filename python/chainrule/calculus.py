@@ -342,7 +342,8 @@ def sensitivity(net: Network, X: Any, d: int, y: Any = None, loss: Any = None) -
     """How each example's output, or loss, reacts to its input number d: one sweep of forward mode.
 
     ∂f_n/∂x_nd, or with y and loss ∂L_n/∂x_nd = ∂L_n/∂f_n ∂f_n/∂x_nd for each example's own L_n. "Suppose we
-    wanted just a derivative/sensitivity test": nothing is computed for the other inputs d′ ≠ d.
+    wanted just a derivative/sensitivity test": nothing is computed for the other inputs d′ ≠ d; of the first
+    layer's weights only column d takes part.
 
     Shapes: X (B, I), d from 0 to I − 1; (B, O), with a loss (B,).
     Raises: TypeError or ValueError for data that do not fit, a d outside, y without loss, and dtype bfloat16.
@@ -365,16 +366,11 @@ def sensitivity(net: Network, X: Any, d: int, y: Any = None, loss: Any = None) -
             f"[{op}] y and loss belong together: expected both or neither, got {'loss' if y is None else 'y'}"
         )
     if loss is None:
-        matrix, rule = _inputs(op, net, X), None
-    else:
-        rule = losses.resolve(op, loss)
-        data = training.take(op, net, rule, X, y)
-        matrix = data.X
-    tangent = np.zeros_like(matrix)
-    tangent[:, d] = 1
-    f, df = core.jvp(matrix, tangent, None)
-    if rule is None:
-        return np.asarray(df)
+        answer = core.sensitivity(X, d) or core.sensitivity(_inputs(op, net, X), d)
+        return np.asarray(answer[1])
+    rule = losses.resolve(op, loss)
+    data = training.take(op, net, rule, X, y)
+    f, df = core.sensitivity(data.X, d)
     gradient = rule.gradients(f, data.y, data.flat)
     return np.asarray((gradient * df).sum(axis=1))
 
