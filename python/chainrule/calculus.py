@@ -204,7 +204,7 @@ class Trace:
 
 
 def vjp(net: Network, X: Any, c: Any, params: bool = False) -> Any:
-    """Reverse mode: cotangents c from the outputs back to the inputs, row by row (lecture: Reverse-mode AutoDiff).
+    """Reverse mode: cotangents c of the outputs back to the inputs, row by row (lecture: step 2).
 
     dX = c J_X[f];  with params=True also Σ c J_W[f] for every parameter W
 
