@@ -7,7 +7,8 @@
 
 #include "kernels.hpp"
 
-// One entry per instruction set in this build, best first, with the one whose maps of second order it takes.
+// One entry per instruction set in this build, best first, with the one whose float64 maps and maps of second order it
+// takes: AVX2's give the bits of AVX-512, and are worth more in the size of the package than in speed.
 #if defined(CHAINRULE_X86)
 #define CHAINRULE_ISAS(X) X(avx512, avx2) X(avx2, avx2) X(baseline, baseline)
 #elif defined(CHAINRULE_ARM)
@@ -18,13 +19,15 @@
 
 namespace chainrule {
 
-#define CHAINRULE_DECLARE(isa, second)                 \
+#define CHAINRULE_DECLARE(isa, rarer)                  \
     namespace isa {                                    \
-    extern const Kernels<float> float32_kernels;       \
-    extern const Kernels<double> float64_kernels;      \
+    extern const Products<float> float32_products;     \
+    extern const Products<double> float64_products;    \
+    extern const Maps<float> float32_maps;             \
     extern const Bfloat16Kernels bfloat16_kernels;     \
     }                                                  \
-    namespace second {                                 \
+    namespace rarer {                                  \
+    extern const Maps<double> float64_maps;            \
     extern const SecondKernels<float> float32_second;  \
     extern const SecondKernels<double> float64_second; \
     }
@@ -34,20 +37,20 @@ namespace {
 
 struct Tables {
     Isa isa;
-    const Kernels<float>* float32;
-    const Kernels<double>* float64;
+    Kernels<float> float32;
+    Kernels<double> float64;
     const Bfloat16Kernels* bfloat16;
     const SecondKernels<float>* second32;
     const SecondKernels<double>* second64;
 };
-#define CHAINRULE_ROW(isa, second) \
-    {Isa::isa,                     \
-     &isa::float32_kernels,        \
-     &isa::float64_kernels,        \
-     &isa::bfloat16_kernels,       \
-     &second::float32_second,      \
-     &second::float64_second},
-constexpr Tables all_tables[] = {CHAINRULE_ISAS(CHAINRULE_ROW)};
+#define CHAINRULE_ROW(isa, rarer)                  \
+    {Isa::isa,                                     \
+     {isa::float32_products, isa::float32_maps},   \
+     {isa::float64_products, rarer::float64_maps}, \
+     &isa::bfloat16_kernels,                       \
+     &rarer::float32_second,                       \
+     &rarer::float64_second},
+const Tables all_tables[] = {CHAINRULE_ISAS(CHAINRULE_ROW)};
 
 const Tables* best_tables() {
     const char* wanted = std::getenv("CHAINRULE_ISA");
@@ -69,11 +72,11 @@ std::atomic<const Tables*>& active() {
 
 template <>
 const Kernels<float>& kernels<float>() {
-    return *active().load(std::memory_order_relaxed)->float32;
+    return active().load(std::memory_order_relaxed)->float32;
 }
 template <>
 const Kernels<double>& kernels<double>() {
-    return *active().load(std::memory_order_relaxed)->float64;
+    return active().load(std::memory_order_relaxed)->float64;
 }
 
 template <>

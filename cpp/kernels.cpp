@@ -45,7 +45,13 @@ void run_hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scal
 }
 
 template <class T>
-constexpr Kernels<T> table = {
+constexpr Products<T> products = {
+    linear_forward<T>,   linear_forward_narrow<T>, linear_jvp<T>,       linear_jvp_narrow<T>,
+    linear_vjp_input<T>, linear_vjp_weight<T>,     linear_transpose<T>,
+};
+
+template <class T>
+constexpr Maps<T> maps = {
     {
 #define CHAINRULE_ELEMENTWISE(name, type, saves) elementwise_forward<type, T>,
 #define CHAINRULE_ROWWISE(name, type, saves) rowwise_forward<type, T>,
@@ -69,20 +75,13 @@ constexpr Kernels<T> table = {
 #define CHAINRULE_OPTIMIZER(name, type) optimize<type, T>,
 #include "ops/ops.def"
     },
-    linear_forward<T>,
-    linear_forward_narrow<T>,
-    linear_jvp<T>,
-    linear_jvp_narrow<T>,
-    linear_vjp_input<T>,
-    linear_vjp_weight<T>,
-    linear_transpose<T>,
     dropout<T>,
     penalize<T>,
     clip<T>,
     sum_of_squares<T>,
 };
 
-#if !defined(__AVX512F__)  // which takes AVX2's: the same bits, and worth more in the size of the package than in speed
+#if !defined(__AVX512F__)  // which takes AVX2's; see dispatch.cpp
 template <class T>
 constexpr SecondKernels<T> second_table = {
     {
@@ -107,13 +106,18 @@ extern const SecondKernels<float> float32_second;
 extern const SecondKernels<double> float64_second;
 const SecondKernels<float> float32_second = second_table<float>;
 const SecondKernels<double> float64_second = second_table<double>;
+
+extern const Maps<double> float64_maps;
+const Maps<double> float64_maps = maps<double>;
 #endif
 
-extern const Kernels<float> float32_kernels;
+extern const Products<float> float32_products;
+extern const Products<double> float64_products;
+extern const Maps<float> float32_maps;
 extern const Bfloat16Kernels bfloat16_kernels;
-extern const Kernels<double> float64_kernels;
-const Kernels<float> float32_kernels = table<float>;
-const Kernels<double> float64_kernels = table<double>;
+const Products<float> float32_products = products<float>;
+const Products<double> float64_products = products<double>;
+const Maps<float> float32_maps = maps<float>;
 const Bfloat16Kernels bfloat16_kernels = {linear_bfloat16_forward, linear_bfloat16_vjp_input, linear_bfloat16_pair_rows,
                                           linear_bfloat16_vjp_weight, linear_bfloat16_pack};
 

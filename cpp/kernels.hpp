@@ -48,19 +48,7 @@ constexpr int kSlots = 3;  // the most state arrays that a rule keeps
 
 // Matrices are given as pointer and row stride; see ops/op.hpp, ops/linear.hpp and optim.hpp for the meaning of each.
 template <class T>
-struct Kernels {
-    using Map = void (*)(Index rows, Index cols, const T* x, Index x_stride, T* y, Index y_stride, T param);
-    using Derivative = void (*)(Index rows, Index cols, const T* in, Index in_stride, const T* saved,
-                                Index saved_stride, T* out, Index out_stride, T param);
-    using LossMap = void (*)(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight,
-                             T scale, T* values, T* df, Index df_stride, T param);
-    Map forward[static_cast<int>(Op::count)];
-    Derivative vjp[static_cast<int>(Op::count)];
-    Derivative jvp[static_cast<int>(Op::count)];
-    LossMap loss[static_cast<int>(LossOp::count)];
-    void (*optimize[static_cast<int>(OptimizerOp::count)])(Index n, T* w, const T* g, T scale, T* const* slots,
-                                                           const Hyper<T>& hyper);
-
+struct Products {
     void (*linear_forward)(Index rows, Index inputs, Index outputs, bool bias, const T* x, Index x_stride,
                            const T* forward, T* z, Index z_stride);
     void (*linear_forward_narrow)(Index rows, Index inputs, Index outputs, bool bias, const T* x, Index x_stride,
@@ -75,12 +63,28 @@ struct Kernels {
                               Index dz_stride, T* packed, T* tile, bool add);
     void (*linear_transpose)(Index inputs, Index outputs, Index first, Index count, Index column, const T* panel,
                              Index width, T* backward);
+};
+template <class T>
+struct Maps {
+    using Map = void (*)(Index rows, Index cols, const T* x, Index x_stride, T* y, Index y_stride, T param);
+    using Derivative = void (*)(Index rows, Index cols, const T* in, Index in_stride, const T* saved,
+                                Index saved_stride, T* out, Index out_stride, T param);
+    using LossMap = void (*)(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight,
+                             T scale, T* values, T* df, Index df_stride, T param);
+    Map forward[static_cast<int>(Op::count)];
+    Derivative vjp[static_cast<int>(Op::count)];
+    Derivative jvp[static_cast<int>(Op::count)];
+    LossMap loss[static_cast<int>(LossOp::count)];
+    void (*optimize[static_cast<int>(OptimizerOp::count)])(Index n, T* w, const T* g, T scale, T* const* slots,
+                                                           const Hyper<T>& hyper);
     void (*dropout)(Index rows, Index cols, const T* x, Index x_stride, T* y, Index y_stride, double p,
                     std::uint64_t key, std::uint64_t step, Index first_row);
     T (*penalize)(Index n, const T* w, T* g, T l1, T l2);
     void (*clip)(Index n, T* g, T limit);
     T (*sum_of_squares)(Index n, const T* g);
 };
+template <class T>
+struct Kernels : Products<T>, Maps<T> {};
 
 // What no training step needs: maps of second order (ops/op.hpp), and two that work on plain arrays (gemm.hpp).
 template <class T>

@@ -45,7 +45,7 @@ class Tiles {
                               float* gradient) const;
 
     const Network<T>* net_;
-    Index capacity_, inputs_;  // rows of a batch; input rows of a tile
+    Index capacity_, inputs_;  // rows of a batch; input rows of a tile, and a bias
     bool has_bfloat16_ = false;
     std::vector<Tile> tiles_;
     double work_ = 0;              // elements of all tiles
@@ -59,8 +59,8 @@ template <class F>
 void Tiles<T>::over(double cost, F f) {
     if (tiles_.empty()) return;
     const int parts = parts_for(work_ * cost);
-    const Index tile_size = inputs_ * kPanel<T>, size = tile_size + kDepth * kPanel<T>;
-    const Index x_pairs = has_bfloat16_ ? inputs_ * ((capacity_ + 1) / 2) : 0;
+    const Index tile_size = (inputs_ + 1) * kPanel<T>, size = tile_size + kDepth * kPanel<T>;
+    const Index x_pairs = has_bfloat16_ ? round_up(inputs_ + 1, kLine<T>) * ((capacity_ + 1) / 2) : 0;
     const Index pairs = has_bfloat16_ ? x_pairs + kDepth / 2 * kPanel<T> : 0;
     if (memory_.size() < parts * size) memory_ = Array<T>(parts * size);
     if (pairs_.size() < parts * pairs) pairs_ = Array<Pair>(parts * pairs);

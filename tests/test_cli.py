@@ -314,7 +314,11 @@ def test_quiet_prints_the_scores_only(flowers, capsys):
             ["--target", "y", "--loss", "mse"],
             "expected one of cross_entropy, got 'mse'",
         ),
-        ("x,y\n" + "1,a\ninf,b\n" * 9, ["--target", "y"], "column 'x': expected finite numbers, got inf"),
+        (
+            "x,y\n" + "1,a\n1,\n2,b\n" * 9 + "inf,a\n",
+            ["--target", "y"],
+            "column 'x': expected finite numbers, got inf in row 28",
+        ),
         (
             "x,y\n" + "1,a\n2,b\n" * 9,
             ["--target", "y", "--output", "m.pt"],
@@ -324,6 +328,11 @@ def test_quiet_prints_the_scores_only(flowers, capsys):
             "x,y\n" + "1,a\n2,b\n" * 9,
             ["--target", "y", "--output", "no/m.safetensors"],
             "expected a folder that exists",
+        ),
+        (
+            "x,y\n" + "1,a\n2,b\n" * 9,
+            ["--target", "y", "--output", "folder.safetensors"],
+            "expected the name of a file, got the folder 'folder.safetensors'",
         ),
         ("x,y\n" + "1,a\n2,b\n" * 9, ["--target", "y", "--config", "none.toml"], "none.toml: No such file"),
         ("x,y\n" + "1,1.5\n2,-2.5\n" * 9, ["--target", "y", "--loss", "poisson"], "expected counts ≥ 0"),
@@ -337,11 +346,19 @@ def test_quiet_prints_the_scores_only(flowers, capsys):
 def test_mistakes_in_training_are_one_line_and_leave_no_file(capsys, text, arguments, message):
     if text is not None:
         Path("t.csv").write_text(text)
-    code, _, err = run(capsys, "train", "t.csv", *arguments)
-    assert code == 1
+    Path("folder.safetensors").mkdir()
+    code, out, err = run(capsys, "train", "t.csv", *arguments)
+    assert code == 1 and "trained" not in out
     assert err.startswith("chainrule: error: ") and err.count("\n") == 1
     assert message in err
     assert not os.path.exists("model.safetensors")
+
+
+def test_a_read_only_folder_is_noticed_before_training(flowers, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    code, out, err = run(capsys, "train", "flowers.csv", "--target", "price")
+    assert (code, out) == (1, "")
+    assert "expected a folder to write to, got '.', which is read-only" in err
 
 
 @pytest.mark.parametrize(
@@ -476,6 +493,7 @@ def test_version_and_help(capsys):
         code, out, _ = run(capsys, *command, "--help")
         assert code == 0 and out.startswith("usage: chainrule") and out.isascii()
         assert "None" not in out and "SUPPRESS" not in out
+    assert "become the median" in run(capsys, "train", "--help")[1]  # the rule for missing cells
 
 
 # ------------------------------------------------------------ as a program
@@ -505,6 +523,18 @@ def test_an_ascii_terminal_gets_ascii(flowers):
     )
 
 
+def test_a_reader_that_goes_away_does_not_take_the_model_along(flowers):
+    """`chainrule train … | head`, each line written at once: all that is printed after training fails."""
+    options = ["--target", "kind", "--epochs", "3000", "--patience", "0"]
+    command = [sys.executable, "-u", "-m", "chainrule", "train", "flowers.csv", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while b"note" not in process.stdout.readline():  # the last line before training
+            pass
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1 and TableModel.load("model.safetensors").preprocessor.target == "kind"
+
+
 def test_a_reader_that_goes_away_ends_it_in_silence(flowers, capsys):
     run(capsys, "train", "flowers.csv", "--target", "kind", "--epochs", 1)
     write_csv("many.csv", rows=20_000)
@@ -525,10 +555,11 @@ def test_output_that_cannot_be_written_is_one_line(flowers, capsys, where, messa
     assert "Traceback" not in done.stderr
 
 
-def test_on_a_terminal_there_is_progress_and_nothing_is_left_of_it_in_the_output(flowers):
+@pytest.mark.parametrize("size", [(24, 80), (0, 0)])  # rows, columns; a new pseudo-terminal says 0 × 0
+def test_on_a_terminal_there_is_progress_and_nothing_is_left_of_it_in_the_output(flowers, size):
     """A real terminal for standard error: the bar goes there, the report stays clean."""
     inside, outside = pty.openpty()
-    fcntl.ioctl(outside, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # rows, columns
+    fcntl.ioctl(outside, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     try:
         command = [sys.executable, "-m", "chainrule", "train", "flowers.csv", "--target", "price"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=outside, timeout=120, check=False)
@@ -590,3 +621,5 @@ def test_confusion_tables():
     assert lines[1].split() == ["a", "10", "0"] and lines[2].endswith("7")
     assert confusion_lines(counts, ["a", "b"], 20) == ["  most frequent mistakes", "  b taken for a: 3 times"]
     assert confusion_lines(np.eye(2, dtype=int), ["a", "b"], 20) == ["  no mistakes"]
+    alike = ["a very long name, first", "a very long name, second"]  # the same when cut to a column
+    assert confusion_lines(counts, alike, 80)[1:] == [f"  {alike[1]} taken for {alike[0]}: 3 times"]

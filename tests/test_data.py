@@ -3,6 +3,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -101,6 +102,17 @@ def test_a_missing_file_and_a_folder(tmp_path):
         read_table(tmp_path / "none.csv")
     with pytest.raises(IsADirectoryError):
         read_table(tmp_path)
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="pipes have names here where /dev/fd is")
+def test_a_pipe_is_refused():
+    """A table gone through more than once, of which a pipe gives nothing the second time."""
+    inside, outside = os.pipe()
+    os.write(outside, b"a,b\n1,2\n")
+    os.close(outside)
+    with pytest.raises(ValueError, match="expected a file on disk, got a pipe or device"):
+        read_table(f"/dev/fd/{inside}")
+    os.close(inside)
 
 
 def test_columns_without_a_name_are_left_out_with_a_note(tmp_path):
@@ -459,6 +471,15 @@ def test_answers_for_a_file_a_dict_and_a_table_are_the_same(tmp_path):
     np.testing.assert_allclose(expected, table.columns["y"][:5], atol=3)
     with pytest.raises(ValueError, match="expected a classification"):
         model.predict_proba(columns)
+
+
+def test_a_target_named_like_a_probability_keeps_its_answers():
+    """Labels written over by the probabilities of a class, and not one error."""
+    table = Table.from_columns({"a": [1, 2, 3, 4], "p_x": list("xyxy")})
+    p = Preprocessor.fit(table, "p_x")
+    answers = TableModel(cr.mlp([p.width, 2]), p, "cross_entropy").answers(table)
+    assert list(answers) == ["p_x", "probability_x", "probability_y"]
+    assert set(answers["p_x"]) <= {"x", "y"}
 
 
 def test_answers_are_in_the_targets_own_unit():

@@ -205,12 +205,31 @@ def test_repr():
     assert max(map(len, repr(NETWORKS[3]()).splitlines())) <= 100
 
 
-@pytest.mark.parametrize("make", NETWORKS)
-@pytest.mark.parametrize(
+each_copy = pytest.mark.parametrize(
     "copied",
     [copy.copy, copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))],
     ids=["copy", "deepcopy", "pickle"],
 )
+
+
+class Named(cr.Sequential):
+    def __init__(self, name):
+        self.name = name
+        super().__init__(cr.Linear(5, 3))
+
+
+@each_copy
+def test_copies_keep_what_the_user_wrote_on_a_network(copied):
+    net = Named("mine")
+    net.classes = ["a", "b", "c"]
+    twin = copied(net)
+    assert type(twin) is Named and (twin.name, twin.classes) == ("mine", ["a", "b", "c"])
+    assert twin.classes is not net.classes
+    assert_same_networks(net, copied(twin))
+
+
+@pytest.mark.parametrize("make", NETWORKS)
+@each_copy
 def test_copies_are_equal_and_independent(copied, make, rng):
     net = make()
     net.fit(

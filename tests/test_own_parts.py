@@ -235,6 +235,17 @@ def test_own_layers_in_files(data, tmp_path):
     assert_same_bits(again(data[0]), net(data[0]))
 
 
+@pytest.mark.parametrize("value", [np.float32(2), np.ones(3), {1, 2}, float("nan"), b"x"], ids=repr)
+def test_a_config_that_no_file_can_hold_is_named(value, tmp_path):
+    class Odd(OwnTanh):
+        def config(self):
+            return {"value": value}
+
+    with pytest.raises(TypeError, match=r"^\[save\] config\(\) of a layer of your own: expected .*, got: "):
+        cr.Sequential(cr.Linear(4, 3), Odd()).save(tmp_path / "odd.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 class Cut(cr.Layer):
     """The first columns; its arguments are named like those of Linear, and it has no weight."""
 

@@ -4,6 +4,7 @@
 import copy
 import io
 import math
+import os
 import pickle
 import re
 import threading
@@ -328,6 +329,37 @@ def test_class_weights_for_yes_and_no(shape, data):
     assert_same_weights(got, expected)
 
 
+def own_quartic(f, y):
+    d = f[:, 0] - y
+    return d**4, (4 * d**3)[:, None]
+
+
+@pytest.mark.parametrize(
+    "outputs, loss, y",
+    [
+        (3, "cross_entropy", np.eye(3)[LABELS]),
+        (3, "least_squares", np.eye(3)[LABELS]),
+        (3, "logistic", np.eye(3)[LABELS]),
+        (1, "mse", LABELS),
+        (1, "mae", LABELS[:, None] - 1.0),  # −1, 0, 1
+        (1, "huber", LABELS),
+        (1, "pinball", LABELS),
+        (1, "poisson", LABELS),
+        (2, "gaussian_nll", LABELS),
+        (1, own_quartic, LABELS),
+    ],
+)
+def test_class_weights_for_every_loss_with_labels(outputs, loss, y, data):
+    """A loss left out, a one-hot row whose label is lost, a label below zero."""
+    low = int(np.min(y)) if y.shape == (23, 1) else 0
+    arguments = {"loss": loss, "epochs": 2}
+    weight = np.array([0.5, 1.0, 3.0])[LABELS]
+    expected, _ = fitted(data[0], y, net=make(sizes=[4, outputs]), sample_weight=weight, **arguments)
+    by_class = {low: 0.5, low + 2: 3.0}
+    got, _ = fitted(data[0], y, net=make(sizes=[4, outputs]), class_weight=by_class, **arguments)
+    assert_same_weights(got, expected)
+
+
 def test_balanced_counts_the_rows_it_trains_on(data):
     X, _ = data
     a, _ = fitted(X, LABELS, loss="cross_entropy", class_weight="balanced", validation_split=0.3)
@@ -425,7 +457,7 @@ def test_history(data):
     assert history.epochs == len(history["loss"]) == 4
     assert all(type(value) is float for values in history.history.values() for value in values)
     assert re.fullmatch(r"<History of 4 epochs, loss=[\d.]+, lr=0.001>", repr(history))
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"expected one of 'loss', 'lr', got 'val_loss'"):
         history["val_loss"]
 
 
@@ -435,6 +467,9 @@ def test_history(data):
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+    def fileno(self):
+        return 2
 
 
 def shown(monkeypatch, stream, **arguments):
@@ -470,6 +505,16 @@ def test_a_line_on_a_terminal_without_tqdm(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
     text = shown(monkeypatch, Terminal())
     assert text.startswith("\repoch") and "epoch 40/40" in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", [1, 2, 13, 40, 200])
+def test_the_line_stays_within_the_terminal(columns, monkeypatch):
+    """A line that wraps, which \\r does not take back: one line left behind at every update."""
+    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
+    monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((columns, 24)))
+    lines = shown(monkeypatch, Terminal(), epochs=100).rstrip("\n").split("\r")
+    assert max(map(len, lines)) <= columns - 1
+    assert "epoch 100/100  loss"[: columns - 1] in lines[-1]
 
 
 def test_no_stderr_at_all(monkeypatch):

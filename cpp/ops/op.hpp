@@ -152,10 +152,15 @@ struct Rows {
     Index stride;
 };
 
-// kWidth columns of up to kWidth rows; not inlined, or the transposition would stand in every loss again.
+// `cols` columns, up to kWidth, of up to kWidth rows; not inlined, or the transposition would stand in every loss again. A
+// single one, as of a regression, goes without: lane by lane.
 template <class T>
-static __attribute__((noinline)) void load_columns(Index rows, const T* x, Index stride, Vec<T>* column) {
+static __attribute__((noinline)) void load_columns(Index rows, Index cols, const T* x, Index stride, Vec<T>* column) {
     constexpr int W = kWidth<T>;
+    if (cols == 1) {
+        for (int i = 0; i < W; ++i) column[0][i] = x[(i < rows ? i : 0) * stride];
+        return;
+    }
     Vec<T> square[W];
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) square[i] = load(x + (i < rows ? i : 0) * stride);
@@ -163,9 +168,17 @@ static __attribute__((noinline)) void load_columns(Index rows, const T* x, Index
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) column[i] = square[i];
 }
+// Zeros beside a single column, to the end of the vector; else kWidth columns are stored.
 template <class T>
-static __attribute__((noinline)) void store_columns(Index rows, const Vec<T>* column, T* x, Index stride) {
+static __attribute__((noinline)) void store_columns(Index rows, Index cols, const Vec<T>* column, T* x, Index stride) {
     constexpr int W = kWidth<T>;
+    if (cols == 1) {
+        for (Index i = 0; i < W && i < rows; ++i) {
+            store(x + i * stride, Vec<T>{});
+            x[i * stride] = column[0][i];
+        }
+        return;
+    }
     Vec<T> square[W];
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) square[i] = column[i];
@@ -180,14 +193,15 @@ CHAINRULE_INLINE void map_columns(Index rows, Index cols, const Rows<T> (&in)[N]
     constexpr int W = kWidth<T>;
     for (Index start = 0; start < (out ? round_up(cols, kLine<T>) : cols); start += W) {
         Vec<T> columns[N][W];
-        for (int n = 0; n < N; ++n) load_columns(rows, in[n].data + start, in[n].stride, columns[n]);
+        for (int n = 0; n < N; ++n) load_columns(rows, cols - start, in[n].data + start, in[n].stride, columns[n]);
+        const int width = cols - start == 1 ? 1 : W;
 #pragma GCC unroll 1  // W copies of every formula would make a third of the package
-        for (int k = 0; k < W; ++k) {
+        for (int k = 0; k < width; ++k) {
             Vec<T> column[N];
             for (int n = 0; n < N; ++n) column[n] = columns[n][k];
             columns[0][k] = start + k < cols ? f(start + k, column) : Vec<T>{};
         }
-        if (out) store_columns(rows, columns[0], out + start, out_stride);
+        if (out) store_columns(rows, cols - start, columns[0], out + start, out_stride);
     }
 }
 

@@ -121,6 +121,9 @@ def _command(commands: Any, run: Callable[..., None], usage: str, line: str) -> 
 
 def _train_options(train: argparse.ArgumentParser) -> None:
     train.epilog = (
+        "Missing cells (empty, NA, NaN, null, ?) become the median of the training rows, and a 0/1 column\n"
+        "beside theirs says where they were; in a column of text they belong to no category; a row without\n"
+        "a target is left out.\n\n"
         "Example: chainrule train homes.csv --target price --ignore id,street --hidden 128,64\n"
         'The same in a TOML file: target = "price", ignore = ["id", "street"], hidden = [128, 64]'
     )

@@ -204,7 +204,7 @@ class Trace:
 
 
 def vjp(net: Network, X: Any, c: Any, params: bool = False) -> Any:
-    """Reverse mode: cotangents c from the outputs back to the inputs, row by row. [Reverse-mode AutoDiff]
+    """Reverse mode: cotangents c of the outputs back to the inputs, row by row (lecture: step 2).
 
     dX = c J_X[f];  with params=True also Σ c J_W[f] for every parameter W
 
@@ -259,7 +259,7 @@ def jvp(net: Network, X: Any, dX: Any = None, dparams: Any = None) -> tuple[Arra
 
 
 def jacobian(net: Network, X: Any, wrt: str = "inputs", mode: str = "auto") -> Any:
-    """The whole Jacobian of every example, in the inputs or in the parameters. [Detour: Vector Chain Rule]
+    """The whole Jacobian of every example, in the inputs or in the parameters (lecture: Vector Chain Rule).
 
     J_x[f], one O×I matrix a row; with wrt="parameters" J_W[f] for every parameter W
 

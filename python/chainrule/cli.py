@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core, explanation, metrics, plot
-from .data import Preprocessor, TableModel, class_labels, infer_task, outputs_for, split_rows
+from .data import Preprocessor, TableModel, class_labels, infer_task, outputs_for, require_finite, split_rows
 from .io import load, require_suffix
 from .losses import LOSSES
 from .model import array_dtype, mlp, set_num_threads
@@ -62,7 +62,9 @@ def train(args: Namespace) -> None:
     _check_output(args.output)
     if args.threads:
         set_num_threads(args.threads)
-    table, notes = _labelled(read_table(args.data), args.target)
+    table = read_table(args.data)
+    _refuse_infinity(table, _names(args.ignore, table))
+    table, notes = _labelled(table, args.target)
     loss = _loss(args, table)
     preprocessor, test, validation, training = _prepare(args, table, loss)
     sizes = [preprocessor.width, *args.hidden, outputs_for(preprocessor, loss)]
@@ -74,11 +76,12 @@ def train(args: Namespace) -> None:
     screen.line()
     screen.facts(_plan(args, model, [training, validation, test]))
     screen.facts([("note", note) for note in (*table.notes, *notes, *preprocessor.notes)])
-    _fit(args, model, training, validation, screen)
+    trained = _fit(args, model, training, validation)
+    model.save(args.output)  # before anything is printed about it: its reader may have gone meanwhile
+    screen.facts([("trained", trained)])
     if len(test):
         screen.heading(f"On the {len(test):,} rows held out")
         _show_scores(model, test, Screen(sys.stdout))
-    model.save(args.output)
     screen.heading(f"Saved as {args.output}. To use it:")
     _show_usage(args, screen)
 
@@ -89,6 +92,19 @@ def _check_output(path: str) -> None:
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise ValueError(f"[save] --output: expected a folder that exists, got {folder!r}; make it first")
+    if os.path.isdir(path):
+        raise ValueError(f"[save] --output: expected the name of a file, got the folder {path!r}")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(
+            f"[save] --output: expected a folder to write to, got {folder!r}, which is read-only"
+        )
+
+
+def _refuse_infinity(table: Table, ignored: Sequence[str]) -> None:
+    """Before rows are left out or split off, while their numbers are those of the file."""
+    for name, column in table.columns.items():
+        if name not in ignored:
+            require_finite(name, column)
 
 
 def _labelled(table: Table, target: str) -> tuple[Table, list[str]]:
@@ -161,7 +177,8 @@ def _plan(args: Namespace, model: TableModel, parts: Sequence[Part]) -> list[tup
     ]
 
 
-def _fit(args: Namespace, model: TableModel, training: Part, validation: Part, screen: Screen) -> None:
+def _fit(args: Namespace, model: TableModel, training: Part, validation: Part) -> str:
+    """Train, and say how long it took."""
     stopping = len(validation) > 0 and args.patience > 0
     whole = args.optimizer == "gd"
     start = time.perf_counter()
@@ -184,7 +201,7 @@ def _fit(args: Namespace, model: TableModel, training: Part, validation: Part, s
     if stopping:
         best = int(np.argmin(history["val_loss"])) + 1
         taken += f"; the weights of epoch {best}, the best on the validation rows, are kept"
-    screen.facts([("trained", taken)])
+    return taken
 
 
 def _show_scores(model: TableModel, part: Part, screen: Screen) -> None:
@@ -203,7 +220,7 @@ def _show_scores(model: TableModel, part: Part, screen: Screen) -> None:
         )
         return
     best = f.argmax(axis=1)
-    probabilities = np.stack([answers[f"p_{label}"] for label in p.classes], axis=1)
+    probabilities = np.stack([answers[name] for name in p.probability_columns], axis=1)
     counts = metrics.confusion(part.y, best, len(p.classes))
     usual = counts.sum(axis=1).max() / len(part)
     accuracy = metrics.accuracy(part.y, best)

@@ -107,7 +107,7 @@ class Feature:
             counts = Counter(cell for cell in column if cell is not None)
             frequent = sorted(counts, key=lambda cell: (-counts[cell], cell))[:MAX_CATEGORIES]
             return Feature(name, categories=tuple(sorted(frequent)))
-        _require_finite(name, column)
+        require_finite(name, column)
         missing = np.isnan(column)
         median = float(np.median(column[~missing]))
         mean, std = _moments(name, np.where(missing, median, column))
@@ -122,7 +122,7 @@ class Feature:
             out[rows, found[rows]] = 1
             return
         column = self._as_numbers(column)
-        _require_finite(self.name, column)
+        require_finite(self.name, column)
         missing = np.isnan(column)
         out[:, 0] = (np.where(missing, self.median, column) - self.mean) / self.std
         if self.indicator:
@@ -165,6 +165,16 @@ class Preprocessor:
     def width(self) -> int:
         """D, the number of columns of X."""
         return sum(feature.width for feature in self.features)
+
+    @property
+    def probability_columns(self) -> tuple[str, ...]:
+        """Their names in the answers, one for each class, none of them the target's own.
+
+        >>> Preprocessor("classification", "kind", (), classes=("a", "b")).probability_columns
+        ('p_a', 'p_b')
+        """
+        usual = tuple(f"p_{label}" for label in self.classes)
+        return tuple(f"probability_{label}" for label in self.classes) if self.target in usual else usual
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -412,9 +422,7 @@ class TableModel:
         p = self.preprocessor
         if p.task == "classification":
             labels = np.array(p.classes, dtype=object)[f.argmax(axis=1)]
-            return {p.target: labels} | {
-                f"p_{c}": column for c, column in zip(p.classes, softmax(f).T, strict=True)
-            }
+            return {p.target: labels} | dict(zip(p.probability_columns, softmax(f).T, strict=True))
         f = f.astype(np.float64)
         if self.loss == "poisson":  # f is the logarithm of the rate
             return {p.target: np.exp(f[:, 0])}
@@ -457,7 +465,10 @@ def _moments(name: str, values: Column) -> tuple[float, float]:
     return mean, std
 
 
-def _require_finite(name: str, column: Column) -> None:
+def require_finite(name: str, column: Column) -> None:
+    """ValueError for infinity in a numeric column, by name and row (from 1); a text column has none."""
+    if column.dtype == object:
+        return
     infinite = np.flatnonzero(np.isinf(column))
     if len(infinite):
         where = f"row {infinite[0] + 1}"
@@ -470,7 +481,7 @@ def _require_numbers(name: str, column: Column) -> None:
     if column.dtype == object:
         raise ValueError(f"[table] target {name!r}: expected numbers for a regression, got text such as "
                          f"{next((cell for cell in column if cell is not None), None)!r}")  # fmt: skip
-    _require_finite(name, column)
+    require_finite(name, column)
     if np.isnan(column).any():
         raise ValueError(
             f"[table] target {name!r}: expected a value in every row, got missing cells; leave them out"

@@ -81,8 +81,19 @@ def save(net: Sequential, path: Path, extra: Mapping[str, str] | None = None) ->
     metadata = dict(extra or {})
     if ARCHITECTURE in metadata:
         raise ValueError(f"[save] extra: expected your own keys, got {ARCHITECTURE!r}, the architecture's")
-    metadata[ARCHITECTURE] = _dump({"format": FORMAT, "network": net.config()})
+    metadata[ARCHITECTURE] = _architecture_text(net)
     write_safetensors(path, net.state_dict(), metadata)
+
+
+def _architecture_text(net: Sequential) -> str:
+    config = net.config()
+    try:
+        return _dump({"format": FORMAT, "network": config})
+    except (TypeError, ValueError, RecursionError) as error:  # of a layer of the user's own
+        raise TypeError(
+            "[save] config() of a layer of your own: expected finite numbers, texts, lists and dicts, "
+            f"got: {error}; float(x) and x.tolist() make plain ones of NumPy's"
+        ) from error
 
 
 def load(path: Path) -> Sequential:

@@ -69,6 +69,7 @@ class Sequential:
                 self._put({f"{index}.weight": weight} | ({f"{index}.bias": bias} if layer.bias else {}))
 
     def _build(self, layers: Sequence[Layer], seed: int, dtype: str, device: str) -> None:
+        users = {*vars(self)}  # attributes of a subclass; later ones are the user's as well
         widths = _widths(layers)
         self.array_dtype = array_dtype(dtype)
         rows = [
@@ -78,10 +79,12 @@ class Sequential:
         self.layers, self.seed, self.dtype, self.device = tuple(layers), seed, dtype, device
         self.in_features, self.out_features, self._widths = widths[0], widths[-1], widths
         kind = _core.Network64 if dtype == "float64" else _core.Network32
-        self._core: Any = kind(rows, dtype == "bfloat16")
+        with _memory_for(layers):
+            self._core: Any = kind(rows, dtype == "bfloat16")
         self._places = {f"{layer}.{name}": k for k, (layer, name, _) in enumerate(self._core.parameters)}
         self._steppers: dict[tuple[int, int], training.Stepper] = {}
         self._predict_as_is: Callable[[Any], Array | None] = self._core.predict_as_is
+        self._made = {"_made", *(vars(self).keys() - users)}
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -184,7 +187,8 @@ class Sequential:
                 on_train_end(net), or callables f(epoch, logs), epochs from 0; True from one of them stops.
             verbose: 0 silent, 1 one progress display, 2 a line per epoch; "auto" is 1 on a terminal, else 0.
             sample_weight: (n,) numbers ≥ 0.
-            class_weight: {label: weight}, or "balanced" for n / (classes · count).
+            class_weight: {label: weight}, or "balanced" for n / (classes · count), where targets are labels:
+                one whole number per row, or rows of zeros and a one.
             schedule: StepLR, ExponentialLR, CosineAnnealingLR, WarmupLR or ReduceLROnPlateau.
             clip_value, clip_norm: limits for every element, and for the norm, of the gradient; in this order.
 
@@ -400,11 +404,13 @@ class Sequential:
         return {
             "layers": self.layers, "seed": self.seed, "dtype": self.dtype, "device": self.device,
             "weights": self.state_dict(),
+            "attributes": {name: value for name, value in vars(self).items() if name not in self._made},
         }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._build(state["layers"], state["seed"], state["dtype"], state["device"])
         self._put(state["weights"])
+        vars(self).update(state["attributes"])
 
     def __copy__(self) -> Sequential:
         from copy import deepcopy
@@ -533,6 +539,25 @@ def _widths(layers: Sequence[Any]) -> list[int]:
         )
         widths.append(width)
     return widths
+
+
+_MOST_WEIGHTS = (
+    2**48
+)  # more than any machine holds, and few enough for the engine's 64-bit sizes not to overflow
+
+
+@contextmanager
+def _memory_for(layers: Sequence[Layer]) -> Iterator[None]:
+    """A block that asks for the weights' memory; MemoryError says how many there are."""
+    count = sum((x.in_features + x.bias) * x.out_features for x in layers if isinstance(x, Linear))
+    try:
+        if count > _MOST_WEIGHTS:
+            raise MemoryError
+        yield
+    except MemoryError:
+        raise MemoryError(
+            f"[Sequential] the weights must fit in memory: expected fewer of them, got {count:,}"
+        ) from None
 
 
 def _row(layer: Layer, inputs: int, outputs: int, dtype: str) -> tuple[str, int, int, float, bool, Any]:

@@ -12,6 +12,7 @@ import io
 import itertools
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ def read_table(path: Path, text: Collection[str] = ()) -> Table:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an empty or ragged file (the message names the line), a missing header, duplicate names.
+        ValueError: an empty or ragged file (the message names the line), a missing header, duplicate names; a
+            pipe, for the file is gone through more than once.
         ImportError: Parquet without pyarrow.
 
     Example:
@@ -90,6 +92,11 @@ def read_table(path: Path, text: Collection[str] = ()) -> Table:
     """
     if os.path.splitext(os.fspath(path))[1].lower() in {".parquet", ".pq"}:
         return _read_parquet(path, text)
+    mode = os.stat(path).st_mode  # before opening: a pipe would block for ever
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError(
+            f"[read] {os.fspath(path)!r}: expected a file on disk, got a pipe or device; save it first"
+        )
     delimiter = _delimiter(path)
     table, misjudged = _read_csv(path, delimiter, set(text))
     if misjudged:  # numbers in the first rows, text further down: once more, now knowing

@@ -191,7 +191,8 @@ def confusion_lines(counts: NDArray[Any], classes: Sequence[str], width: int) ->
     names = [clip(name, 14) for name in classes]
     first = max(len("true ↓  predicted →"), *(len(name) + 2 for name in names))
     sizes = [max(len(name), len(str(counts.max()))) for name in names]
-    if 2 + first + sum(size + 2 for size in sizes) <= width and len(names) <= 20:
+    fits = 2 + first + sum(size + 2 for size in sizes) <= width and len(names) <= 20
+    if fits and len(set(names)) == len(set(classes)):
         head = "".join(f"  {name:>{size}}" for name, size in zip(names, sizes, strict=True))
         lines = [f"  {'true ↓  predicted →':<{first}}{head}"]
         for name, row in zip(names, counts, strict=True):
@@ -199,6 +200,7 @@ def confusion_lines(counts: NDArray[Any], classes: Sequence[str], width: int) ->
                 f"  {name:<{first}}" + "".join(f"  {n:>{size}}" for n, size in zip(row, sizes, strict=True))
             )
         return lines
+    names = [clip(name, max(14, (width - 24) // 2)) for name in classes]
     wrong = counts * (1 - np.eye(len(names), dtype=counts.dtype))
     worst = [divmod(int(k), len(names)) for k in np.argsort(-wrong, axis=None, kind="stable")[:10]]
     found = [f"  {names[t]} taken for {names[p]}: {wrong[t, p]} times" for t, p in worst if wrong[t, p]]

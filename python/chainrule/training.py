@@ -7,6 +7,7 @@ Everything is checked before anything is changed. Where nobody looks between epo
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -16,7 +17,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 import numpy as np
 
 from . import _core, losses, optim
-from .checks import Description, all_finite, converted, flag, one_of, real, real_array, short, whole
+from .checks import (
+    Description,
+    all_finite,
+    converted,
+    flag,
+    listed,
+    one_of,
+    real,
+    real_array,
+    short,
+    whole,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -108,20 +120,10 @@ def _split(data: Data, fraction: float) -> tuple[Data, Data]:
 
 def _class_weights(net: Network, loss: losses.Loss, data: Data, class_weight: Any) -> Array | None:
     """Sample weights times the weight of each row's class; a class without a weight has 1."""
-    classes = net.out_features if isinstance(loss, losses.CrossEntropy) else 2
-    one_label = data.y.ndim == 1 or data.y.shape[1] == 1
-    if not (isinstance(loss, (losses.CrossEntropy, losses.Logistic)) and one_label):
-        raise ValueError(
-            "[fit] class_weight needs one label per row: expected loss 'cross_entropy' with integer labels "
-            f"or 'logistic' with 0 and 1, got {loss!r} and targets of shape {data.y.shape}"
-        )
-    labels, place, counts = np.unique(data.y, return_inverse=True, return_counts=True)
-    if not np.isin(labels, np.arange(classes)).all():
-        raise ValueError(
-            f"[fit] class_weight needs labels: expected only 0 and 1, got {short(labels.tolist())}"
-        )
+    labels, place, counts = np.unique(_labels(data.y), return_inverse=True, return_counts=True)
     if isinstance(class_weight, dict):
-        named = {_label(key, classes): _weight(key, value) for key, value in class_weight.items()}
+        known = _known_labels(net, loss, data.y)
+        named = {_label(key, known): _weight(key, value) for key, value in class_weight.items()}
         of_label = np.array([named.get(int(label), 1.0) for label in labels])
     elif isinstance(class_weight, str):
         one_of("fit", "class_weight", class_weight, ("balanced",))
@@ -137,8 +139,38 @@ def _class_weights(net: Network, loss: losses.Loss, data: Data, class_weight: An
     return losses.weights("fit", weight, len(weight), net.array_dtype, "class_weight times sample_weight")
 
 
-def _label(key: Any, classes: int) -> int:
-    return whole("fit", "a label in class_weight", int(key) if isinstance(key, bool) else key, 0, classes - 1)
+_EXACT = 2**53  # whole numbers up to here are themselves in float64
+
+
+def _labels(y: Array) -> Array:
+    """The label (B,) of each row of targets: a whole number alone, or the place of the 1 among zeros."""
+    if y.ndim == 1 or y.shape[1] == 1:
+        column = y.reshape(-1)
+        bad = (column != np.floor(column)) | (np.abs(column) > _EXACT)
+        labels = column
+    else:
+        bad = ((y != 0) & (y != 1)).any(axis=1) | (y.sum(axis=1) != 1)
+        labels = y.argmax(axis=1)
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(
+            "[fit] class_weight needs one label per row: expected whole numbers, or rows of zeros and a one, "
+            f"got {short(y[row].tolist())} in row {row}"
+        )
+    return labels
+
+
+def _known_labels(net: Network, loss: losses.Loss, y: Array) -> tuple[int, int]:
+    """The least and the greatest label that targets of this loss can have."""
+    if y.ndim == 2 and y.shape[1] > 1:
+        return 0, y.shape[1] - 1
+    if isinstance(loss, losses.CrossEntropy):
+        return 0, net.out_features - 1
+    return (0, 1) if isinstance(loss, losses.Logistic) else (-_EXACT, _EXACT)
+
+
+def _label(key: Any, known: tuple[int, int]) -> int:
+    return whole("fit", "a label in class_weight", int(key) if isinstance(key, bool) else key, *known)
 
 
 def _weight(key: Any, value: Any) -> float:
@@ -170,6 +202,10 @@ class History:
         return len(self.history["loss"])
 
     def __getitem__(self, name: str) -> list[float]:
+        if name not in self.history:
+            raise KeyError(
+                f"[History] name must be known: expected one of {listed(self.history)}, got {short(name)}"
+            )
         return self.history[name]
 
     def logs(self) -> dict[str, float]:
@@ -317,7 +353,7 @@ class _Progress:
     """
 
     def __init__(self, verbose: int, epochs: int) -> None:
-        self.verbose, self.epochs, self.shown, self.moment = verbose, epochs, 0, -math.inf
+        self.verbose, self.epochs, self.shown, self.moment, self.width = verbose, epochs, 0, -math.inf, 0
         self.terminal = _is_terminal()
         self.bar = self._tqdm() if verbose == 1 and self.terminal else None
 
@@ -326,7 +362,9 @@ class _Progress:
             from tqdm import tqdm
         except ImportError:
             return None
-        return tqdm(total=self.epochs, unit="epoch", file=sys.stderr, leave=True)
+        # Told the size, for it shows nothing on a terminal that says 0 × 0.
+        size = {"ncols": _columns() - 1, "nrows": 24}
+        return tqdm(total=self.epochs, unit="epoch", file=sys.stderr, leave=True, **size)
 
     def show(self, done: int, logs: dict[str, float]) -> None:
         if not self.verbose or sys.stderr is None:
@@ -339,8 +377,9 @@ class _Progress:
             self.shown = done
         elif self.verbose == 1 and self.terminal:
             if done == self.epochs or time.perf_counter() > self.moment + 0.1:
-                print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
-                self.moment = time.perf_counter()
+                line = line[: _columns() - 1]  # a line that wraps would leave one line of itself each time
+                print("\r" + line.ljust(self.width), end="", file=sys.stderr, flush=True)
+                self.moment, self.width = time.perf_counter(), len(line)
         elif (
             self.verbose == 2
             or done == self.epochs
@@ -358,6 +397,14 @@ class _Progress:
 
 def _is_terminal() -> bool:
     return sys.stderr is not None and bool(getattr(sys.stderr, "isatty", bool)())
+
+
+def _columns() -> int:
+    """Of the terminal; 80 where it does not say, or says 0."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError, AttributeError):
+        return 80
 
 
 # ------------------------------------------------------------ fit
