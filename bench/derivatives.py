@@ -19,7 +19,7 @@ from typing import Any
 import command
 from peers import derivatives, problem
 from race import Contestant, Race, started
-from report import about, align, progress, write_json
+from report import about, add_workload, align, progress
 from timing import Peak, Spread, show_time
 
 PEERS = ("chainrule", "torch", "jax")
@@ -121,17 +121,19 @@ def main() -> int:
     options = command.parse(parser, "derivatives")
     races = []
     with started(options.peers, options) as workers:
-        head, peak = about(workers.versions, workers.missing), Peak(workers.folder)
+        peak = Peak(workers.folder)
         for name in options.workloads:
+            head = about(workers.versions, workers.missing)
             race = Derivatives(WORKLOADS[name], workers)
             race.prepare(options.seconds)
             for _ in range(options.rounds):
                 race.round(peak)
             progress("")
             print("\n" + race.table(), flush=True)
+            if options.output:
+                add_workload(options.output, name, race.record() | head)
             races.append(race)
     if options.output:
-        write_json(options.output, head | {"workloads": {race.work.name: race.record() for race in races}})
         print(f"\nwritten to {options.output}")
     lost = [*workers.missing, *(name for race in races for name in race.excluded)]
     ours = [name for name in lost if name.startswith("chainrule") or ": chainrule" in name]

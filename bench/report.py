@@ -59,6 +59,13 @@ def result_path(what: str) -> Path:
     return HERE / "results" / f"{name}.json"
 
 
+def add_workload(path: Path, name: str, record: dict[str, Any]) -> None:
+    """Put one workload into a result file beside those that are there."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results.setdefault("workloads", {})[name] = record
+    write_json(path, results)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a result file."""
     path.parent.mkdir(parents=True, exist_ok=True)

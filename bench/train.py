@@ -14,15 +14,12 @@ everybody (race.py). README.md beside this file says how to read the result.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
-from typing import Any
 
 import command
 from peers import problem
 from race import PEERS, Race, Workers, started
-from report import about, align, progress, write_json
+from report import about, add_workload, align, progress
 from timing import Peak
 
 QUICK_WORKLOADS = "tiny,small,digits,mnist"
@@ -41,15 +38,11 @@ def summary(races: list[Race]) -> str:
     return "\n".join(align(rows))
 
 
-def write(path: Path, race: Race, head: dict[str, Any]) -> None:
-    """Add one workload to the result file; each entry says by itself when and on what it was measured."""
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results.setdefault("workloads", {})[race.work.name] = race.record() | head
-    write_json(path, results)
-
-
 def run(options: argparse.Namespace, workers: Workers) -> list[Race]:
-    """All workloads, printed and written one by one, so that an interrupted run keeps what it has."""
+    """All workloads, printed and written one by one, so that an interrupted run keeps what it has.
+
+    Each entry of the file says by itself when and on what it was measured.
+    """
     peak = Peak(workers.folder)
     races = []
     for name in options.workloads:
@@ -61,7 +54,7 @@ def run(options: argparse.Namespace, workers: Workers) -> list[Race]:
         progress("")
         print("\n" + race.table(), flush=True)
         if options.output:
-            write(options.output, race, head)
+            add_workload(options.output, name, race.record() | head)
         races.append(race)
     return races
 
