@@ -297,11 +297,13 @@ py::list trace(const PyNetwork<T>& self, const py::object& X) {
 
 template <class T>
 py::tuple value_and_grad(PyNetwork<T>& self, const py::object& X, const py::object& y, const py::object& weight,
-                         const LossSpec& spec) {
-    const Data<T> data(self.net, X, y, weight);
+                         const LossSpec& spec, const py::object& dy, double dy_weight) {
+    Data<T> data(self.net, X, y, weight);
     const Loss<T> loss = spec.build<T>();
     data.suits(self.net, loss);
-    Step<T> step(self.net, loss, std::max<Index>(data.view.rows, 1), data.view.target_cols);
+    data.add_slopes(self.net, dy, dy_weight);
+    Step<T> step(self.net, loss, std::max<Index>(data.view.rows, 1), data.view.target_cols,
+                 {data.view.dy != nullptr, 0});
     double value;
     const T* gradient;
     {
@@ -361,11 +363,12 @@ template <class T>
 class PyTrainer {
    public:
     PyTrainer(PyNetwork<T>& network, PyOptimizer<T>& optimizer, const LossSpec& loss, const py::object& X,
-              const py::object& y, const py::object& weight, const TrainerOptions& options)
+              const py::object& y, const py::object& weight, const py::object& dy, double dy_weight,
+              const TrainerOptions& options)
         : network_(network),
           data_(network.net, X, y, weight),
           loss_(loss.build<T>()),
-          trainer_(make(network, optimizer, options)) {}
+          trainer_(make(network, optimizer, dy, dy_weight, options)) {}
 
     NumpyArray<double> run(Index first_epoch, const py::object& lr) {
         const auto rates = require<double>(lr, "lr", py::cast<py::array>(lr).ndim() == 2 ? 2 : 1);
@@ -430,8 +433,10 @@ class PyTrainer {
         ~Published() { network.net.publish(); }
         PyNetwork<T>& network;
     };
-    Trainer<T> make(PyNetwork<T>& network, PyOptimizer<T>& optimizer, const TrainerOptions& options) {
+    Trainer<T> make(PyNetwork<T>& network, PyOptimizer<T>& optimizer, const py::object& dy, double dy_weight,
+                    const TrainerOptions& options) {
         data_.suits(network.net, loss_);
+        data_.add_slopes(network.net, dy, dy_weight);
         if (data_.view.rows < 1) throw py::value_error("[fit] no data: expected at least 1 row, got 0");
         if (options.batch_size < 1)
             throw py::value_error("[fit] batch_size is positive: expected ≥ 1, got " +
@@ -502,7 +507,8 @@ void bind_network(py::module_& m, const std::string& bits) {
         .def("predict", &predict<T>, py::arg("X"))
         .def("predict_as_is", &predict_as_is<T>, py::arg("X"))
         .def("trace", &trace<T>, py::arg("X"))
-        .def("value_and_grad", &value_and_grad<T>, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("loss"))
+        .def("value_and_grad", &value_and_grad<T>, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("loss"),
+             py::arg("dy") = py::none(), py::arg("dy_weight") = 0.0)
         .def("evaluate", &evaluate_loss<T>, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("loss"));
 }
 
@@ -523,14 +529,16 @@ void bind_training(py::module_& m, const std::string& bits) {
     py::class_<Train>(m, ("Trainer" + bits).c_str(), "The epoch loop over one data set; see chainrule.Sequential.fit.")
         .def(py::init([](Net& net, PyOptimizer<T>& optimizer, const LossSpec& loss, const py::object& X,
                          const py::object& y, const py::object& weight, Index batch_size, bool shuffle,
-                         std::uint64_t seed, double l1, double l2, double clip_value, double clip_norm) {
+                         std::uint64_t seed, double l1, double l2, double clip_value, double clip_norm,
+                         double clip_example_norm, const py::object& dy, double dy_weight) {
                  return std::make_unique<Train>(
-                     net, optimizer, loss, X, y, weight,
-                     TrainerOptions{batch_size, shuffle, seed, {l1, l2, clip_value, clip_norm}});
+                     net, optimizer, loss, X, y, weight, dy, dy_weight,
+                     TrainerOptions{batch_size, shuffle, seed, {l1, l2, clip_value, clip_norm}, clip_example_norm});
              }),
              py::arg("net"), py::arg("optimizer"), py::arg("loss"), py::arg("X"), py::arg("y"), py::arg("weight"),
              py::arg("batch_size"), py::arg("shuffle"), py::arg("seed"), py::arg("l1"), py::arg("l2"),
-             py::arg("clip_value"), py::arg("clip_norm"), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+             py::arg("clip_value"), py::arg("clip_norm"), py::arg("clip_example_norm") = 0.0,
+             py::arg("dy") = py::none(), py::arg("dy_weight") = 0.0, py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
         .def("run", &Train::run, py::arg("first_epoch"), py::arg("lr"))
         .def("step", &Train::step, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("lr"))
         .def("step_as_is", &Train::step_as_is, py::arg("X"), py::arg("y"), py::arg("lr"))

@@ -307,7 +307,14 @@ struct Data {
             throw py::value_error("[_core] y does not fit the network: expected " + std::to_string(net.outputs()) +
                                   " outputs' targets, got " + std::to_string(view.target_cols) + " columns");
     }
-    NumpyArray<T> x, values, weights;
+    // ∂y/∂x for Sobolev training; None: there is none.
+    void add_slopes(const Network<T>& net, const py::object& dy, double dy_weight) {
+        if (dy.is_none()) return;
+        slopes = require_shape<T>(dy, "dy", {view.rows, net.outputs(), net.inputs()});
+        view.dy = slopes.data();
+        view.dy_weight = dy_weight;
+    }
+    NumpyArray<T> x, values, weights, slopes;
     NumpyArray<std::int64_t> labels;
     Dataset<T> view;
 };

@@ -5,6 +5,8 @@
 #include <limits>
 #include <numeric>
 
+#include "example_clipping.hpp"
+
 namespace chainrule {
 namespace {
 
@@ -29,15 +31,6 @@ T largest(MatrixView<const T> m) {
     return most;
 }
 
-template <class T>
-double square_of_row(MatrixView<T> m, Index row) {
-    const T* x = m.data + row * m.stride;
-    const Index lines = m.cols / kLine<T> * kLine<T>;
-    double sum = static_cast<double>(kernels<T>().sum_of_squares(lines, x));
-    for (Index j = lines; j < m.cols; ++j) sum += static_cast<double>(x[j]) * static_cast<double>(x[j]);
-    return sum;
-}
-
 }  // namespace
 
 // ---- what is asked: functions of X ----------------------------------------------------------------------------------
@@ -47,13 +40,6 @@ template <class T>
 void Derivatives<T>::over(Index rows, double products, const Ranges& f) const {
     if (net_.has_external()) return f(Index{0}, rows);
     over_rows(rows, products * net_.multiplies_per_row() * static_cast<double>(rows), f);
-}
-
-// Where a sweep down for the parameters' sake ends: above the first that there are, but a user's layer gives them itself.
-template <class T>
-Index Derivatives<T>::lowest() const {
-    const Index low = net_.first_cotangent();
-    return low - (net_.layers()[static_cast<std::size_t>(low - 1)].kind == LayerKind<T>::external);
 }
 
 template <class T>
@@ -96,7 +82,7 @@ void Derivatives<T>::sensitivity(Index rows, const T* x, Index input, T* f, T* d
 
 template <class T>
 const T* Derivatives<T>::vjp(Index rows, const T* x, const T* c, T* f, T* const* dphi, bool parameters) {
-    const Index depth = net_.depth(), to = dphi[0] ? 0 : lowest();
+    const Index depth = net_.depth(), to = dphi[0] ? 0 : tape_.lowest();
     T* flat = parameters ? gradient() : nullptr;
     if (parameters && rows == 0) std::fill_n(flat, net_.size(), T{0});
     if (to == 0) tape_.prepare_inputs();
@@ -330,7 +316,10 @@ const T* Derivatives<T>::hvp(const Dataset<T>& data, const Loss<T>& loss) {
                 loss_gradient(batch, begin, end);
                 loss_hvp(batch, begin, end, Kind::cotangent_tangent);
             },
-            [&](Index begin, Index end) { tape_.cotangent_tangents(begin, end, lowest(), low, &direction_, flat); });
+            [&](Index begin, Index end) {
+                tape_.cotangents(begin, end, low, nullptr);
+                tape_.cotangent_tangents(begin, end, tape_.lowest(), low, &direction_, flat);
+            });
         add_gradient(Kind::cotangent_tangent, low, batch.first > 0);
     });
     return flat;
@@ -345,7 +334,7 @@ const T* Derivatives<T>::gauss_newton(const Dataset<T>& data, const Loss<T>& los
         up_and_down(
             batch, 4, [&](Index begin, Index end) { tape_.tangents(begin, end, low, &direction_); },
             [&](Index begin, Index end) { loss_hvp(batch, begin, end, Kind::cotangent); },
-            [&](Index begin, Index end) { tape_.cotangents(begin, end, lowest(), flat); });
+            [&](Index begin, Index end) { tape_.cotangents(begin, end, tape_.lowest(), flat); });
         add_gradient(Kind::cotangent, net_.depth(), batch.first > 0);
     });
     return flat;
@@ -370,7 +359,6 @@ void Derivatives<T>::example_gradients(const Dataset<T>& data, const Loss<T>& lo
     });
 }
 
-// |cᵀ x|² = |c|² |x|² for the one example: its gradient need not be formed.
 template <class T>
 void Derivatives<T>::example_norms(const Dataset<T>& data, const Loss<T>& loss, T* norms) {
     by_batches(data, loss, [&](const Batch& batch) {
@@ -389,8 +377,7 @@ template <class T>
 double Derivatives<T>::square_of_gradient(Index l, Index row) const {
     const Layer<T>& layer = net_.layers()[static_cast<std::size_t>(l)];
     if (layer.kind == LayerKind<T>::linear)
-        return square_of_row(tape_.at(Kind::cotangent, l + 1), row) *
-               (square_of_row(tape_.at(Kind::primal, l), row) + layer.bias);
+        return square_of_product(tape_.at(Kind::cotangent, l + 1), tape_.at(Kind::primal, l), layer.bias, row);
     if (layer.size == 0) return 0;
     std::vector<T> own(static_cast<std::size_t>(layer.size));
     tape_.example_gradient(l, row, own.data());

@@ -67,7 +67,6 @@ class Derivatives {
         Index first, rows;
     };
     void over(Index rows, double products, const Ranges& f) const;
-    Index lowest() const;
     void by_batches(const Dataset<T>& data, const Loss<T>& loss, const Call<const Batch&>& f);
     void load_targets(const Batch& batch, Index begin, Index end);
     Targets<T> targets(const Batch& batch, Index begin) const;

@@ -17,6 +17,9 @@ struct Dataset {
     const T* y;                  // (rows, target_cols), or null
     Index target_cols;
     const T* weight;  // (rows), or null
+    // For Sobolev training (sobolev.hpp): ∂y/∂x (rows, outputs, inputs), or null, and what its part of the loss is multiplied by.
+    const T* dy = nullptr;
+    double dy_weight = 0;
 };
 
 // A loss that lives outside the engine: a user's Python callable.

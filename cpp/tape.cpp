@@ -300,6 +300,12 @@ void Tape<T>::bend(Index l, Index begin, Index end) const {
 // ---- sweeps down ----------------------------------------------------------------------------------------------------
 
 template <class T>
+Index Tape<T>::lowest() const {
+    const Index low = net_.first_cotangent();
+    return low - (layer(low - 1).kind == LayerKind<T>::external);
+}
+
+template <class T>
 void Tape<T>::cotangents(Index begin, Index end, Index to, T* gradient) const {
     for (Index l = net_.depth(); l-- > to;) pull(cotangent, l, begin, end, gradient);
 }
@@ -330,10 +336,7 @@ void Tape<T>::pull(Kind kind, Index l, Index begin, Index end, T* gradient) cons
 template <class T>
 void Tape<T>::cotangent_tangents(Index begin, Index end, Index to, Index moving, const Direction<T>* direction,
                                  T* gradient) const {
-    for (Index l = net_.depth(); l-- > to;) {
-        pull_tangent(l, begin, end, l >= moving, direction, gradient);
-        pull(cotangent, l, begin, end, nullptr);
-    }
+    for (Index l = net_.depth(); l-- > to;) pull_tangent(l, begin, end, l >= moving, direction, gradient);
 }
 
 template <class T>

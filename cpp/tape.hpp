@@ -67,6 +67,8 @@ class Tape {
     void cotangent_tangents(Index begin, Index end, Index to, Index moving, const Direction<T>* direction,
                             T* gradient) const;
     void prepare_inputs();  // before a sweep down to the inputs
+    // Where a sweep down for the parameters' sake ends: above the first that there are, but a user's layer gives them itself.
+    Index lowest() const;
 
     // The gradient of a user's layer for one row alone, laid out as in theta.
     void example_gradient(Index layer, Index row, T* own) const;

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "example_clipping.hpp"
 #include "random.hpp"
 
 namespace chainrule {
@@ -30,12 +31,13 @@ void copy_row(const T* from, Index cols, T* to) {
 }
 
 template <class T>
-Dataset<T> slice(Dataset<T> data, Index inputs, Index first, Index rows) {
+Dataset<T> slice(Dataset<T> data, const Network<T>& net, Index first, Index rows) {
     data.rows = rows;
-    data.x += first * inputs;
+    data.x += first * net.inputs();
     if (data.labels) data.labels += first;
     if (data.y) data.y += first * data.target_cols;
     if (data.weight) data.weight += first;
+    if (data.dy) data.dy += first * net.outputs() * net.inputs();
     return data;
 }
 
@@ -50,11 +52,13 @@ Optimizer<T>::Optimizer(const Network<T>& net, const OptimizerSettings& given) :
 // ---- phase 1 --------------------------------------------------------------------------------------------------------
 
 template <class T>
-Step<T>::Step(Network<T>& net, const Loss<T>& loss, Index rows, Index target_cols)
+Step<T>::Step(Network<T>& net, const Loss<T>& loss, Index rows, Index target_cols, const Extras& extras)
     : net_(&net),
       loss_(loss),
       activations_(net.layers(), rows, true),
       tiles_(net, rows),
+      sobolev_(extras.sobolev ? std::make_unique<Sobolev<T>>(net, rows) : nullptr),
+      clip_example_norm_(extras.clip_example_norm),
       target_cols_(target_cols),
       target_stride_(padded_stride<T>(target_cols)),
       targets_(rows * target_stride_),
@@ -114,6 +118,7 @@ double Step<T>::total_loss() const {
 template <class T>
 double Step<T>::sweep(const Dataset<T>& data, const std::int64_t* order, Index rows, const Noise& noise,
                       bool backward) {
+    if (backward && sobolev_) return sweep_sobolev(data, order, rows, noise);
     rows_ = rows;
     weigh(data, order);
     const Index depth = net_->depth();
@@ -123,7 +128,9 @@ double Step<T>::sweep(const Dataset<T>& data, const std::int64_t* order, Index r
             gather(data, order, begin, end);
             net_->forward(activations_, 0, depth, begin, end, noise, backward);
             run_loss(begin, end);
-            if (backward) net_->backward(activations_, depth, net_->first_cotangent(), begin, end, noise);
+            if (!backward) return;
+            net_->backward(activations_, depth, net_->first_cotangent(), begin, end, noise);
+            if (clip_example_norm_ != 0) clip_examples(begin, end);
         });
         return total_loss();
     }
@@ -140,8 +147,34 @@ double Step<T>::sweep(const Dataset<T>& data, const std::int64_t* order, Index r
         over_rows(rows, multiplies, [&](Index begin, Index end) { run_loss(begin, end); });
         value = total_loss();
     }
-    if (backward) net_->backward_all(activations_, rows, noise, stored_gradient().data());
+    if (!backward) return value;
+    net_->backward_all(activations_, rows, noise, stored_gradient().data());
+    if (clip_example_norm_ != 0)
+        over_rows(rows, multiplies, [&](Index begin, Index end) { clip_examples(begin, end); });
     return value;
+}
+
+// The loss and ∂L/∂f as ever; the way back is the second term's, which carries both. It has a forward pass of its own, one
+// product beside eight or more, because nothing may be in place there.
+template <class T>
+double Step<T>::sweep_sobolev(const Dataset<T>& data, const std::int64_t* order, Index rows, const Noise& noise) {
+    const double value = sweep(data, order, rows, noise, false);
+    T* own = net_->has_external() ? stored_gradient().data() : nullptr;
+    if (own) std::fill_n(own, net_->size(), T{0});
+    const typename Sobolev<T>::Batch batch = {rows,
+                                              activations_.phi(0),
+                                              output_cotangent(),
+                                              data.dy,
+                                              order,
+                                              weighted_ ? weights_.data() : nullptr,
+                                              data.dy_weight * static_cast<double>(scale_)};
+    return value + sobolev_->sweep(batch, own);
+}
+
+template <class T>
+void Step<T>::clip_examples(Index begin, Index end) const {
+    chainrule::clip_examples(*net_, activations_, begin, end, weighted_ ? weights_.data() : nullptr,
+                             static_cast<double>(scale_), clip_example_norm_);
 }
 
 // ---- phase 2 --------------------------------------------------------------------------------------------------------
@@ -150,12 +183,13 @@ double Step<T>::sweep(const Dataset<T>& data, const std::int64_t* order, Index r
 template <class T>
 template <class F>
 void Step<T>::over_tiles(F f) {
-    tiles_.over(static_cast<double>(rows_) + kUpdateCost, f);
+    tiles_.over(static_cast<double>(sobolev_ ? sobolev_->rows() : rows_) + kUpdateCost, f);
 }
 
 template <class T>
 void Step<T>::differentiate(const Tile& tile, Scratch& scratch, T* gradient) const {
     if (tile.kind == Tile::Kind::external) return;  // it wrote its gradient itself
+    if (sobolev_) return sobolev_->differentiate(tiles_, tile, scratch, gradient);
     tiles_.differentiate(tile, rows_, activations_.phi(tile.layer), activations_.dphi(tile.layer + 1), scratch,
                          gradient);
 }
@@ -243,7 +277,7 @@ double evaluate(Network<T>& net, const Loss<T>& loss, const Dataset<T>& data) {
     Step<T> step(net, loss, piece, data.target_cols);
     double total = 0, total_weight = 0;
     for (Index first = 0; first < data.rows; first += piece) {
-        const Dataset<T> part = slice(data, net.inputs(), first, std::min(piece, data.rows - first));
+        const Dataset<T> part = slice(data, net, first, std::min(piece, data.rows - first));
         const double weight =
             data.weight ? std::accumulate(part.weight, part.weight + part.rows, 0.0) : static_cast<double>(part.rows);
         const double value = step.sweep(part, nullptr, part.rows, Noise{}, false);
@@ -262,7 +296,8 @@ Trainer<T>::Trainer(Network<T>& net, Optimizer<T>& optimizer, const Loss<T>& los
       data_(data),
       options_(options),
       loss_(loss),
-      step_(net, loss, std::min(options.batch_size, data.rows), data.target_cols),
+      step_(net, loss, std::min(options.batch_size, data.rows), data.target_cols,
+            {data.dy != nullptr, options.clip_example_norm}),
       order_(options.shuffle ? data.rows : 0) {}
 
 template <class T>
@@ -325,7 +360,7 @@ std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const doubl
 template <class T>
 double Trainer<T>::run_batch(Index first, Index rows, double lr) {
     if (options_.shuffle) return one_step(data_, order_.data() + first, rows, lr);
-    return one_step(slice(data_, net_.inputs(), first, rows), nullptr, rows, lr);
+    return one_step(slice(data_, net_, first, rows), nullptr, rows, lr);
 }
 
 #define CHAINRULE_INSTANTIATE(T) \

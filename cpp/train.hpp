@@ -8,12 +8,21 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 
 #include "loss.hpp"
 #include "network.hpp"
+#include "sobolev.hpp"
 #include "tiles.hpp"
 
 namespace chainrule {
+
+// What phase 1 does beside the plain loss.
+struct Extras {
+    bool sobolev = false;  // the second term of sobolev.hpp, for data with dy
+    double clip_example_norm =
+        0;  // limit for each example's own gradient; 0: none. Not with users' layers or Sobolev's term
+};
 
 // What is done to the gradient before the update rule sees it; 0 switches a part off.
 struct Regularization {
@@ -33,7 +42,7 @@ class Optimizer {
 template <class T>
 class Step {
    public:
-    Step(Network<T>& net, const Loss<T>& loss, Index rows, Index target_cols);
+    Step(Network<T>& net, const Loss<T>& loss, Index rows, Index target_cols, const Extras& extras = {});
     Index capacity() const { return activations_.rows(); }
 
     // Phase 1 on the rows order[0..rows) of the data (or 0..rows where order is null). Returns the loss. Without `backward`
@@ -53,6 +62,8 @@ class Step {
     void weigh(const Dataset<T>& data, const std::int64_t* order);
     void run_loss(Index begin, Index end);
     double total_loss() const;
+    double sweep_sobolev(const Dataset<T>& data, const std::int64_t* order, Index rows, const Noise& noise);
+    void clip_examples(Index begin, Index end) const;
     void differentiate(const Tile& tile, Scratch& scratch, T* gradient) const;
     double regularize(const Tile& tile, T* gradient, const Regularization& regularization) const;
     void apply(const Tile& tile, const T* gradient, T scale, Optimizer<T>& optimizer, const Hyper<T>& hyper) const;
@@ -64,6 +75,8 @@ class Step {
     Loss<T> loss_;
     Activations<T> activations_;
     Tiles<T> tiles_;
+    std::unique_ptr<Sobolev<T>> sobolev_;  // null: values only
+    double clip_example_norm_;
     Index target_cols_, target_stride_;
     Array<T> targets_, weights_, values_, gradient_;
     Array<std::int64_t> labels_;
@@ -83,6 +96,7 @@ struct TrainerOptions {
     bool shuffle;
     std::uint64_t seed;
     Regularization regularization;
+    double clip_example_norm = 0;
 };
 
 // The epoch loop over one data set.

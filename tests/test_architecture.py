@@ -45,6 +45,8 @@ CPP_LEVELS = {
     "loss": 3,
     "tiles": 3,
     "tape": 3,
+    "sobolev": 3,
+    "example_clipping": 3,
     "calculus": 3,
     "train": 3,
     "bindings*": 4,

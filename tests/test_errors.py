@@ -22,6 +22,7 @@ FORM = re.compile(r"^\[[\w]+\] .+: expected .+, got .+", re.DOTALL)
 X = np.linspace(-1, 1, 36).reshape(12, 3)
 Y = np.linspace(0, 1, 24).reshape(12, 2)
 LABELS = np.arange(12) % 2
+SLOPES = np.linspace(-1, 2, 72).reshape(12, 2, 3)
 NAN, INF = math.nan, math.inf
 OTHER = cr.mlp([3, 4, 2], seed=9).state_dict()  # weights to load that would be seen
 
@@ -63,6 +64,11 @@ class Own(cr.Layer):
 
     def vjp(self, x, y, dy):
         return dy
+
+
+class Shift(Own):
+    def __init__(self):
+        self.params = {"a": np.ones(2)}
 
 
 class WithoutVjp(cr.Layer):
@@ -425,6 +431,24 @@ FIT = [
     (lambda s: s.fit(clip_value=0), ValueError, "[fit] clip_value must be a finite number: expected > 0, got 0"),
     (lambda s: s.fit(clip_norm=-1.0), ValueError, "[fit] clip_norm must be a finite number: expected > 0, got -1.0"),
     (lambda s: s.fit(clip_norm=INF), ValueError, "[fit] clip_norm must be a finite number: expected > 0, got inf"),
+    (lambda s: s.fit(clip_example_norm=0), ValueError, "[fit] clip_example_norm must be a finite number: expected > 0, got 0"),
+    (lambda s: s.fit(clip_example_norm="1"), TypeError, "[fit] clip_example_norm must be a number: expected a float, got '1' (str)"),
+    (lambda s: s.fit(clip_example_norm=1.0, dy=SLOPES), ValueError, "[fit] clip_example_norm limits gradients of the loss alone: expected no dy, got both; use clip_norm"),
+    (lambda s: s.fit(optimizer="lbfgs", clip_example_norm=1.0), ValueError, "[fit] LBFGS needs whole gradients: expected no clip_example_norm, got clip_example_norm=1"),
+    (lambda s: s.fit(optimizer="lbfgs", dy=SLOPES), ValueError, "[fit] LBFGS sees values only: expected no dy, got slopes; use Adam or SGD"),
+    (lambda s: s.fit(optimizer="levenberg_marquardt", dy=SLOPES), ValueError, "[fit] LevenbergMarquardt sees values only: expected no dy, got slopes; use Adam or SGD"),
+    (lambda s: s.fit(dy=SLOPES[:5]), ValueError, "[fit] dy must have a slope for each row, output and input: expected shape (12, 2, 3), got (5, 2, 3)"),
+    (lambda s: s.fit(dy=SLOPES[:, 0]), ValueError, "[fit] dy must have a slope for each row, output and input: expected shape (12, 2, 3), got (12, 3)"),
+    (lambda s: s.one.fit(X, Y[:, 0], loss="mse", dy=SLOPES), ValueError, "[fit] dy must have a slope for each row, output and input: expected shape (12, 1, 3) or (12, 3), got (12, 2, 3)"),
+    (lambda s: s.fit(dy=np.where(SLOPES == SLOPES[7, 1, 2], NAN, SLOPES)), ValueError, "[fit] dy must be in range: expected finite numbers, got nan in row 7"),
+    (lambda s: s.fit(dy="steep"), TypeError, "[fit] dy must hold real numbers: expected floats, integers or booleans, got dtype <U5"),
+    (lambda s: s.fit(dy=SLOPES, dy_weight=-1), ValueError, "[fit] dy_weight must be a finite number: expected ≥ 0, got -1"),
+    (lambda s: s.fit(dy=SLOPES, dy_weight=None), TypeError, "[fit] dy_weight must be a number: expected a float, got None (NoneType)"),
+    (lambda s: s.fit(dy_weight=2), ValueError, "[fit] dy_weight must come with dy: expected slopes, got dy_weight=2 alone"),
+    (lambda s: s.net.value_and_grad(X, Y, loss="mse", dy=SLOPES[:5]), ValueError, "[value_and_grad] dy must have a slope for each row"),
+    (lambda s: cr.mlp([3, 4, 2], dropout=0.2).fit(X, Y, loss="mse", dy=SLOPES), ValueError, "[fit] dy needs one function to have slopes of: expected no dropout, got Dropout(p=0.2) as layer 2; use l2"),
+    (lambda s: cr.mlp([3, 4, 2], dtype="bfloat16").fit(X, Y, loss="mse", dy=SLOPES), ValueError, "[fit] dy needs exact derivatives: expected dtype float32 or float64, got bfloat16"),
+    (lambda s: cr.Sequential(cr.Linear(3, 2), Shift()).fit(X, Y, loss="mse", clip_example_norm=1.0), ValueError, "[fit] clip_example_norm needs each example's gradient, and vjp of a layer of your own gives their sum: expected no params in it, got Shift as layer 1"),
     (lambda s: s.fit(verbose=3), ValueError, "[fit] verbose must be a non-negative int: expected ≤ 2, got 3"),
     (lambda s: s.fit(verbose="loud"), ValueError, "[fit] verbose must be a known name: expected one of 'auto', got 'loud'"),
     (lambda s: s.fit(verbose=None), TypeError, "[fit] verbose must be a non-negative int"),

@@ -69,7 +69,13 @@ class _Network:
     def predict_as_is(self, X: object) -> Real | None: ...
     def trace(self, X: Real) -> list[Real]: ...
     def value_and_grad(
-        self, X: Real, y: Real | NDArray[np.int64], weight: Real | None, loss: Loss
+        self,
+        X: Real,
+        y: Real | NDArray[np.int64],
+        weight: Real | None,
+        loss: Loss,
+        dy: Real | None = None,
+        dy_weight: float = 0.0,
     ) -> tuple[float, list[Real]]: ...
     def evaluate(self, X: Real, y: Real | NDArray[np.int64], weight: Real | None, loss: Loss) -> float: ...
     @property
@@ -131,6 +137,9 @@ class _Trainer:
         l2: float,
         clip_value: float,
         clip_norm: float,
+        clip_example_norm: float = 0.0,
+        dy: Real | None = None,
+        dy_weight: float = 0.0,
     ) -> None: ...
     def run(self, first_epoch: int, lr: NDArray[np.float64]) -> NDArray[np.float64]: ...
     def step(self, X: Real, y: Real | NDArray[np.int64], weight: Real | None, lr: float) -> float: ...

@@ -450,7 +450,7 @@ def _checked(answer: object, f: Array, weighted: bool) -> tuple[Any, Array]:
         raise ValueError(f"[loss] gradient of your loss: expected shape {f.shape}, got {grad.shape}")
     if weighted and value.shape == ():
         raise ValueError(
-            "[loss] value of your loss with weights: "
+            "[loss] value of your loss with weights or clip_example_norm: "
             f"expected one value per example, shape ({len(f)},), got one number"
         )
     grad = np.require(grad, f.dtype, ["C", "A"])

@@ -166,10 +166,14 @@ class Sequential:
         l2: float = 0.0,
         clip_value: float | None = None,
         clip_norm: float | None = None,
+        clip_example_norm: float | None = None,
+        dy: Any = None,
+        dy_weight: float = 1.0,
     ) -> training.History:
         """Train the network on rows X (n, I) and targets y.
 
-        L = mean loss + l1 Σ|w| + ½ l2 Σw², over the weights w of Linear layers
+        L = mean loss + l1 Σ|w| + ½ l2 Σw², over the weights w of Linear layers; with slopes dy also
+        + dy_weight · mean ½ Σ (∂f_o/∂x_i − dy_oi)² over outputs o and inputs i (Sobolev training)
 
         Args:
             loss: a name ("least_squares", "mse", "mae", "huber", "pinball", "poisson", "gaussian_nll",
@@ -191,6 +195,14 @@ class Sequential:
                 one whole number per row, or rows of zeros and a one.
             schedule: StepLR, ExponentialLR, CosineAnnealingLR, WarmupLR or ReduceLROnPlateau.
             clip_value, clip_norm: limits for every element, and for the norm, of the gradient; in this order.
+            clip_example_norm: limit for the norm of each example's own gradient of the loss, in all
+                parameters; what is longer is scaled down to it, before sample weights and the mean. A loss of
+                your own must give values (B,), a layer of your own must have no params.
+            dy: slopes ∂y/∂x, (n, O, I), or (n, I) for one output. The mean is the loss's: weighted by
+                `sample_weight`, a sum for reduction="sum". Not with dropout or bfloat16; in a layer of your
+                own without vjp_jvp, second derivatives are differences. history["loss"] counts this part,
+                history["val_loss"] is the plain loss. Czarnecki et al., "Sobolev Training", NIPS 2017.
+            dy_weight: ≥ 0, how much the slopes count beside the values.
 
         Returns: a History of "loss" (mean over the epoch's batches as they come; of LBFGS and
             LevenbergMarquardt after each step), "val_loss" and "lr".
@@ -212,6 +224,7 @@ class Sequential:
             seed=seed, validation_data=validation_data, validation_split=validation_split,
             callbacks=callbacks, verbose=verbose, sample_weight=sample_weight, class_weight=class_weight,
             schedule=schedule, l1=l1, l2=l2, clip_value=clip_value, clip_norm=clip_norm,
+            clip_example_norm=clip_example_norm, dy=dy, dy_weight=dy_weight,
         )  # fmt: skip
         return wholebatch.RUNS.get(type(plan.optimizer), training.EngineRun)(self, plan).run()
 
@@ -242,9 +255,18 @@ class Sequential:
         return stepper.step(self, X, y, sample_weight)
 
     def value_and_grad(
-        self, X: Any, y: Any, *, loss: Any, sample_weight: Any = None
+        self,
+        X: Any,
+        y: Any,
+        *,
+        loss: Any,
+        sample_weight: Any = None,
+        dy: Any = None,
+        dy_weight: float = 1.0,
     ) -> tuple[float, dict[str, Array]]:
         """The loss and its gradient in every parameter, keyed like `state_dict`; dropout is off.
+
+        With slopes dy, of what `fit` makes small: loss + dy_weight · mean ½ Σ (∂f_o/∂x_i − dy_oi)².
 
         Shapes: a gradient ∂L/∂W has the shape of W.
 
@@ -264,8 +286,9 @@ class Sequential:
                 return answer
         rule = losses.resolve("value_and_grad", loss)
         data = training.take("value_and_grad", self, rule, X, y, sample_weight)
+        data, dy_weight = training.with_slopes("value_and_grad", self, data, dy, dy_weight)
         engine = rule.engine(data.flat, data.weight is not None)
-        value, grads = self._core.value_and_grad(data.X, data.y, data.weight, engine)
+        value, grads = self._core.value_and_grad(data.X, data.y, data.weight, engine, data.dy, dy_weight)
         return value, dict(zip(self._places, grads, strict=True))
 
     def evaluate(self, X: Any, y: Any, *, loss: Any, sample_weight: Any = None) -> float:

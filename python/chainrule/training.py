@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 import numpy as np
 
-from . import _core, losses, optim
+from . import _core, layers, losses, optim
 from .checks import (
     Description,
     all_finite,
@@ -26,6 +26,7 @@ from .checks import (
     one_of,
     real,
     real_array,
+    refuse_rows,
     short,
     whole,
 )
@@ -39,8 +40,10 @@ if TYPE_CHECKING:
 class Network(Protocol):
     """What training needs to know of a network."""
 
+    layers: tuple[layers.Layer, ...]
     in_features: int
     out_features: int
+    dtype: str
     array_dtype: str
     _core: Any
 
@@ -87,10 +90,11 @@ class Data(NamedTuple):
     y: Array
     weight: Array | None
     flat: bool  # whether the user's y was one-dimensional
+    dy: Array | None = None  # ∂y/∂x (rows, O, I)
 
     def rows(self, first: int, last: int) -> Data:
-        weight = None if self.weight is None else self.weight[first:last]
-        return Data(self.X[first:last], self.y[first:last], weight, self.flat)
+        weight, dy = (None if a is None else a[first:last] for a in (self.weight, self.dy))
+        return Data(self.X[first:last], self.y[first:last], weight, self.flat, dy)
 
 
 def take(
@@ -104,6 +108,32 @@ def take(
     targets = loss.targets(op, y, len(matrix), net.out_features, dtype, f"{where}y")
     weight = losses.weights(op, sample_weight, len(matrix), dtype, f"{where}sample_weight")
     return Data(matrix, targets.values, weight, targets.flat)
+
+
+def with_slopes(op: str, net: Network, data: Data, dy: Any, dy_weight: Any) -> tuple[Data, float]:
+    """The data with the slopes ∂y/∂x, and the weight of their part of the loss; both checked."""
+    weight = real(op, "dy_weight", dy_weight, least=0)
+    if dy is None:
+        if weight != 1:
+            raise ValueError(
+                f"[{op}] dy_weight must come with dy: expected slopes, got dy_weight={weight:g} alone"
+            )
+        return data, 0.0
+    if net.dtype == "bfloat16":
+        raise ValueError(
+            f"[{op}] dy needs exact derivatives: expected dtype float32 or float64, got bfloat16"
+        )
+    slopes, shape = real_array(op, "dy", dy), (len(data.X), net.out_features, net.in_features)
+    flat = (shape[0], shape[2])
+    if slopes.shape != shape and not (net.out_features == 1 and slopes.shape == flat):
+        raise ValueError(
+            f"[{op}] dy must have a slope for each row, output and input: expected shape {shape}"
+            f"{f' or {flat}' if net.out_features == 1 else ''}, got {slopes.shape}"
+        )
+    slopes = converted(op, "dy", slopes, net.array_dtype).reshape(shape)
+    if not all_finite(slopes):
+        refuse_rows(op, "dy", "finite numbers", slopes, ~np.isfinite(slopes))
+    return data._replace(dy=slopes), weight
 
 
 def _split(data: Data, fraction: float) -> tuple[Data, Data]:
@@ -427,7 +457,10 @@ class Plan(NamedTuple):
     shuffle: bool
     seed: int
     verbose: int
-    penalties: tuple[float, float, float, float]  # l1, l2, clip_value, clip_norm; 0 is off
+    dy_weight: float
+    penalties: tuple[
+        float, float, float, float, float
+    ]  # l1, l2, clip_value, clip_norm, clip_example_norm; 0 is off
     measured: tuple[str, ...]  # what the history will hold
 
 
@@ -435,6 +468,7 @@ def plan(
     net: Network, X: Any, y: Any, *, loss: Any, optimizer: Any, batch_size: Any, epochs: Any, shuffle: Any,
     seed: Any, validation_data: Any, validation_split: Any, callbacks: Any, verbose: Any, sample_weight: Any,
     class_weight: Any, schedule: Any, l1: Any, l2: Any, clip_value: Any, clip_norm: Any,
+    clip_example_norm: Any, dy: Any, dy_weight: Any,
 ) -> Plan:  # fmt: skip
     """The arguments of `fit`, checked, with everything converted; changes nothing."""
     rule, how = losses.resolve("fit", loss), optim.resolve("fit", optimizer)
@@ -447,8 +481,11 @@ def plan(
         real("fit", "l2", l2, least=0),
         0.0 if clip_value is None else real("fit", "clip_value", clip_value, above=0),
         0.0 if clip_norm is None else real("fit", "clip_norm", clip_norm, above=0),
+        0.0 if clip_example_norm is None else real("fit", "clip_example_norm", clip_example_norm, above=0),
     )
     data = take("fit", net, rule, X, y, sample_weight)
+    data, dy_weight = with_slopes("fit", net, data, dy, dy_weight)
+    _check_by_example(net, dy is not None, penalties[4] > 0)
     data, validation = _with_validation(net, rule, data, validation_data, validation_split)
     if class_weight is not None:
         data = data._replace(weight=_class_weights(net, rule, data, class_weight))
@@ -461,8 +498,28 @@ def plan(
     return Plan(
         data, validation, rule, how, schedule, _Callbacks(callbacks, measured),
         _rows_per_step(how, batch_size, len(data.X)), epochs, shuffle and not how.whole_batch, seed,
-        _verbosity(verbose), penalties, measured,
+        _verbosity(verbose), dy_weight, penalties, measured,
     )  # fmt: skip
+
+
+def _check_by_example(net: Network, sobolev: bool, clipping: bool) -> None:
+    """What cannot be had together with dy or with clip_example_norm."""
+    if sobolev and clipping:
+        raise ValueError(
+            "[fit] clip_example_norm limits gradients of the loss alone: expected no dy, got both; "
+            "use clip_norm"
+        )
+    for index, layer in enumerate(net.layers):
+        if sobolev and isinstance(layer, layers.Dropout) and layer.p:
+            raise ValueError(
+                "[fit] dy needs one function to have slopes of: expected no dropout, got "
+                f"{layer!r} as layer {index}; use l2"
+            )
+        if clipping and not isinstance(layer, layers.Linear) and getattr(layer, "params", None):
+            raise ValueError(
+                "[fit] clip_example_norm needs each example's gradient, and vjp of a layer of your own gives "
+                f"their sum: expected no params in it, got {type(layer).__name__} as layer {index}"
+            )
 
 
 def _rows_per_step(optimizer: optim.Optimizer, batch_size: int | None, rows: int) -> int:
@@ -617,9 +674,10 @@ class EngineRun(Run):
     def __init__(self, net: Network, plan: Plan) -> None:
         super().__init__(net, plan)
         data, kind = plan.data, _core.Trainer64 if net.array_dtype == "float64" else _core.Trainer32
+        by_example = data.weight is not None or plan.penalties[4] > 0
         self.trainer: Any = kind(
-            net._core, self.engine, plan.loss.engine(data.flat, data.weight is not None), *data[:3],
-            plan.batch_size, plan.shuffle, plan.seed, *plan.penalties,
+            net._core, self.engine, plan.loss.engine(data.flat, by_example), *data[:3], plan.batch_size,
+            plan.shuffle, plan.seed, *plan.penalties, data.dy, plan.dy_weight,
         )  # fmt: skip
 
     def train(self, rates: Array) -> tuple[Array, Array]:

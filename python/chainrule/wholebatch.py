@@ -87,7 +87,7 @@ class _WholeBatchRun(Run):
         """One step: the loss after it, and the rate or damping."""
 
     def _refuse(self, net: Any, plan: Plan) -> None:
-        kind, (l1, _, clip_value, clip_norm) = type(plan.optimizer).__name__, plan.penalties
+        kind, (l1, _, *clips) = type(plan.optimizer).__name__, plan.penalties
         if net.dtype == "bfloat16":
             raise ValueError(
                 f"[fit] {kind} needs exact derivatives: expected dtype float32 or float64, got bfloat16"
@@ -98,7 +98,10 @@ class _WholeBatchRun(Run):
                     f"[fit] {kind} compares losses of one and the same network: expected no dropout, got "
                     f"{layer!r} as layer {index}; use l2"
                 )
-        for name, value in (("l1", l1), ("clip_value", clip_value), ("clip_norm", clip_norm)):
+        if plan.data.dy is not None:
+            raise ValueError(f"[fit] {kind} sees values only: expected no dy, got slopes; use Adam or SGD")
+        names = ("l1", "clip_value", "clip_norm", "clip_example_norm")
+        for name, value in zip(names, (l1, *clips), strict=True):
             if value:
                 why = "a smooth loss" if name == "l1" else "whole gradients"
                 raise ValueError(f"[fit] {kind} needs {why}: expected no {name}, got {name}={value:g}")
