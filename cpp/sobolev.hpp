@@ -40,6 +40,7 @@ class Sobolev {
 
    private:
     using Kind = typename Tape<T>::Kind;
+    void sweep_examples(const Batch& batch, Index begin, Index end, T* gradient);
     void load(const Batch& batch, Index begin, Index end);
     void leave_residuals(const Batch& batch, Index begin, Index end);
     void load_loss(const Batch& batch, Index begin, Index end);

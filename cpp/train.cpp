@@ -242,9 +242,10 @@ double Step<T>::update(Optimizer<T>& optimizer, double lr, const Regularization&
     const Hyper<T> hyper = prepare_step<T>(optimizer.settings, lr, optimizer.step_count + 1);
     net_->count_change();
     const auto penalty = [&] { return std::accumulate(penalties_.begin(), penalties_.end(), 0.0); };
-    if (r.clip_norm == 0 && !net_->has_external()) {
+    if (r.clip_norm == 0 && !net_->has_external() && !sobolev_) {
         over_tiles([&](const Tile& tile, std::size_t n, Scratch& scratch) {
-            differentiate(tile, scratch, scratch.tile);
+            tiles_.differentiate(tile, rows_, activations_.phi(tile.layer), activations_.dphi(tile.layer + 1), scratch,
+                                 scratch.tile);
             penalties_[n] = regularize(tile, scratch.tile, r);
             apply(tile, scratch.tile, T{1}, optimizer, hyper);
         });

@@ -440,7 +440,7 @@ FIT = [
     (lambda s: s.fit(dy=SLOPES[:5]), ValueError, "[fit] dy must have a slope for each row, output and input: expected shape (12, 2, 3), got (5, 2, 3)"),
     (lambda s: s.fit(dy=SLOPES[:, 0]), ValueError, "[fit] dy must have a slope for each row, output and input: expected shape (12, 2, 3), got (12, 3)"),
     (lambda s: s.one.fit(X, Y[:, 0], loss="mse", dy=SLOPES), ValueError, "[fit] dy must have a slope for each row, output and input: expected shape (12, 1, 3) or (12, 3), got (12, 2, 3)"),
-    (lambda s: s.fit(dy=np.where(SLOPES == SLOPES[7, 1, 2], NAN, SLOPES)), ValueError, "[fit] dy must be in range: expected finite numbers, got nan in row 7"),
+    (lambda s: s.fit(dy=np.where(SLOPES[7, 1, 2] == SLOPES, NAN, SLOPES)), ValueError, "[fit] dy must be in range: expected finite numbers, got nan in row 7"),
     (lambda s: s.fit(dy="steep"), TypeError, "[fit] dy must hold real numbers: expected floats, integers or booleans, got dtype <U5"),
     (lambda s: s.fit(dy=SLOPES, dy_weight=-1), ValueError, "[fit] dy_weight must be a finite number: expected ≥ 0, got -1"),
     (lambda s: s.fit(dy=SLOPES, dy_weight=None), TypeError, "[fit] dy_weight must be a number: expected a float, got None (NoneType)"),
