@@ -34,9 +34,8 @@ class Sobolev {
     // The term's value; what `differentiate` reads. Users' layers add their part of the gradient of both terms to
     // `gradient`, laid out like theta.
     double sweep(const Batch& batch, T* gradient);
-    // A linear layer's tile of the gradient of both terms, and how many rows it sums over.
+    // A linear layer's tile of the gradient of both terms.
     void differentiate(const Tiles<T>& tiles, const Tile& tile, typename Tiles<T>::Scratch& scratch, T* gradient) const;
-    Index rows() const { return examples_ * (1 + outputs_); }
 
    private:
     using Kind = typename Tape<T>::Kind;
