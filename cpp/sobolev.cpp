@@ -15,24 +15,33 @@ template <class T>
 double Sobolev<T>::sweep(const Batch& batch, T* gradient) {
     examples_ = batch.examples;
     tape_.prepare_inputs();
-    const auto all_sweeps = [&](Index begin, Index end) {
-        const Index first = begin * outputs_, last = end * outputs_;
-        load(batch, begin, end);
-        tape_.forward(begin, end);
-        tape_.seed(Kind::cotangent, net_.depth(), first, last);
-        tape_.cotangents(first, last, 0, nullptr);
-        leave_residuals(batch, begin, end);
-        tape_.tangents(first, last, 0, nullptr);
-        load_loss(batch, begin, end);
-        tape_.cotangent_tangents(first, last, tape_.lowest(), 0, nullptr, gradient);
-        add_outputs(begin, end);
-    };
-    const double products = static_cast<double>(1 + 3 * outputs_) * net_.multiplies_per_row();
-    if (net_.has_external())
-        all_sweeps(0, examples_);
-    else
-        over_rows(examples_, products * static_cast<double>(examples_), all_sweeps);
+    if (net_.has_external()) {
+        sweep_examples(batch, 0, examples_, gradient);
+    } else {
+        const double products = static_cast<double>(1 + 3 * outputs_) * net_.multiplies_per_row();
+        const Index piece = std::max<Index>(kBlockRows / outputs_, 1);  // a block has so many rows of derivatives
+        over_rows(examples_, products * static_cast<double>(examples_), [&](Index begin, Index end) {
+            for (Index next; begin < end; begin = next) {
+                next = std::min(begin + piece, end);
+                sweep_examples(batch, begin, next, gradient);
+            }
+        });
+    }
     return std::accumulate(values_.begin(), values_.begin() + examples_, 0.0);
+}
+
+template <class T>
+void Sobolev<T>::sweep_examples(const Batch& batch, Index begin, Index end, T* gradient) {
+    const Index first = begin * outputs_, last = end * outputs_;
+    load(batch, begin, end);
+    tape_.forward(begin, end);
+    tape_.seed(Kind::cotangent, net_.depth(), first, last);
+    tape_.cotangents(first, last, 0, nullptr);
+    leave_residuals(batch, begin, end);
+    tape_.tangents(first, last, 0, nullptr);
+    load_loss(batch, begin, end);
+    tape_.cotangent_tangents(first, last, tape_.lowest(), 0, nullptr, gradient);
+    add_outputs(begin, end);
 }
 
 template <class T>

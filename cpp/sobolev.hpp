@@ -34,12 +34,12 @@ class Sobolev {
     // The term's value; what `differentiate` reads. Users' layers add their part of the gradient of both terms to
     // `gradient`, laid out like theta.
     double sweep(const Batch& batch, T* gradient);
-    // A linear layer's tile of the gradient of both terms, and how many rows it sums over.
+    // A linear layer's tile of the gradient of both terms.
     void differentiate(const Tiles<T>& tiles, const Tile& tile, typename Tiles<T>::Scratch& scratch, T* gradient) const;
-    Index rows() const { return examples_ * (1 + outputs_); }
 
    private:
     using Kind = typename Tape<T>::Kind;
+    void sweep_examples(const Batch& batch, Index begin, Index end, T* gradient);
     void load(const Batch& batch, Index begin, Index end);
     void leave_residuals(const Batch& batch, Index begin, Index end);
     void load_loss(const Batch& batch, Index begin, Index end);

@@ -120,6 +120,7 @@ double Step<T>::sweep(const Dataset<T>& data, const std::int64_t* order, Index r
                       bool backward) {
     if (backward && sobolev_) return sweep_sobolev(data, order, rows, noise);
     rows_ = rows;
+    tile_cost_ = static_cast<double>(rows) + kUpdateCost;
     weigh(data, order);
     const Index depth = net_->depth();
     const double multiplies = net_->multiplies_per_row() * static_cast<double>(rows);
@@ -168,6 +169,7 @@ double Step<T>::sweep_sobolev(const Dataset<T>& data, const std::int64_t* order,
                                               order,
                                               weighted_ ? weights_.data() : nullptr,
                                               data.dy_weight * static_cast<double>(scale_)};
+    tile_cost_ = static_cast<double>(rows * (1 + net_->outputs())) + kUpdateCost;  // ċᵀ x of examples, cᵀ ẋ of outputs
     return value + sobolev_->sweep(batch, own);
 }
 
@@ -183,7 +185,7 @@ void Step<T>::clip_examples(Index begin, Index end) const {
 template <class T>
 template <class F>
 void Step<T>::over_tiles(F f) {
-    tiles_.over(static_cast<double>(sobolev_ ? sobolev_->rows() : rows_) + kUpdateCost, f);
+    tiles_.over(tile_cost_, f);
 }
 
 template <class T>
@@ -242,9 +244,10 @@ double Step<T>::update(Optimizer<T>& optimizer, double lr, const Regularization&
     const Hyper<T> hyper = prepare_step<T>(optimizer.settings, lr, optimizer.step_count + 1);
     net_->count_change();
     const auto penalty = [&] { return std::accumulate(penalties_.begin(), penalties_.end(), 0.0); };
-    if (r.clip_norm == 0 && !net_->has_external()) {
+    if (r.clip_norm == 0 && !net_->has_external() && !sobolev_) {
         over_tiles([&](const Tile& tile, std::size_t n, Scratch& scratch) {
-            differentiate(tile, scratch, scratch.tile);
+            tiles_.differentiate(tile, rows_, activations_.phi(tile.layer), activations_.dphi(tile.layer + 1), scratch,
+                                 scratch.tile);
             penalties_[n] = regularize(tile, scratch.tile, r);
             apply(tile, scratch.tile, T{1}, optimizer, hyper);
         });

@@ -84,6 +84,7 @@ class Step {
     double total_weight_ = 0;
     T scale_ = 0;
     Index rows_ = 0;                           // of the batch in hand
+    double tile_cost_ = 0;                     // of one weight in phase 2, in multiplications
     std::vector<double> penalties_, squares_;  // of each tile
 };
 
