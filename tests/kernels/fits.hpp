@@ -32,7 +32,7 @@ void draw_weights(Network<T>& net) {
 }
 
 template <class T>
-void fit_case(const OptimizerSettings& settings, double clip_norm, Tape<T>& tape) {
+void fit_case(const OptimizerSettings& settings, double clip_norm, Record<T>& record) {
     constexpr Index rows = 61, inputs = 9, epochs = 8, classes = 3;
     Random random = begin_case<T>("fit", rows, static_cast<Index>(settings.rule), clip_norm > 0);
     std::vector<T> x, weight;
@@ -55,20 +55,20 @@ void fit_case(const OptimizerSettings& settings, double clip_norm, Tape<T>& tape
     const std::vector<T> rounded(losses.begin(), losses.end());
     std::vector<T> f(rows * classes);
     net.predict(rows, x.data(), f.data());
-    tape.same(1, epochs, rounded.data(), epochs);
-    tape.same(1, net.size(), net.theta(), net.size());
-    tape.same(rows, classes, f.data(), classes);
+    record.same(1, epochs, rounded.data(), epochs);
+    record.same(1, net.size(), net.theta(), net.size());
+    record.same(rows, classes, f.data(), classes);
 }
 
 void fits() {
     in_both_types([](auto zero) {
         using T = decltype(zero);
-        on_each_isa_same_bits<T>([](Tape<T>& tape) {
+        on_each_isa_same_bits<T>([](Record<T>& record) {
             for (const double clip_norm : {0.0, 0.5}) {
-                fit_case<T>({OptimizerOp::sgd, {0.9, 0, 1, 0.01}}, clip_norm, tape);
-                fit_case<T>({OptimizerOp::adam, {0.9, 0.999, 1e-8, 0}}, clip_norm, tape);
-                fit_case<T>({OptimizerOp::adamw, {0.9, 0.999, 1e-8, 0.01}}, clip_norm, tape);
-                fit_case<T>({OptimizerOp::rmsprop, {0.9, 1e-8, 0, 0.5, 1}}, clip_norm, tape);
+                fit_case<T>({OptimizerOp::sgd, {0.9, 0, 1, 0.01}}, clip_norm, record);
+                fit_case<T>({OptimizerOp::adam, {0.9, 0.999, 1e-8, 0}}, clip_norm, record);
+                fit_case<T>({OptimizerOp::adamw, {0.9, 0.999, 1e-8, 0.01}}, clip_norm, record);
+                fit_case<T>({OptimizerOp::rmsprop, {0.9, 1e-8, 0, 0.5, 1}}, clip_norm, record);
             }
         });
     });

@@ -350,7 +350,7 @@ void digest_value(T value) {
 
 // The results of the first instruction set with FMA, in the order of the calls; the later ones must repeat every bit.
 template <class T>
-class Tape {
+class Record {
    public:
     void begin_isa() {
         at_ = 0;
@@ -381,10 +381,10 @@ class Tape {
 
 template <class T, class F>
 void on_each_isa_same_bits(F f) {
-    Tape<T> tape;
+    Record<T> record;
     on_each_isa([&] {
-        tape.begin_isa();
-        f(tape);
+        record.begin_isa();
+        f(record);
     });
 }
 

@@ -171,7 +171,7 @@ struct LossCase {
 };
 
 template <class T>
-void loss_case(const LossRow& loss, bool labelled, bool weighted, Index cols, Tape<T>& tape) {
+void loss_case(const LossRow& loss, bool labelled, bool weighted, Index cols, Record<T>& record) {
     Random random = begin_case<T>(loss.name, kRows, cols, 2 * labelled + weighted);
     LossCase<T> c(loss, labelled, kRows, cols, random);
     c.freeze();
@@ -189,8 +189,8 @@ void loss_case(const LossRow& loss, bool labelled, bool weighted, Index cols, Ta
     check(c.unchanged(), "a loss only reads its inputs");
     check(c.df.gaps_hold() && c.values.fence_holds(), "a loss writes nothing beyond its outputs");
     check(c.df.padding_is_zero(), "the padding of the cotangent is zero");
-    tape.same(1, kRows, c.values.data(), kRows);
-    tape.same(c.df);
+    record.same(1, kRows, c.values.data(), kRows);
+    record.same(c.df);
     const std::vector<T> values(c.values.data(), c.values.data() + kRows), df(c.df.data(), c.df.data() + c.df.size());
     c.f.pad_with_maximum();
     c.y.pad_with_maximum();
@@ -202,7 +202,7 @@ void loss_case(const LossRow& loss, bool labelled, bool weighted, Index cols, Ta
 // H t keeps to its memory, is the same with other padding, and agrees among the instruction sets; the formulas are left to
 // the Python tests.
 template <class T>
-void hvp_case(const LossRow& loss, bool labelled, bool weighted, Index cols, Tape<T>& tape) {
+void hvp_case(const LossRow& loss, bool labelled, bool weighted, Index cols, Record<T>& record) {
     Random random = begin_case<T>(loss.name, kRows, cols, 4 + 2 * labelled + weighted);
     LossCase<T> c(loss, labelled, kRows, cols, random);
     Matrix<T> t(kRows, cols, 2);
@@ -213,7 +213,7 @@ void hvp_case(const LossRow& loss, bool labelled, bool weighted, Index cols, Tap
     check(c.unchanged() && t.unchanged(), "its inputs are only read");
     check(c.df.gaps_hold(), "nothing is written beyond the outputs");
     check(c.df.padding_is_zero(), "the padding is zero");
-    tape.same(c.df);
+    record.same(c.df);
     const std::vector<T> before(c.df.data(), c.df.data() + c.df.size());
     for (Matrix<T>* m : {&c.f, &c.y, &t}) m->pad_with_maximum();
     c.run_hvp(weighted, static_cast<T>(0.3), t);
@@ -257,12 +257,12 @@ void over_losses(F f) {
 void losses() {
     in_both_types([](auto zero) {
         using T = decltype(zero);
-        on_each_isa_same_bits<T>([](Tape<T>& tape) {
+        on_each_isa_same_bits<T>([](Record<T>& record) {
             over_losses([&](const LossRow& loss, bool labelled, Index even) {
                 for (const Index cols : widths())
                     for (const bool weighted : {false, true}) {
-                        loss_case(loss, labelled, weighted, cols * even, tape);
-                        hvp_case(loss, labelled, weighted, cols * even, tape);
+                        loss_case(loss, labelled, weighted, cols * even, record);
+                        hvp_case(loss, labelled, weighted, cols * even, record);
                     }
                 for (Index cols = 1; cols <= 70; cols += quick ? 5 : 1) loss_nan_case<T>(loss, labelled, cols * even);
             });

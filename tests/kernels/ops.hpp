@@ -193,7 +193,7 @@ void run_derivative(const OpRow& op, bool reverse, const Matrix<T>& d, const Mat
 }
 
 template <class T>
-void forward_case(const OpRow& op, Index cols, Tape<T>& tape) {
+void forward_case(const OpRow& op, Index cols, Record<T>& record) {
     Random random = begin_case<T>(op.name, kRows, cols);
     Matrix<T> x(kRows, cols);  // its padding is NaN
     const Matrix<T> y(kRows, cols, 1);
@@ -204,14 +204,14 @@ void forward_case(const OpRow& op, Index cols, Tape<T>& tape) {
         check_within("forward agrees with the formula", cols, y.row(i), forward_row(op, cols, x.row(i)).data());
     check(x.unchanged(), "forward only reads x");
     check(y.gaps_hold(), "forward writes nothing beyond the padded rows");
-    tape.same(y);
+    record.same(y);
     x.pad_with_maximum();
     run_map(op, x, x);
     check_bits("the same in place and with other padding", x, y);
 }
 
 template <class T>
-void derivative_case(const OpRow& op, bool reverse, Index cols, Tape<T>& tape) {
+void derivative_case(const OpRow& op, bool reverse, Index cols, Record<T>& record) {
     Random random = begin_case<T>(op.name, kRows, cols, reverse);
     const char* name = reverse ? "vjp agrees with the formula" : "jvp agrees with the formula";
     Matrix<T> d(kRows, cols, 1), saved(kRows, cols);
@@ -227,7 +227,7 @@ void derivative_case(const OpRow& op, bool reverse, Index cols, Tape<T>& tape) {
     check(d.unchanged() && saved.unchanged(), "a derivative only reads its inputs");
     check(out.gaps_hold(), "a derivative writes nothing beyond the padded rows");
     if (op.rowwise) check(out.padding_is_zero(), "row-wise derivatives write zeros into the padding");
-    tape.same(out);
+    record.same(out);
     d.pad_with_maximum();
     saved.pad_with_maximum();
     run_derivative(op, reverse, d, saved, d);
@@ -245,7 +245,7 @@ Real bend_of(Op op, Saves saves, Real saved, Real p) {
 // The tangent of vjp (reverse) or of jvp. Row-wise formulas are left to the Python tests; here they must keep to their
 // memory and agree among the instruction sets.
 template <class T>
-void second_case(const OpRow& op, bool reverse, Index cols, Tape<T>& tape) {
+void second_case(const OpRow& op, bool reverse, Index cols, Record<T>& record) {
     Random random = begin_case<T>(op.name, kRows, cols, 2 + reverse);
     Matrix<T> v(kRows, cols, 1), dx(kRows, cols), dv(kRows, cols, 2), saved(kRows, cols), out(kRows, cols, 1);
     for (Matrix<T>* m : {&v, &dx, &dv}) m->fill([&](Index, Index) { return random.uniform(-2, 2); });
@@ -273,7 +273,7 @@ void second_case(const OpRow& op, bool reverse, Index cols, Tape<T>& tape) {
     check(v.unchanged() && dx.unchanged() && dv.unchanged() && saved.unchanged(), "its inputs are only read");
     check(out.gaps_hold(), "nothing is written beyond the padded rows");
     if (op.rowwise) check(out.padding_is_zero(), "row-wise derivatives write zeros into the padding");
-    tape.same(out);
+    record.same(out);
     const std::vector<T> before(out.data(), out.data() + out.size());
     for (Matrix<T>* m : {&v, &dx, &dv, &saved}) m->pad_with_maximum();
     run();
@@ -305,14 +305,14 @@ void padding_case(const OpRow& op, Index cols) {
 void ops_agree() {
     in_both_types([](auto zero) {
         using T = decltype(zero);
-        on_each_isa_same_bits<T>([](Tape<T>& tape) {
+        on_each_isa_same_bits<T>([](Record<T>& record) {
             for (const OpRow& op : all_ops)
                 for (const Index cols : widths()) {
-                    forward_case(op, cols, tape);
-                    derivative_case(op, true, cols, tape);
-                    derivative_case(op, false, cols, tape);
-                    second_case(op, true, cols, tape);
-                    second_case(op, false, cols, tape);
+                    forward_case(op, cols, record);
+                    derivative_case(op, true, cols, record);
+                    derivative_case(op, false, cols, record);
+                    second_case(op, true, cols, record);
+                    second_case(op, false, cols, record);
                     padding_case<T>(op, cols);
                 }
         });

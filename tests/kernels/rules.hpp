@@ -153,7 +153,7 @@ struct RuleArrays {
 };
 
 template <class T>
-void rule_case(const RuleCase& rule, Index lines, Tape<T>& tape) {
+void rule_case(const RuleCase& rule, Index lines, Record<T>& record) {
     const Index n = lines * line<T>, real = n - line<T> / 2;
     Random random = begin_case<T>(rule.name, n);
     const T scale = static_cast<T>(0.7);
@@ -169,14 +169,14 @@ void rule_case(const RuleCase& rule, Index lines, Tape<T>& tape) {
     a.g.freeze();
     a.run(rule, scale);
     check_within("parameters follow the rule", real, a.w.data(), w.data());
-    tape.same(1, n, a.w.data(), n);
+    record.same(1, n, a.w.data(), n);
     bool zero = std::all_of(a.w.data() + real, a.w.data() + n, [](T v) { return v == 0; }), held = a.w.fence_holds();
     for (int s = 0; s < kSlots; ++s) {
         const Fenced<T>& slot = *a.slots()[static_cast<std::size_t>(s)];
         held = held && slot.fence_holds();
         if (!uses_slot(rule.settings, s)) continue;
         check_within("the state follows the rule", real, slot.data(), slots[s].data());
-        tape.same(1, n, slot.data(), n);
+        record.same(1, n, slot.data(), n);
         zero = zero && std::all_of(slot.data() + real, slot.data() + n, [](T v) { return v == 0; });
     }
     check(zero, "padding of weights and state stays zero");
@@ -220,9 +220,9 @@ void centered_case() {
 void optimizers() {
     in_both_types([](auto zero) {
         using T = decltype(zero);
-        on_each_isa_same_bits<T>([](Tape<T>& tape) {
+        on_each_isa_same_bits<T>([](Record<T>& record) {
             for (const RuleCase& rule : all_rules) {
-                for (const Index lines : {1, 2, 3, 4, 5, 17}) rule_case(rule, lines, tape);
+                for (const Index lines : {1, 2, 3, 4, 5, 17}) rule_case(rule, lines, record);
                 rule_nan_case<T>(rule);
             }
             centered_case<T>();
@@ -233,7 +233,7 @@ void optimizers() {
 // ---- penalty, clipping, norm ----------------------------------------------------------------------------------------
 
 template <class T>
-void penalty_case(Index lines, T l1, T l2, Tape<T>& tape) {
+void penalty_case(Index lines, T l1, T l2, Record<T>& record) {
     const Index n = lines * line<T>;
     Random random = begin_case<T>("penalize", n, l1 != 0, l2 != 0);
     Fenced<T> w(n);
@@ -254,12 +254,12 @@ void penalty_case(Index lines, T l1, T l2, Tape<T>& tape) {
     check_within("the penalty is l1 |w| + l2 w²/2, summed", 1, &got, &want);
     check_within("its derivative is added to the gradient", n, g.data(), grad.data());
     check(w.unchanged() && g.fence_holds(), "weights are only read");
-    tape.same(1, 1, &got, 1);
-    tape.same(1, n, g.data(), n);
+    record.same(1, 1, &got, 1);
+    record.same(1, n, g.data(), n);
 }
 
 template <class T>
-void norm_case(Index lines, Tape<T>& tape) {
+void norm_case(Index lines, Record<T>& record) {
     const Index n = lines * line<T>;
     Random random = begin_case<T>("sum_of_squares", n);
     Fenced<T> g(n);
@@ -273,7 +273,7 @@ void norm_case(Index lines, Tape<T>& tape) {
     const Bounded want = {exact, exact * (roundings<T>(n) + 1)};
     check_within("the sum of squares", 1, &got, &want);
     check(g.unchanged(), "the gradient is only read");
-    tape.same(1, 1, &got, 1);
+    record.same(1, 1, &got, 1);
     const Index j = random.integer(0, n - 1);
     g[j] = std::numeric_limits<T>::quiet_NaN();
     check(std::isnan(kernels<T>().sum_of_squares(n, g.data())), "a NaN in any lane makes the norm NaN");
@@ -303,12 +303,12 @@ void clip_case(Index lines) {
 void penalties() {
     in_both_types([](auto zero) {
         using T = decltype(zero);
-        on_each_isa_same_bits<T>([](Tape<T>& tape) {
+        on_each_isa_same_bits<T>([](Record<T>& record) {
             for (const Index lines : {1, 2, 3, 4, 5, 17, 192}) {
-                penalty_case<T>(lines, T(0.1), T(0), tape);
-                penalty_case<T>(lines, T(0), T(0.3), tape);
-                penalty_case<T>(lines, T(0.1), T(0.3), tape);
-                norm_case<T>(lines, tape);
+                penalty_case<T>(lines, T(0.1), T(0), record);
+                penalty_case<T>(lines, T(0), T(0.3), record);
+                penalty_case<T>(lines, T(0.1), T(0.3), record);
+                norm_case<T>(lines, record);
                 clip_case<T>(lines);
             }
             begin_case<T>("penalize", 0);
