@@ -41,6 +41,7 @@ using Clock = std::chrono::steady_clock;
 // machine that loses a core for a few ms, five times a second.)
 constexpr auto kStall = std::chrono::microseconds(100);
 constexpr int kRetreat = 16;
+constexpr auto kLongestStall = std::chrono::milliseconds(10);  // a longer one: we were suspended
 
 // Parts are claimed, not assigned: where another process holds a worker's core, the caller runs that worker's part too
 // instead of waiting for it to be scheduled (waiting made a step 20 times slower on a busy machine).
@@ -115,7 +116,7 @@ class Pool {
             if (spins > 4096) sched_yield();  // a worker lost its core: do not hold this one
         }
         const auto end = Clock::now();
-        const auto waited = end - mine;
+        const auto waited = std::min<Clock::duration>(end - mine, kLongestStall);
         if (waited > std::max<Clock::duration>(kStall, mine - start)) retreat(end, waited);
     }
 
