@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings_parts.hpp"
+#include "train.hpp"
 
 namespace chainrule {
 namespace {
@@ -246,6 +247,23 @@ py::object of_loss(PyNetwork<T>& self, const py::object& X, const py::object& y,
     return f(lease, examples, self.net.multiplies_per_row() * static_cast<double>(examples.data.rows));
 }
 
+// The loss and its gradient, by the sweep of a training step.
+template <class T>
+py::object value_and_grad_as_is(PyNetwork<T>& self, const py::object& X, const py::object& y, const LossSpec& spec,
+                                std::pair<double, double> domain) {
+    const Examples<T> examples(self.net, X, y, py::none(), spec, domain);
+    if (!examples.fit) return py::none();
+    Step<T> step(self.net, examples.loss, examples.data.rows, examples.data.target_cols);
+    double value;
+    const T* flat;
+    {
+        const Unlocked unlocked(3 * self.net.multiplies_per_row() * static_cast<double>(examples.data.rows));
+        value = step.sweep(examples.data, nullptr, examples.data.rows, Noise{});
+        flat = step.gradient();
+    }
+    return tuple_of({py::float_(value), named_gradient(self, flat)});
+}
+
 template <class T>
 py::object input_gradient(PyNetwork<T>& self, const py::object& X, const py::object& y, const py::object& weight,
                           const LossSpec& spec, std::pair<double, double> domain) {
@@ -315,6 +333,8 @@ void bind_calculus(py::class_<PyNetwork<T>>& network) {
         .def("jacobian", &jacobian<T>, py::arg("X"), py::arg("reverse"))
         .def("parameter_jacobian", &parameter_jacobian<T>, py::arg("X"))
         .def("second", &second<T>, py::arg("X"), py::arg("sum"))
+        .def("value_and_grad_as_is", &value_and_grad_as_is<T>, py::arg("X"), py::arg("y"), py::arg("loss"),
+             py::arg("domain"))
         .def("input_gradient", &input_gradient<T>, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("loss"),
              py::arg("domain"))
         .def("hvp", &hvp<T>, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("loss"), py::arg("domain"),

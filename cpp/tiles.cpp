@@ -41,7 +41,7 @@ template <class T>
 void Tiles<T>::plan_wide(Index l, const Layer<T>& layer) {
     for (Index first = 0, count; first < layer.weight_rows(); first += count) {
         const Index rest = layer.weight_rows() - first;
-        count = rest <= inputs_ + 1 ? rest : inputs_;  // a bias alone would be one chain of additions that wait for each other
+        count = rest <= inputs_ + 1 ? rest : inputs_;  // a bias alone would be one chain of waiting additions
         for (Index column = 0; column < layer.outputs; column += kPanel<T>) {
             const Index width = panel_width<T>(layer.outputs, column);
             tiles_.push_back({Tile::Kind::wide, l, column, width, first, count,

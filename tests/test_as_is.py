@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import chainrule as cr
-from chainrule import training
+from chainrule import calculus, training
 from conftest import assert_same_bits
 
 ROWS, INPUTS, OUTPUTS = 11, 3, 4
@@ -493,3 +493,40 @@ def test_other_threads_run_during_a_long_call(what):
             ticks += 1
         seconds = time.perf_counter() - start
     assert ticks >= 5
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+def gradient(net, loss, X, y, *, checked=False):
+    """Value and gradients, or the error; and whether the arrays were taken as they are."""
+    known = (lambda loss: None) if checked else calculus.known
+    with (
+        mock.patch.object(calculus, "known", known),
+        mock.patch.object(training, "take", wraps=training.take) as take,
+    ):
+        try:
+            answer = net.value_and_grad(X, y, loss=loss)
+        except (TypeError, ValueError) as error:
+            answer = type(error), str(error)
+    return answer, not take.called
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_gradient_of_arrays_as_they_are_is_the_checked_one(kind, dtype, rng):
+    """The same bits in every form; the same words for what does not fit."""
+    X, y = batch(kind, dtype, rng)
+    net, loss = cr.mlp([INPUTS, 5, OUTPUTS], activation="tanh", seed=3, dtype=dtype), LOSSES[kind]
+    expected, exact = gradient(net, loss, X, y, checked=True)[0]
+    for form in FORMS.values():
+        x, t = form(X), form(y)
+        (value, grads), short_way = gradient(net, loss, x, t)
+        assert short_way == (fits(x, dtype) and fits(t, y.dtype))
+        assert type(value) is float and value == expected
+        assert list(grads) == list(exact)
+        for name in exact:
+            assert_same_bits(grads[name], exact[name], name)
+    for spoil in SPOILED.values():
+        bad = spoil(X, y)
+        assert repr(gradient(net, loss, *bad)[0]) == repr(gradient(net, loss, *bad, checked=True)[0])

@@ -121,7 +121,7 @@ def _rule(loss: Any) -> _Rule:
     return _Rule(rule, rule.engine(False, False), rule.each(False))
 
 
-def _known(loss: Any) -> _Rule | None:
+def known(loss: Any) -> _Rule | None:
     """The rule of a built-in loss; None for what must be looked at more closely."""
     built_in = type(loss) is str and loss in losses.LOSSES
     if built_in or (isinstance(loss, losses.Loss) and not isinstance(loss, losses.CustomLoss)):
@@ -136,9 +136,9 @@ def _of_loss(
     op: str, net: Network, X: Any, y: Any, loss: Any, sample_weight: Any, ask: Ask, each: bool = False
 ) -> Any:
     """The answer of `ask(X, y, weight, loss, domain)` to arrays that fit as is, else to checked ones."""
-    known = _known(loss)
-    if known is not None and sample_weight is None:
-        answer = ask(X, y, None, known.each if each else known.reduced, known.loss.domain)
+    built_in = known(loss)
+    if built_in is not None and sample_weight is None:
+        answer = ask(X, y, None, built_in.each if each else built_in.reduced, built_in.loss.domain)
         if answer is not None:
             return answer
     rule = losses.resolve(op, loss)
