@@ -12,6 +12,9 @@ double square_of_row(MatrixView<T> m, Index row) {
     const Index lines = m.cols / kLine<T> * kLine<T>;
     double sum = static_cast<double>(kernels<T>().sum_of_squares(lines, x));
     for (Index j = lines; j < m.cols; ++j) sum += static_cast<double>(x[j]) * static_cast<double>(x[j]);
+    if (std::isfinite(sum)) return sum;
+    sum = 0;  // float32 has no squares beyond 3e38, double has: an outlier is to be clipped, not multiplied by 1/inf
+    for (Index j = 0; j < m.cols; ++j) sum += static_cast<double>(x[j]) * static_cast<double>(x[j]);
     return sum;
 }
 

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <numeric>
+#include <stdexcept>
 
 #include "example_clipping.hpp"
 #include "random.hpp"
@@ -320,6 +321,8 @@ double Trainer<T>::one_step(const Dataset<T>& data, const std::int64_t* order, I
 
 template <class T>
 double Trainer<T>::step(const Dataset<T>& batch, double lr) {
+    if (data_.dy != nullptr || options_.clip_example_norm != 0)
+        throw std::invalid_argument("[step] slopes and clipped examples are for fit: expected run, got step");
     if (batch.rows > step_.capacity()) step_ = Step<T>(net_, loss_, batch.rows, batch.target_cols);
     return one_step(batch, nullptr, batch.rows, lr);
 }

@@ -120,6 +120,17 @@ def test_an_outlier_pulls_no_further_than_the_limit(dtype, rng):
     )
 
 
+@pytest.mark.parametrize("features", [2, 16, 65])
+def test_an_outlier_whose_square_overflows_is_clipped_and_not_lost(features):
+    """float32 ends at 3e38, so |x|² of x = 3e19 needs more than that; ∂L/∂f of mae is 1 all the same."""
+    net = cr.Sequential(cr.Linear(features, 1, init="zeros"))
+    X = np.zeros((1, features), np.float32)
+    X[0, 0] = 3e19
+    got = step(net, X, np.ones((1, 1), np.float32), "mae", 0.5)
+    assert_within(np.linalg.norm(flat(got)), 0.5, 1e-6)
+    assert_within(cr.per_example_grad_norms(net, X, [[1e30]], "mae") / 3e19, 1.0, 1e-6)
+
+
 # ---- whole fits --------------------------------------------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ def objective(net, X, y, dy, dy_weight, loss, weight):
     return net.evaluate(X, y, loss=loss, sample_weight=weight) + dy_weight * scale * float(omega @ squares)
 
 
-def check_gradient(net, rng, loss="mse", weighted=True, within=1e-6):
+def check_gradient(net, rng, loss="mse", weighted=True, within=1e-7):
     """Value and gradient of value_and_grad, the latter against a central difference along one direction."""
     X, y, dy, weight = problem(net, rng)
     while not away_from_kinks(net, X):
@@ -67,7 +67,11 @@ def check_gradient(net, rng, loss="mse", weighted=True, within=1e-6):
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
 def test_gradient_is_that_of_the_value(activation, depth, rng):
     others = ACTIVATIONS if activation.op in ("relu", "leaky_relu", "elu") else SMOOTH
-    check_gradient(random_chain(rng, activation, others, depth, widths=[1, 2, 3, 7, 17]), rng)
+    net = None
+    while net is None or not away_from_kinks(net, rng.standard_normal((9, net.in_features))):
+        # A ReLU of another's zeros is at its kink for every X: draw the network anew as well.
+        net = random_chain(rng, activation, others, depth, widths=[1, 2, 3, 7, 17])
+    check_gradient(net, rng)
 
 
 @pytest.mark.parametrize("loss", [cr.MSE(), cr.LeastSquares(reduction="sum"), cr.Huber(0.5), own_mse])
@@ -147,18 +151,20 @@ def trained(net, X, y, dy, loss, epochs, batch, shuffle, weight=None, l2=0.0, cl
     return net
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("outputs", [1, 2, 17])
 @pytest.mark.parametrize("more", [{}, {"l2": 0.1}, {"clip_norm": 0.2}, {"weight": True}])
-def test_fit_is_a_loop_over_the_gradient(outputs, more, rng):
+def test_fit_is_a_loop_over_the_gradient(outputs, more, shuffle, rng):
     """With a last batch of its own size, so that what larger ones left behind must not count."""
     net = randomize(cr.mlp([5, 65, 3, outputs], activation="tanh", dtype="float64"), rng)
     X, y, dy, weight = problem(net, rng, 13)
     more = {**more, "weight": weight + 0.1} if "weight" in more else more
-    expected = trained(copy.deepcopy(net), X, y, dy, "mse", 3, 5, True, **more)
+    expected = trained(copy.deepcopy(net), X, y, dy, "mse", 3, 5, shuffle, **more)
     more = {"sample_weight": more["weight"]} if "weight" in more else more
     net.fit(
-        X, y, loss="mse", optimizer=cr.SGD(0.05), batch_size=5, epochs=3, seed=3, dy=dy, dy_weight=0.4, **more
-    )
+        X, y, loss="mse", optimizer=cr.SGD(0.05), batch_size=5, epochs=3, seed=3, shuffle=shuffle, dy=dy,
+        dy_weight=0.4, **more,
+    )  # fmt: skip
     for name, value in expected.state_dict().items():
         assert_within(net.state_dict()[name], value, 1e-12 * size(value), name)
 
@@ -201,17 +207,39 @@ def test_validation_is_of_values_alone(rng):
 
 
 def test_slopes_teach_more_than_values(rng):
-    """sin(x₁) x₂ from 24 points: with slopes, the error elsewhere is less than a third of that without."""
-    X, T = rng.uniform(-2, 2, (24, 2)), rng.uniform(-2, 2, (1000, 2))
-    y, wanted = np.sin(X[:, 0]) * X[:, 1], np.sin(T[:, 0]) * T[:, 1]
-    dy = np.stack([np.cos(X[:, 0]) * X[:, 1], np.sin(X[:, 0])], axis=1)
+    """sin(x₁) x₂ from 24 points: with slopes, the error elsewhere is lower for every draw of the points, and
+    on the (geometric) mean of five less than half of that without."""
 
-    def error(**more):
-        net = cr.mlp([2, 32, 32, 1], activation="tanh", seed=2)
-        net.fit(X, y, loss="mse", optimizer=cr.Adam(0.005), batch_size=8, epochs=400, **more)
-        return float(np.sqrt(np.mean((net(T)[:, 0] - wanted) ** 2)))
+    def ratio():
+        X, T = rng.uniform(-2, 2, (24, 2)), rng.uniform(-2, 2, (1000, 2))
+        y, wanted = np.sin(X[:, 0]) * X[:, 1], np.sin(T[:, 0]) * T[:, 1]
+        dy = np.stack([np.cos(X[:, 0]) * X[:, 1], np.sin(X[:, 0])], axis=1)
 
-    assert error(dy=dy) < error() / 3
+        def error(**more):
+            net = cr.mlp([2, 32, 32, 1], activation="tanh", seed=2)
+            net.fit(X, y, loss="mse", optimizer=cr.Adam(0.005), batch_size=8, epochs=400, **more)
+            return float(np.sqrt(np.mean((net(T)[:, 0] - wanted) ** 2)))
+
+        return error(dy=dy) / error()
+
+    ratios = [ratio() for _ in range(5)]
+    assert max(ratios) < 1
+    assert np.exp(np.mean(np.log(ratios))) < 1 / 2
+
+
+def test_single_steps_know_no_slopes(rng):
+    """The engine's own trainer, which would read the slopes of a batch that has none."""
+    net = cr.mlp([2, 5, 1], dtype="float64")
+    X, y, dy = rng.standard_normal((4, 2)), rng.standard_normal((4, 1)), rng.standard_normal((4, 1, 2))
+    state = _core.Optimizer64(net._core, "sgd", [0.0, 0.0, 0.0, 0.0])
+    how = _core.Loss("mse", 0.0, "mean", None)
+    trainer = _core.Trainer64(
+        net._core, state, how, X, y, None, 4, False, 0, 0.0, 0.0, 0.0, 0.0, dy=dy, dy_weight=1.0
+    )
+    before = net.state_dict()
+    with pytest.raises(ValueError, match="slopes and clipped examples are for fit"):
+        trainer.step(X, y, None, 0.1)
+    assert all((value == before[name]).all() for name, value in net.state_dict().items())
 
 
 def test_a_layer_of_ones_own_learns_slopes(rng):
