@@ -25,7 +25,7 @@ from typing import Any
 
 import command
 from peers import problem
-from race import Contestant, Race, Workers, started
+from race import Contestant, Race, Workers, exit_status, started
 from report import about, align, progress, write_json
 from timing import Peak, Spread, show_time, usable_cpus
 
@@ -141,8 +141,7 @@ def main() -> int:
     if options.output:
         write_json(options.output, head | {"workloads": {race.work.name: race.record() for race in races}})
         print(f"\nwritten to {options.output}")
-    lost = [*workers.missing, *(name for race in races for name in race.excluded)]
-    return 1 if any(name.startswith("chainrule") for name in lost) else 0
+    return exit_status(workers, races)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from typing import Any
 
 import command
 from peers import derivatives, problem
-from race import Contestant, Race, started
-from report import about, add_workload, align, progress
+from race import Contestant, Race, exit_status, started
+from report import about, add_workload, align
 from timing import Peak, Spread, show_time
 
 PEERS = ("chainrule", "torch", "jax")
@@ -125,19 +125,13 @@ def main() -> int:
         for name in options.workloads:
             head = about(workers.versions, workers.missing)
             race = Derivatives(WORKLOADS[name], workers)
-            race.prepare(options.seconds)
-            for _ in range(options.rounds):
-                race.round(peak)
-            progress("")
-            print("\n" + race.table(), flush=True)
+            race.run(options, peak)
             if options.output:
                 add_workload(options.output, name, race.record() | head)
             races.append(race)
     if options.output:
         print(f"\nwritten to {options.output}")
-    lost = [*workers.missing, *(name for race in races for name in race.excluded)]
-    ours = [name for name in lost if name.startswith("chainrule") or ": chainrule" in name]
-    return 1 if ours else 0
+    return exit_status(workers, races)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from itertools import pairwise
 
 import command
 from peers import problem
-from race import PEERS, Race, started
-from report import about, progress, write_json
+from race import PEERS, Race, exit_status, started
+from report import about, write_json
 from timing import Peak
 
 NETWORK = (64, 64, 64, 1)
@@ -64,17 +64,12 @@ def main() -> int:
         head, peak = about(workers.versions, workers.missing), Peak(workers.folder)
         for rows in ROWS:
             race = Prediction(workload(rows), workers)
-            race.prepare(options.seconds)
-            for _ in range(options.rounds):
-                race.round(peak)
-            progress("")
-            print("\n" + race.table(), flush=True)
+            race.run(options, peak)
             races.append(race)
     if options.output:
         write_json(options.output, head | {"workloads": {race.work.name: race.record() for race in races}})
         print(f"\nwritten to {options.output}")
-    lost = [*workers.missing, *(name for race in races for name in race.excluded)]
-    return 1 if any(name.startswith("chainrule") for name in lost) else 0
+    return exit_status(workers, races)
 
 
 if __name__ == "__main__":

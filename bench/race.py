@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
@@ -117,6 +118,14 @@ class Race:
         """Leave out who computes something else; then find how long a sample of each must be."""
         self.each("verifying", Contestant.verify)
         self.each("calibrating", lambda one: one.calibrate(seconds))
+
+    def run(self, options: argparse.Namespace, peak: Peak) -> None:
+        """All of it: verified, timed in rounds, shown."""
+        self.prepare(options.seconds)
+        for _ in range(options.rounds):
+            self.round(peak)
+        progress("")
+        print("\n" + self.table(), flush=True)
 
     def round(self, peak: Peak) -> None:
         """One sample of each, the machine's peak first."""
@@ -299,3 +308,9 @@ def started(peers: Collection[str], options: argparse.Namespace) -> Iterator[Wor
         finally:
             for process in workers.processes:
                 process.close()
+
+
+def exit_status(workers: Workers, races: Collection[Race]) -> int:
+    """1 when chainrule was asked for and could not be timed somewhere."""
+    lost = [*workers.missing, *(name for race in races for name in race.excluded)]
+    return 1 if any(re.search(r"(^|: )chainrule", name) for name in lost) else 0

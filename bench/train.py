@@ -18,8 +18,8 @@ import sys
 
 import command
 from peers import problem
-from race import PEERS, Race, Workers, started
-from report import about, add_workload, align, progress
+from race import PEERS, Race, Workers, exit_status, started
+from report import about, add_workload, align
 from timing import Peak
 
 QUICK_WORKLOADS = "tiny,small,digits,mnist"
@@ -48,11 +48,7 @@ def run(options: argparse.Namespace, workers: Workers) -> list[Race]:
     for name in options.workloads:
         head = about(workers.versions, workers.missing)
         race = Race(problem.WORKLOADS[name], workers)
-        race.prepare(options.seconds)
-        for _ in range(options.rounds):
-            race.round(peak)
-        progress("")
-        print("\n" + race.table(), flush=True)
+        race.run(options, peak)
         if options.output:
             add_workload(options.output, name, race.record() | head)
         races.append(race)
@@ -76,8 +72,7 @@ def main() -> int:
     print("\n" + summary(races))
     if options.output:
         print(f"\nwritten to {options.output}")
-    lost = [*workers.missing, *(name for race in races for name in race.excluded)]
-    return 1 if any(name.startswith("chainrule") for name in lost) else 0
+    return exit_status(workers, races)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from scipy.optimize import minimize
 import chainrule as cr
 from chainrule import optim, wholebatch
 from conftest import assert_same_bits, eps
+from test_own_parts import OwnTanh
 
 NAMES = ("lbfgs", "levenberg_marquardt")
 both = pytest.mark.parametrize("name", NAMES)
@@ -495,16 +496,6 @@ def test_layers_of_ones_own(name, rng):
 
 @both
 def test_a_layer_of_ones_own_trains_as_ours_does(name, data):
-    class OwnTanh(cr.Layer):
-        def forward(self, x):
-            return np.tanh(x)
-
-        def vjp(self, x, y, dy):
-            return dy * (1 - y) * (1 + y)
-
-        def jvp(self, x, y, dx):
-            return dx * (1 - y) * (1 + y)
-
     ours, own = (cr.Sequential(cr.Linear(3, 4), layer, cr.Linear(4, 2), dtype="float64", seed=1)
                  for layer in (cr.Tanh(), OwnTanh()))  # fmt: skip
     own.load_state_dict(ours.state_dict())
