@@ -17,13 +17,14 @@ namespace chainrule {
 namespace CHAINRULE_ISA {
 
 // Rows of a register tile. With AVX-512, 6 rows of 4 vectors leave 8 of 32 registers for a row of B and the broadcast
-// of A; with 16 registers, 6 rows of 2 vectors are the largest tile. Fewer rows run nearly as fast, so a remainder is
-// spread over all tiles instead of padded.
-constexpr int kTileRows = 6;
+// of A; with 16 registers, 6 rows of 2 vectors are the largest tile; the plain set, for old processors, makes do with 4, which
+// is smaller. Fewer rows run nearly as fast, so a remainder is spread over all tiles instead of padded.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileVectors = 4;
+constexpr int kTileRows = 6, kTileVectors = 4;
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6, kTileVectors = 2;
 #else
-constexpr int kTileVectors = 2;
+constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
 
 // A operand: element (i, k) is data[i * stride + k], or data[k * stride + i] by columns.
@@ -87,9 +88,13 @@ void tile(Index depth, const E* a, Index a_stride, const E* b, Index b_stride, T
 }
 
 // tiles[ByColumns][NV - 1][R - 1]
-#define CHAINRULE_TILES(NV, C)                                         \
-    {tile<T, E, 1, NV, C>, tile<T, E, 2, NV, C>, tile<T, E, 3, NV, C>, \
-     tile<T, E, 4, NV, C>, tile<T, E, 5, NV, C>, tile<T, E, 6, NV, C>}
+#if defined(__AVX2__) || defined(__aarch64__)
+#define CHAINRULE_TALL(NV, C) , tile<T, E, 5, NV, C>, tile<T, E, 6, NV, C>
+#else
+#define CHAINRULE_TALL(NV, C)
+#endif
+#define CHAINRULE_TILES(NV, C) \
+    {tile<T, E, 1, NV, C>, tile<T, E, 2, NV, C>, tile<T, E, 3, NV, C>, tile<T, E, 4, NV, C> CHAINRULE_TALL(NV, C)}
 template <class T, class E>
 constexpr MicroKernel<T, E> tiles[2][kTileVectors][kTileRows] = {
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -100,6 +105,7 @@ constexpr MicroKernel<T, E> tiles[2][kTileVectors][kTileRows] = {
     {CHAINRULE_TILES(1, true), CHAINRULE_TILES(2, true)},
 #endif
 };
+#undef CHAINRULE_TALL
 #undef CHAINRULE_TILES
 
 // One column block of C, `width` wide (a whole number of vectors, at most a panel): rows of tiles, columns of vectors.
