@@ -136,14 +136,16 @@ class Activations {
 // 2048-2048-2048-2048 at batch 2048 on two cores: 829 ms with 96, 725 ms with 192, 776 ms with 384.
 constexpr Index kBlockRows = 192;
 
-// How many threads so many multiplications are worth.
+// How many threads so many multiplications are worth; and of so many rows, which they share.
 int parts_for(double multiplies);
+inline int parts_for(double multiplies, Index rows) {
+    return std::min(parts_for(multiplies), static_cast<int>(std::clamp<Index>(rows / 4, 1, 1 << 20)));
+}
 
 // f(begin, end) over blocks of rows, on several threads where it pays.
 template <class F>
 void over_rows(Index rows, double multiplies, F f) {
-    const int most = static_cast<int>(std::clamp<Index>(rows / 4, 1, 1 << 20));
-    parallel(std::min(parts_for(multiplies), most), [&](int part, int parts) {
+    parallel(parts_for(multiplies, rows), [&](int part, int parts) {
         const Index begin = rows * part / parts, count = rows * (part + 1) / parts - begin;
         const Index blocks = (count + kBlockRows - 1) / kBlockRows;  // of even height
         for (Index block = 0; block < blocks; ++block)
@@ -222,6 +224,13 @@ class Network {
     void forward_all(const Activations<T>& a, Index rows, const Noise& noise, bool training) const;
     void backward_all(const Activations<T>& a, Index rows, const Noise& noise, T* gradient) const;
 
+    // The same for layers that threads share by columns: see column_layers. `multiplies` are those of all layers.
+    Index column_layers(Index rows, double multiplies) const;
+    void forward_columns(const Activations<T>& a, Index to, Index rows, double multiplies, bool training) const;
+    void backward_columns(const Activations<T>& a, Index to, Index rows, double multiplies) const;
+    // The lowest layer above the last linear one of the first `count`: there rows hand over to columns on the way back.
+    Index above_last_linear(Index count) const;
+
     // f = φᴸ(x) for plain row-major x and f; any number of rows.
     void predict(Index rows, const T* x, T* f) const;
 
@@ -241,6 +250,8 @@ class Network {
     class Scratch;
     void predict_blocks(const Activations<T>& a, Index first, Index end, const T* x, T* f) const;
     void copy_weights(const Layer<T>& layer) const;
+    Index saved_by(Index layer) const;
+    void backward_op(Index layer, MatrixView<T> dy, MatrixView<T> dx, MatrixView<T> saved) const;
     Index next_external(Index layer) const;
 };
 

@@ -126,14 +126,22 @@ double Step<T>::sweep(const Dataset<T>& data, const std::int64_t* order, Index r
     const Index depth = net_->depth();
     const double multiplies = net_->multiplies_per_row() * static_cast<double>(rows);
     if (!net_->has_external() && !loss_.external) {
+        // Threads meet after each of the first `by_columns` layers; where there are none, rows go all the way at once.
+        const Index by_columns = clip_example_norm_ == 0 ? net_->column_layers(rows, 2 * multiplies) : 0;
+        const Index handover = by_columns > 0 ? net_->above_last_linear(by_columns) : 0;
+        if (by_columns > 0) {
+            over_rows(rows, 2 * multiplies, [&](Index begin, Index end) { gather(data, order, begin, end); });
+            net_->forward_columns(activations_, by_columns, rows, 2 * multiplies, backward);
+        }
         over_rows(rows, 2 * multiplies, [&](Index begin, Index end) {
-            gather(data, order, begin, end);
-            net_->forward(activations_, 0, depth, begin, end, noise, backward);
+            if (by_columns == 0) gather(data, order, begin, end);
+            net_->forward(activations_, by_columns, depth, begin, end, noise, backward);
             run_loss(begin, end);
             if (!backward) return;
-            net_->backward(activations_, depth, net_->first_cotangent(), begin, end, noise);
+            net_->backward(activations_, depth, std::max(handover, net_->first_cotangent()), begin, end, noise);
             if (clip_example_norm_ != 0) clip_examples(begin, end);
         });
+        if (by_columns > 0 && backward) net_->backward_columns(activations_, handover, rows, 2 * multiplies);
         return total_loss();
     }
     over_rows(rows, multiplies, [&](Index begin, Index end) { gather(data, order, begin, end); });
