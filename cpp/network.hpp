@@ -217,19 +217,15 @@ class Network {
     void forward_layer(Index layer, MatrixView<T> x, MatrixView<T> y, Pair* pairs) const;
     // dphi(to) to dphi(from), same rows.
     void backward(const Activations<T>& a, Index to, Index from, Index begin, Index end, const Noise& noise) const;
+    // An op's vjp on matrices of the caller's; `saved` are rows and columns of φ with the number saved_by(layer).
+    void backward_op(Index layer, MatrixView<T> dy, MatrixView<T> dx, MatrixView<T> saved) const;
+    Index saved_by(Index layer) const;
     void append_ones(const Activations<T>& a, Index layer, Index begin, Index end) const;
 
     // The same for the first `rows` rows of a whole batch, on several threads, with external layers between. `gradient` is
     // laid out like theta and receives the external layers' parts.
     void forward_all(const Activations<T>& a, Index rows, const Noise& noise, bool training) const;
     void backward_all(const Activations<T>& a, Index rows, const Noise& noise, T* gradient) const;
-
-    // The same for layers that threads share by columns: see column_layers. `multiplies` are those of all layers.
-    Index column_layers(Index rows, double multiplies) const;
-    void forward_columns(const Activations<T>& a, Index to, Index rows, double multiplies, bool training) const;
-    void backward_columns(const Activations<T>& a, Index to, Index rows, double multiplies) const;
-    // The lowest layer above the last linear one of the first `count`: there rows hand over to columns on the way back.
-    Index above_last_linear(Index count) const;
 
     // f = φᴸ(x) for plain row-major x and f; any number of rows.
     void predict(Index rows, const T* x, T* f) const;
@@ -250,8 +246,6 @@ class Network {
     class Scratch;
     void predict_blocks(const Activations<T>& a, Index first, Index end, const T* x, T* f) const;
     void copy_weights(const Layer<T>& layer) const;
-    Index saved_by(Index layer) const;
-    void backward_op(Index layer, MatrixView<T> dy, MatrixView<T> dx, MatrixView<T> saved) const;
     Index next_external(Index layer) const;
 };
 

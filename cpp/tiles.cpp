@@ -3,6 +3,8 @@
 
 #include <type_traits>
 
+#include "columns.hpp"
+
 namespace chainrule {
 namespace {
 
@@ -44,12 +46,12 @@ Tiles<T>::Tiles(const Network<T>& net, Index rows)
     }
 }
 
-// Does phase 1 share the layer by columns, given a suitable number of threads (Network::column_layers)? Then everybody's
-// columns follow each other here, in a run of the layer's own: who reads a weight there updates it here.
+// Does phase 1 share the layer by columns, given a suitable number of threads (columns.hpp)? Then everybody's columns follow
+// each other here, in a run of the layer's own: who reads a weight there updates it here.
 template <class T>
 bool Tiles<T>::by_columns(Index l) const {
     const Layer<T>& layer = net_->layers()[static_cast<std::size_t>(l)];
-    return layer.kind == Kind<T>::linear && capacity_ <= 2 * kBlockRows && layer.outputs % (2 * kPanel<T>) == 0;
+    return layer.kind == Kind<T>::linear && capacity_ <= Columns<T>::kMostRows && layer.outputs % (2 * kPanel<T>) == 0;
 }
 
 template <class T>
