@@ -35,11 +35,17 @@ void copy_column(const Layer<T>& layer, const T* master, Index column, T* to) {
 template <class T>
 Direction<T>::Direction(const Network<T>& net) : net_(net) {
     Index total = 0;
-    for (const Layer<T>& layer : net.layers()) {
+    for (Index l = 0; l < net.depth(); ++l) {
+        const Layer<T>& layer = net.layers()[static_cast<std::size_t>(l)];
         places_.push_back(total);
-        if (layer.kind == LayerKind<T>::linear) total += layer.outputs * round_up(layer.inputs, kLine<T>);
+        if (passed(l)) total += layer.outputs * round_up(layer.inputs, kLine<T>);
     }
     places_.push_back(total);
+}
+
+template <class T>
+bool Direction<T>::passed(Index l) const {
+    return l >= net_.first_cotangent() && net_.layers()[static_cast<std::size_t>(l)].kind == LayerKind<T>::linear;
 }
 
 template <class T>
@@ -61,7 +67,7 @@ void Direction<T>::set(const Parameter& parameter, const T* from) {
     prepare();
     net_.pack(parameter, from, theta_.data());
     const Layer<T>& layer = net_.layers()[static_cast<std::size_t>(parameter.layer)];
-    if (layer.kind == LayerKind<T>::linear && parameter.shape.size() == 2)
+    if (passed(parameter.layer) && parameter.shape.size() == 2)
         to_panels(layer.outputs, layer.inputs, from,
                   backward_.data() + places_[static_cast<std::size_t>(parameter.layer)]);
 }

@@ -15,7 +15,8 @@
 
 namespace chainrule {
 
-// A direction Ẇ in the space of parameters, in both layouts that products with W want.
+// A direction Ẇ in the space of parameters, in both layouts that products with W want; `backward` only for layers that
+// a cotangent passes on its way to the parameters: the first ones' is never read, and there often are most of the weights.
 template <class T>
 class Direction {
    public:
@@ -28,6 +29,7 @@ class Direction {
 
    private:
     void prepare();
+    bool passed(Index layer) const;
     const Network<T>& net_;
     std::vector<Index> places_;  // of the layers in backward_, and its size
     Array<T> theta_, backward_;
