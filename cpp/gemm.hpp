@@ -235,17 +235,19 @@ void transpose(Index rows, Index cols, const T* a, Index a_stride, T* b, Index b
             for (Index k = j; k < cols; ++k) b[k * b_stride + i] = a[i * a_stride + k];
     };
     Index i = 0;
-    for (; i + W <= rows; i += W) {
+    for (Index end; i + W <= rows; i = end) {  // whole lines of B one after the other, where there are so many rows
+        end = i + kLine<T> <= rows ? i + kLine<T> : i + W;
         Index j = 0;
-        for (; j + W <= cols; j += W) {
-            Vec<T> square[W];
+        for (; j + W <= cols; j += W)
+            for (Index k = i; k < end; k += W) {
+                Vec<T> square[W];
 #pragma GCC unroll 16
-            for (int r = 0; r < W; ++r) square[r] = load(a + (i + r) * a_stride + j);
-            transpose_square<T>(square);
+                for (int r = 0; r < W; ++r) square[r] = load(a + (k + r) * a_stride + j);
+                transpose_square<T>(square);
 #pragma GCC unroll 16
-            for (int r = 0; r < W; ++r) store(b + (j + r) * b_stride + i, square[r]);
-        }
-        by_element(i, i + W, j);
+                for (int r = 0; r < W; ++r) store(b + (j + r) * b_stride + k, square[r]);
+            }
+        by_element(i, end, j);
     }
     by_element(i, rows, 0);
 }
