@@ -213,14 +213,15 @@ void multiply_narrow(Index rows, Index cols, Index depth, Operand<T> a, const T*
     }
 }
 
-// C (rows x cols, not padded) = aᵀ b for single rows: the gradient of one example's weights, with the bits that a sum of
-// one term has, the sign of zero included.
+// C (rows x cols, not padded) = aᵀ b for single rows, or that added to it: the gradient of one example's weights, with the
+// bits that a sum of one term has, the sign of zero included.
 template <class T>
-void outer(Index rows, Index cols, const T* a, const T* b, T* c) {
+void outer(Index rows, Index cols, const T* a, const T* b, T* c, bool add) {
     for (Index i = 0; i < rows; ++i, c += cols) {
         Index j = 0;
-        for (; j + kWidth<T> <= cols; j += kWidth<T>) store(c + j, (Vec<T>{} + a[i]) * load(b + j) + Vec<T>{});
-        for (; j < cols; ++j) c[j] = a[i] * b[j] + T{0};
+        for (; j + kWidth<T> <= cols; j += kWidth<T>)
+            store(c + j, (Vec<T>{} + a[i]) * load(b + j) + (add ? load(c + j) : Vec<T>{}));
+        for (; j < cols; ++j) c[j] = a[i] * b[j] + (add ? c[j] : T{0});
     }
 }
 

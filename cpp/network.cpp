@@ -148,14 +148,14 @@ void Network<T>::read(const Parameter& parameter, const T* flat, T* to) const {
     } else if (layer.narrow()) {
         bias ? void(std::copy_n(flat + layer.bias_offset(), outputs, to)) : from_panels(outputs, inputs, from, to);
     } else {
-        for (Index start = 0; start < outputs; start += kPanel<T>) {
-            const Index width = panel_width<T>(outputs, start), columns = std::min(outputs - start, width);
+        over_panels<T>(outputs, worth_sharing(parameter.size), [&](Index start, Index columns) {
+            const Index width = panel_width<T>(outputs, start);
             const T* panel = from + start * layer.weight_rows();
             if (bias)
                 std::copy_n(panel + inputs * width, columns, to + start);
             else
                 second_kernels<T>().transpose(inputs, columns, panel, width, to + start * inputs, inputs);
-        }
+        });
     }
 }
 
@@ -170,14 +170,14 @@ void Network<T>::pack(const Parameter& parameter, const T* from, T* flat) const 
     } else if (layer.narrow()) {
         bias ? void(std::copy_n(from, outputs, flat + layer.bias_offset())) : to_panels(outputs, inputs, from, to);
     } else {
-        for (Index start = 0; start < outputs; start += kPanel<T>) {
-            const Index width = panel_width<T>(outputs, start), columns = std::min(outputs - start, width);
+        over_panels<T>(outputs, worth_sharing(parameter.size), [&](Index start, Index columns) {
+            const Index width = panel_width<T>(outputs, start);
             T* panel = to + start * layer.weight_rows();
             if (bias)
                 std::copy_n(from + start, columns, panel + inputs * width);
             else
                 second_kernels<T>().transpose(columns, inputs, from + start * inputs, inputs, panel, width);
-        }
+        });
     }
 }
 

@@ -156,18 +156,33 @@ void copy_rows(Index rows, Index cols, const T* from, Index from_stride, T* to, 
     for (Index i = 0; i < rows; ++i) std::copy_n(from + i * from_stride, cols, to + i * to_stride);
 }
 
+// Whether threads that are awake should share so many numbers, each of which is read or written once: copied, or weights of a
+// product with a single row. 32768 take one of them a microsecond.
+constexpr Index kLeastShared = 1 << 15;
+inline bool worth_sharing(Index numbers) { return numbers >= kLeastShared && workers_awake(); }
+
+// f(first, count) for each panel of so many columns, by several threads where `shared`.
+template <class T, class F>
+void over_panels(Index columns, bool shared, F f) {
+    const Index panels = (columns + kPanel<T> - 1) / kPanel<T>;
+    parallel(shared ? static_cast<int>(std::min<Index>(thread_count(), panels)) : 1, [&](int part, int parts) {
+        for (Index panel = panels * part / parts; panel < panels * (part + 1) / parts; ++panel)
+            f(panel * kPanel<T>, std::min(kPanel<T>, columns - panel * kPanel<T>));
+    });
+}
+
 // Row-major (rows x cols) from or into panels of kPanel columns; see multiply_panels.
 template <class T>
 void to_panels(Index rows, Index cols, const T* from, T* panels) {
-    for (Index start = 0; start < cols; start += kPanel<T>)
-        copy_rows(rows, std::min(cols - start, kPanel<T>), from + start, cols, panels + start * rows,
-                  panel_width<T>(cols, start));
+    over_panels<T>(cols, worth_sharing(rows * cols), [&](Index at, Index count) {
+        copy_rows(rows, count, from + at, cols, panels + at * rows, panel_width<T>(cols, at));
+    });
 }
 template <class T>
 void from_panels(Index rows, Index cols, const T* panels, T* to) {
-    for (Index start = 0; start < cols; start += kPanel<T>)
-        copy_rows(rows, std::min(cols - start, kPanel<T>), panels + start * rows, panel_width<T>(cols, start),
-                  to + start, cols);
+    over_panels<T>(cols, worth_sharing(rows * cols), [&](Index at, Index count) {
+        copy_rows(rows, count, panels + at * rows, panel_width<T>(cols, at), to + at, cols);
+    });
 }
 
 template <class T>

@@ -18,7 +18,6 @@ import numpy as np
 # "mnist".
 ROUNDING = (1e-4, 2e-3)
 PREDICTION_ROUNDING = (1e-5,)  # the same for outputs
-DERIVATIVE_ROUNDING = (1e-5,)  # and for derivatives
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 
 
