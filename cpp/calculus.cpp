@@ -405,7 +405,7 @@ void Derivatives<T>::outer_products(Kind cotangents, Kind inputs, Index lowest, 
         const Index cols = bias ? 1 : x.cols;
         for (Index r = begin; r < end; ++r) {
             const T* xr = x.data + (tangents ? r : tape_.example(r)) * x.stride + (bias ? x.cols : 0);
-            over_panels<T>(c.cols, worth_sharing(parameter.size), [&](Index first, Index count) {
+            over_panels(c.cols, kPanel<T>, worth_sharing(parameter.size), [&](Index first, Index count) {
                 second_kernels<T>().outer(count, cols, c.data + r * c.stride + first, xr,
                                           to[k] + r * parameter.size + first * cols, tangents);
             });

@@ -13,22 +13,6 @@
 
 namespace chainrule {
 
-// A reference to a callable, which outlives it. What takes one is compiled once, not for each callable.
-template <class... Arguments>
-class Call {
-   public:
-    template <class F>
-    Call(const F& f)
-        : context_(&f),
-          call_([](const void* context, Arguments... arguments) { (*static_cast<const F*>(context))(arguments...); }) {}
-    void operator()(Arguments... arguments) const { call_(context_, arguments...); }
-
-   private:
-    const void* context_;
-    void (*call_)(const void*, Arguments...);
-};
-using Ranges = Call<Index, Index>;  // (begin, end) of rows
-
 // What is asked of a network, with all memory it takes; one caller at a time. Arrays are the caller's, plain and row-major.
 template <class T>
 class Derivatives {

@@ -148,7 +148,7 @@ void Network<T>::read(const Parameter& parameter, const T* flat, T* to) const {
     } else if (layer.narrow()) {
         bias ? void(std::copy_n(flat + layer.bias_offset(), outputs, to)) : from_panels(outputs, inputs, from, to);
     } else {
-        over_panels<T>(outputs, worth_sharing(parameter.size), [&](Index start, Index columns) {
+        over_panels(outputs, kPanel<T>, worth_sharing(parameter.size), [&](Index start, Index columns) {
             const Index width = panel_width<T>(outputs, start);
             const T* panel = from + start * layer.weight_rows();
             if (bias)
@@ -170,7 +170,7 @@ void Network<T>::pack(const Parameter& parameter, const T* from, T* flat) const 
     } else if (layer.narrow()) {
         bias ? void(std::copy_n(from, outputs, flat + layer.bias_offset())) : to_panels(outputs, inputs, from, to);
     } else {
-        over_panels<T>(outputs, worth_sharing(parameter.size), [&](Index start, Index columns) {
+        over_panels(outputs, kPanel<T>, worth_sharing(parameter.size), [&](Index start, Index columns) {
             const Index width = panel_width<T>(outputs, start);
             T* panel = to + start * layer.weight_rows();
             if (bias)
@@ -293,6 +293,19 @@ void Network<T>::forward(const Activations<T>& a, Index from, Index to, Index be
     }
 }
 
+// The number of the activation from which an op's derivative is read.
+template <class T>
+Index Network<T>::saved_by(Index l) const {
+    return saves_of(layers_[static_cast<std::size_t>(l)]) == Saves::input ? l : l + 1;
+}
+
+template <class T>
+void Network<T>::backward_op(Index l, MatrixView<T> dy, MatrixView<T> dx, MatrixView<T> saved) const {
+    const Layer<T>& layer = layers_[static_cast<std::size_t>(l)];
+    kernels<T>().vjp[static_cast<int>(layer.op)](dx.rows, dx.cols, dy.data, dy.stride, saved.data, saved.stride,
+                                                 dx.data, dx.stride, static_cast<T>(layer.param));
+}
+
 template <class T>
 void Network<T>::backward(const Activations<T>& a, Index to, Index from, Index begin, Index end,
                           const Noise& noise) const {
@@ -309,9 +322,7 @@ void Network<T>::backward(const Activations<T>& a, Index to, Index from, Index b
             k.linear_vjp_input(dx.rows, layer.inputs, layer.outputs, dy.data, dy.stride, backward_weights(layer),
                                dx.data, dx.stride, false);
         } else if (layer.kind == Kind<T>::op) {
-            const MatrixView<T> saved = rows_of(a.phi(saves_of(layer.op) == Saves::input ? l : l + 1), begin, end);
-            k.vjp[static_cast<int>(layer.op)](dx.rows, dx.cols, dy.data, dy.stride, saved.data, saved.stride, dx.data,
-                                              dx.stride, static_cast<T>(layer.param));
+            backward_op(l, dy, dx, rows_of(a.phi(saved_by(l)), begin, end));
         } else if (noise.active) {
             k.dropout(dx.rows, dx.cols, dy.data, dy.stride, dx.data, dx.stride, layer.param, dropout_key(noise.seed, l),
                       noise.step, begin);
@@ -328,6 +339,14 @@ int parts_for(double multiplies) {
     constexpr double least_part = 2e5, least_to_wake_for = 1e6;
     if (multiplies < 2 * least_part || (multiplies < least_to_wake_for && !workers_awake())) return 1;
     return static_cast<int>(std::min<double>(thread_count(), multiplies / least_part));
+}
+
+void over_panels(Index columns, Index panel, bool shared, const Ranges& f) {
+    const Index panels = (columns + panel - 1) / panel;
+    parallel(shared ? static_cast<int>(std::min<Index>(thread_count(), panels)) : 1, [&](int part, int parts) {
+        for (Index p = panels * part / parts; p < panels * (part + 1) / parts; ++p)
+            f(p * panel, std::min(panel, columns - p * panel));
+    });
 }
 
 template <class T>

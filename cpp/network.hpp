@@ -136,14 +136,16 @@ class Activations {
 // 2048-2048-2048-2048 at batch 2048 on two cores: 829 ms with 96, 725 ms with 192, 776 ms with 384.
 constexpr Index kBlockRows = 192;
 
-// How many threads so many multiplications are worth.
+// How many threads so many multiplications are worth; and of so many rows, which they share.
 int parts_for(double multiplies);
+inline int parts_for(double multiplies, Index rows) {
+    return std::min(parts_for(multiplies), static_cast<int>(std::clamp<Index>(rows / 4, 1, 1 << 20)));
+}
 
 // f(begin, end) over blocks of rows, on several threads where it pays.
 template <class F>
 void over_rows(Index rows, double multiplies, F f) {
-    const int most = static_cast<int>(std::clamp<Index>(rows / 4, 1, 1 << 20));
-    parallel(std::min(parts_for(multiplies), most), [&](int part, int parts) {
+    parallel(parts_for(multiplies, rows), [&](int part, int parts) {
         const Index begin = rows * part / parts, count = rows * (part + 1) / parts - begin;
         const Index blocks = (count + kBlockRows - 1) / kBlockRows;  // of even height
         for (Index block = 0; block < blocks; ++block)
@@ -156,31 +158,40 @@ void copy_rows(Index rows, Index cols, const T* from, Index from_stride, T* to, 
     for (Index i = 0; i < rows; ++i) std::copy_n(from + i * from_stride, cols, to + i * to_stride);
 }
 
+// A reference to a callable, which outlives it. What takes one is compiled once, not for each callable.
+template <class... Arguments>
+class Call {
+   public:
+    template <class F>
+    Call(const F& f)
+        : context_(&f),
+          call_([](const void* context, Arguments... arguments) { (*static_cast<const F*>(context))(arguments...); }) {}
+    void operator()(Arguments... arguments) const { call_(context_, arguments...); }
+
+   private:
+    const void* context_;
+    void (*call_)(const void*, Arguments...);
+};
+using Ranges = Call<Index, Index>;  // (begin, end)
+
 // Whether threads that are awake should share so many numbers, each of which is read or written once: copied, or weights of a
 // product with a single row. 32768 take one of them a microsecond.
 constexpr Index kLeastShared = 1 << 15;
 inline bool worth_sharing(Index numbers) { return numbers >= kLeastShared && workers_awake(); }
 
 // f(first, count) for each panel of so many columns, by several threads where `shared`.
-template <class T, class F>
-void over_panels(Index columns, bool shared, F f) {
-    const Index panels = (columns + kPanel<T> - 1) / kPanel<T>;
-    parallel(shared ? static_cast<int>(std::min<Index>(thread_count(), panels)) : 1, [&](int part, int parts) {
-        for (Index panel = panels * part / parts; panel < panels * (part + 1) / parts; ++panel)
-            f(panel * kPanel<T>, std::min(kPanel<T>, columns - panel * kPanel<T>));
-    });
-}
+void over_panels(Index columns, Index panel, bool shared, const Ranges& f);
 
 // Row-major (rows x cols) from or into panels of kPanel columns; see multiply_panels.
 template <class T>
 void to_panels(Index rows, Index cols, const T* from, T* panels) {
-    over_panels<T>(cols, worth_sharing(rows * cols), [&](Index at, Index count) {
+    over_panels(cols, kPanel<T>, worth_sharing(rows * cols), [&](Index at, Index count) {
         copy_rows(rows, count, from + at, cols, panels + at * rows, panel_width<T>(cols, at));
     });
 }
 template <class T>
 void from_panels(Index rows, Index cols, const T* panels, T* to) {
-    over_panels<T>(cols, worth_sharing(rows * cols), [&](Index at, Index count) {
+    over_panels(cols, kPanel<T>, worth_sharing(rows * cols), [&](Index at, Index count) {
         copy_rows(rows, count, panels + at * rows, panel_width<T>(cols, at), to + at, cols);
     });
 }
@@ -230,6 +241,9 @@ class Network {
     void forward_layer(Index layer, MatrixView<T> x, MatrixView<T> y, Pair* pairs) const;
     // dphi(to) to dphi(from), same rows.
     void backward(const Activations<T>& a, Index to, Index from, Index begin, Index end, const Noise& noise) const;
+    // An op's vjp on matrices of the caller's; `saved` are rows and columns of φ with the number saved_by(layer).
+    void backward_op(Index layer, MatrixView<T> dy, MatrixView<T> dx, MatrixView<T> saved) const;
+    Index saved_by(Index layer) const;
     void append_ones(const Activations<T>& a, Index layer, Index begin, Index end) const;
 
     // The same for the first `rows` rows of a whole batch, on several threads, with external layers between. `gradient` is

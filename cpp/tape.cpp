@@ -179,11 +179,10 @@ void Tape<T>::by_example(Index begin, Index end, F f) const {
 }
 
 template <class T>
-template <class F>
-void Tape<T>::by_panels(const Layer<T>& layer, Index rows, Index columns, F f) const {
+void Tape<T>::by_panels(const Layer<T>& layer, Index rows, Index columns, const Ranges& f) const {
     const Index multiplies = rows * layer.inputs * layer.outputs;
-    const bool shared = worth_sharing(multiplies) || parts_for(static_cast<double>(multiplies)) > 1;
-    over_panels<T>(columns, sharing_ && shared, f);
+    const bool worth = worth_sharing(multiplies) || parts_for(static_cast<double>(multiplies)) > 1;
+    over_panels(columns, kPanel<T>, sharing_ && worth, f);
 }
 
 template <class T>

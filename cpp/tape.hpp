@@ -91,8 +91,7 @@ class Tape {
     void append(Kind kind, Index l, Index begin, Index end, T value) const;
     template <class F>
     void by_example(Index begin, Index end, F f) const;
-    template <class F>
-    void by_panels(const Layer<T>& layer, Index rows, Index columns, F f) const;
+    void by_panels(const Layer<T>& layer, Index rows, Index columns, const Ranges& f) const;
     void lift(Index l, Index begin, Index end) const;
     void push(Index l, Index begin, Index end, bool moves, const Direction<T>* direction, bool primals = false) const;
     void push_linear(Index l, Index begin, Index end, bool primals, bool moves, const Direction<T>* direction) const;
