@@ -63,7 +63,7 @@ class Contestant:
         if not all(value <= most for _, value, most in checks):  # NaN is out too
             with contextlib.suppress(PeerError):
                 self.process.ask("drop", variant=self.variant)
-            texts = [f"{name} by {value:.1e} (allowed {most:.0e})" for name, value, most in checks]
+            texts = [f"{name} by {value:.1e} (allowed {most:.1e})" for name, value, most in checks]
             raise PeerError(f"computes something else, off in {', '.join(texts)}")
 
     def calibrate(self, seconds: float) -> None:

@@ -158,13 +158,13 @@ py::object vjp(PyNetwork<T>& self, const py::object& X, const py::object& c, boo
     std::vector<T*> dphi(static_cast<std::size_t>(net.depth() + 1));
     dphi[0] = const_cast<T*>(dx.data());
     T* f_data = const_cast<T*>(f.data());
-    const T* flat;
+    std::vector<T*> gradient;
+    const py::object arrays = parameters ? py::object(parameter_arrays<T>(self, {}, gradient)) : py::none();
     {
         const Unlocked unlocked(2 * net.multiplies_per_row() * static_cast<double>(rows));
-        flat = lease->vjp(rows, x, cotangent, f_data, dphi.data(), parameters);
+        lease->vjp(rows, x, cotangent, f_data, dphi.data(), parameters ? gradient.data() : nullptr);
     }
-    if (!parameters) return tuple_of({f, dx});
-    return tuple_of({f, dx, named_gradient(self, flat)});
+    return parameters ? tuple_of({f, dx, arrays}) : tuple_of({f, dx});
 }
 
 // For a trace: the cotangents of all φ, and the gradient by name.
@@ -183,12 +183,13 @@ py::object backward(PyNetwork<T>& self, const py::object& X, const py::object& c
         dphi.push_back(const_cast<T*>(array.data()));
         arrays.append(array);
     }
-    const T* flat;
+    std::vector<T*> gradient;
+    const py::dict named = parameter_arrays<T>(self, {}, gradient);
     {
         const Unlocked unlocked(3 * net.multiplies_per_row() * static_cast<double>(rows));
-        flat = lease->vjp(rows, x, cotangent, nullptr, dphi.data(), true);
+        lease->vjp(rows, x, cotangent, nullptr, dphi.data(), gradient.data());
     }
-    return tuple_of({arrays, named_gradient(self, flat)});
+    return tuple_of({arrays, named});
 }
 
 template <class T>
@@ -285,13 +286,12 @@ py::object hvp(PyNetwork<T>& self, const py::object& X, const py::object& y, con
                       [&](auto& lease, const auto& examples, double work) -> py::object {
                           if (!take_direction(self, v, lease->direction())) return py::none();
                           if (self.names.empty()) return py::dict();
-                          const T* flat;
-                          {
-                              const Unlocked unlocked(6 * work);
-                              flat = gauss_newton ? lease->gauss_newton(examples.data, examples.loss)
-                                                  : lease->hvp(examples.data, examples.loss);
-                          }
-                          return named_gradient(self, flat);
+                          std::vector<T*> data;
+                          const py::dict arrays = parameter_arrays<T>(self, {}, data);
+                          const Unlocked unlocked(6 * work);
+                          gauss_newton ? lease->gauss_newton(examples.data, examples.loss, data.data())
+                                       : lease->hvp(examples.data, examples.loss, data.data());
+                          return arrays;
                       });
 }
 

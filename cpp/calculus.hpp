@@ -13,22 +13,6 @@
 
 namespace chainrule {
 
-// A reference to a callable, which outlives it. What takes one is compiled once, not for each callable.
-template <class... Arguments>
-class Call {
-   public:
-    template <class F>
-    Call(const F& f)
-        : context_(&f),
-          call_([](const void* context, Arguments... arguments) { (*static_cast<const F*>(context))(arguments...); }) {}
-    void operator()(Arguments... arguments) const { call_(context_, arguments...); }
-
-   private:
-    const void* context_;
-    void (*call_)(const void*, Arguments...);
-};
-using Ranges = Call<Index, Index>;  // (begin, end) of rows
-
 // What is asked of a network, with all memory it takes; one caller at a time. Arrays are the caller's, plain and row-major.
 template <class T>
 class Derivatives {
@@ -41,8 +25,9 @@ class Derivatives {
     void jvp(Index rows, const T* x, const T* dx, bool along_parameters, T* f, T* df);
     // f and its tangent along one input, which moves by 1.
     void sensitivity(Index rows, const T* x, Index input, T* f, T* df);
-    // f and the cotangents of all φˡ below c, each null where nobody wants it; the gradient, laid out like theta, if wanted.
-    const T* vjp(Index rows, const T* x, const T* c, T* f, T* const* dphi, bool parameters);
+    // f and the cotangents of all φˡ below c, each null where nobody wants it; the gradient, if not null: to[k] is parameter k's,
+    // plain, here and everywhere.
+    void vjp(Index rows, const T* x, const T* c, T* f, T* const* dphi, T* const* to);
     // J (rows, O, I), its rows by reverse or its columns by forward mode.
     void jacobian(Index rows, const T* x, bool reverse, T* j);
     // For each parameter: its Jacobian (rows, O, shape).
@@ -50,10 +35,10 @@ class Derivatives {
     // ∂²f_o/∂x_i² (rows, O, I), or its sum over i (rows, O).
     void second(Index rows, const T* x, bool sum, T* to);
 
-    // Of the loss over all examples: its gradient in X; H v and Jᵀ H_L J v for v = `direction()`, laid out like theta.
+    // Of the loss over all examples: its gradient in X; H v and Jᵀ H_L J v for v = `direction()`.
     void input_gradient(const Dataset<T>& data, const Loss<T>& loss, T* dx);
-    const T* hvp(const Dataset<T>& data, const Loss<T>& loss);
-    const T* gauss_newton(const Dataset<T>& data, const Loss<T>& loss);
+    void hvp(const Dataset<T>& data, const Loss<T>& loss, T* const* to);
+    void gauss_newton(const Dataset<T>& data, const Loss<T>& loss, T* const* to);
     // Of each example's own loss: its gradient, for each parameter (rows, shape), and that gradient's norm.
     void example_gradients(const Dataset<T>& data, const Loss<T>& loss, T* const* to);
     void example_norms(const Dataset<T>& data, const Loss<T>& loss, T* norms);
@@ -66,7 +51,7 @@ class Derivatives {
         T scale;
         Index first, rows;
     };
-    void over(Index rows, double products, const Ranges& f) const;
+    void over(Index rows, double products, const Ranges& f);
     void by_batches(const Dataset<T>& data, const Loss<T>& loss, const Call<const Batch&>& f);
     void load_targets(const Batch& batch, Index begin, Index end);
     Targets<T> targets(const Batch& batch, Index begin) const;
@@ -76,10 +61,12 @@ class Derivatives {
     void difference_of_gradients(const Batch& batch, MatrixView<T> out);
     void up_and_down(const Batch& batch, double products, const Ranges& up, const Ranges& top, const Ranges& down);
     void down_to_parameters(const Batch& batch);
-    void outer_products(Index begin, Index end, T* const* to) const;
+    void outer_products(Kind cotangents, Kind inputs, Index lowest, Index begin, Index end, T* const* to) const;
+    void example_gradients(Index begin, Index end, T* const* to) const;
     void own_gradients(Index begin, Index end, T* const* to) const;
     double square_of_gradient(Index layer, Index row) const;
     T* gradient();
+    void leave_gradient(Kind cotangents, Index moving, Index first, Index all, T* const* to);
     void add_gradient(Kind cotangents, Index moving, bool add);
 
     const Network<T>& net_;
@@ -109,6 +96,7 @@ class DerivativesOf {
         DerivativesOf& owner_;
         const bool borrowed_;
         std::unique_ptr<Derivatives<T>> held_;
+        std::optional<Burst> burst_;
     };
 
    private:

@@ -213,14 +213,15 @@ void multiply_narrow(Index rows, Index cols, Index depth, Operand<T> a, const T*
     }
 }
 
-// C (rows x cols, not padded) = aᵀ b for single rows: the gradient of one example's weights, with the bits that a sum of
-// one term has, the sign of zero included.
+// C (rows x cols, not padded) = aᵀ b for single rows, or that added to it: the gradient of one example's weights, with the
+// bits that a sum of one term has, the sign of zero included.
 template <class T>
-void outer(Index rows, Index cols, const T* a, const T* b, T* c) {
+void outer(Index rows, Index cols, const T* a, const T* b, T* c, bool add) {
     for (Index i = 0; i < rows; ++i, c += cols) {
         Index j = 0;
-        for (; j + kWidth<T> <= cols; j += kWidth<T>) store(c + j, (Vec<T>{} + a[i]) * load(b + j) + Vec<T>{});
-        for (; j < cols; ++j) c[j] = a[i] * b[j] + T{0};
+        for (; j + kWidth<T> <= cols; j += kWidth<T>)
+            store(c + j, (Vec<T>{} + a[i]) * load(b + j) + (add ? load(c + j) : Vec<T>{}));
+        for (; j < cols; ++j) c[j] = a[i] * b[j] + (add ? c[j] : T{0});
     }
 }
 
@@ -235,17 +236,19 @@ void transpose(Index rows, Index cols, const T* a, Index a_stride, T* b, Index b
             for (Index k = j; k < cols; ++k) b[k * b_stride + i] = a[i * a_stride + k];
     };
     Index i = 0;
-    for (; i + W <= rows; i += W) {
+    for (Index end; i + W <= rows; i = end) {  // whole lines of B one after the other, where there are so many rows
+        end = i + kLine<T> <= rows ? i + kLine<T> : i + W;
         Index j = 0;
-        for (; j + W <= cols; j += W) {
-            Vec<T> square[W];
+        for (; j + W <= cols; j += W)
+            for (Index k = i; k < end; k += W) {
+                Vec<T> square[W];
 #pragma GCC unroll 16
-            for (int r = 0; r < W; ++r) square[r] = load(a + (i + r) * a_stride + j);
-            transpose_square<T>(square);
+                for (int r = 0; r < W; ++r) square[r] = load(a + (k + r) * a_stride + j);
+                transpose_square<T>(square);
 #pragma GCC unroll 16
-            for (int r = 0; r < W; ++r) store(b + (j + r) * b_stride + i, square[r]);
-        }
-        by_element(i, i + W, j);
+                for (int r = 0; r < W; ++r) store(b + (j + r) * b_stride + k, square[r]);
+            }
+        by_element(i, end, j);
     }
     by_element(i, rows, 0);
 }

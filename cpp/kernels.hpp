@@ -97,7 +97,7 @@ struct SecondKernels {
     Second vjp_jvp[static_cast<int>(Op::count)];  // v = c, dv = dc
     Second jvp_jvp[static_cast<int>(Op::count)];  // v = dx, dv = ddx
     LossHvp loss_hvp[static_cast<int>(LossOp::count)];
-    void (*outer)(Index rows, Index cols, const T* a, const T* b, T* c);
+    void (*outer)(Index rows, Index cols, const T* a, const T* b, T* c, bool add);
     void (*transpose)(Index rows, Index cols, const T* a, Index a_stride, T* b, Index b_stride);
 };
 template <class T>

@@ -148,14 +148,14 @@ void Network<T>::read(const Parameter& parameter, const T* flat, T* to) const {
     } else if (layer.narrow()) {
         bias ? void(std::copy_n(flat + layer.bias_offset(), outputs, to)) : from_panels(outputs, inputs, from, to);
     } else {
-        for (Index start = 0; start < outputs; start += kPanel<T>) {
-            const Index width = panel_width<T>(outputs, start), columns = std::min(outputs - start, width);
+        over_panels(outputs, kPanel<T>, worth_sharing(parameter.size), [&](Index start, Index columns) {
+            const Index width = panel_width<T>(outputs, start);
             const T* panel = from + start * layer.weight_rows();
             if (bias)
                 std::copy_n(panel + inputs * width, columns, to + start);
             else
                 second_kernels<T>().transpose(inputs, columns, panel, width, to + start * inputs, inputs);
-        }
+        });
     }
 }
 
@@ -170,14 +170,14 @@ void Network<T>::pack(const Parameter& parameter, const T* from, T* flat) const 
     } else if (layer.narrow()) {
         bias ? void(std::copy_n(from, outputs, flat + layer.bias_offset())) : to_panels(outputs, inputs, from, to);
     } else {
-        for (Index start = 0; start < outputs; start += kPanel<T>) {
-            const Index width = panel_width<T>(outputs, start), columns = std::min(outputs - start, width);
+        over_panels(outputs, kPanel<T>, worth_sharing(parameter.size), [&](Index start, Index columns) {
+            const Index width = panel_width<T>(outputs, start);
             T* panel = to + start * layer.weight_rows();
             if (bias)
                 std::copy_n(from + start, columns, panel + inputs * width);
             else
                 second_kernels<T>().transpose(columns, inputs, from + start * inputs, inputs, panel, width);
-        }
+        });
     }
 }
 
@@ -339,6 +339,14 @@ int parts_for(double multiplies) {
     constexpr double least_to_wake_for = 1e6;
     if (!enough_for_two(multiplies) || (multiplies < least_to_wake_for && !workers_awake())) return 1;
     return static_cast<int>(std::min<double>(thread_count(), multiplies / kLeastPart));
+}
+
+void over_panels(Index columns, Index panel, bool shared, const Ranges& f) {
+    const Index panels = (columns + panel - 1) / panel;
+    parallel(shared ? static_cast<int>(std::min<Index>(thread_count(), panels)) : 1, [&](int part, int parts) {
+        for (Index p = panels * part / parts; p < panels * (part + 1) / parts; ++p)
+            f(p * panel, std::min(panel, columns - p * panel));
+    });
 }
 
 template <class T>

@@ -165,18 +165,42 @@ void copy_rows(Index rows, Index cols, const T* from, Index from_stride, T* to, 
     for (Index i = 0; i < rows; ++i) std::copy_n(from + i * from_stride, cols, to + i * to_stride);
 }
 
+// A reference to a callable, which outlives it. What takes one is compiled once, not for each callable.
+template <class... Arguments>
+class Call {
+   public:
+    template <class F>
+    Call(const F& f)
+        : context_(&f),
+          call_([](const void* context, Arguments... arguments) { (*static_cast<const F*>(context))(arguments...); }) {}
+    void operator()(Arguments... arguments) const { call_(context_, arguments...); }
+
+   private:
+    const void* context_;
+    void (*call_)(const void*, Arguments...);
+};
+using Ranges = Call<Index, Index>;  // (begin, end)
+
+// Whether threads that are awake should share so many numbers, each of which is read or written once: copied, or weights of a
+// product with a single row. 32768 take one of them a microsecond.
+constexpr Index kLeastShared = 1 << 15;
+inline bool worth_sharing(Index numbers) { return numbers >= kLeastShared && workers_awake(); }
+
+// f(first, count) for each panel of so many columns, by several threads where `shared`.
+void over_panels(Index columns, Index panel, bool shared, const Ranges& f);
+
 // Row-major (rows x cols) from or into panels of kPanel columns; see multiply_panels.
 template <class T>
 void to_panels(Index rows, Index cols, const T* from, T* panels) {
-    for (Index start = 0; start < cols; start += kPanel<T>)
-        copy_rows(rows, std::min(cols - start, kPanel<T>), from + start, cols, panels + start * rows,
-                  panel_width<T>(cols, start));
+    over_panels(cols, kPanel<T>, worth_sharing(rows * cols), [&](Index at, Index count) {
+        copy_rows(rows, count, from + at, cols, panels + at * rows, panel_width<T>(cols, at));
+    });
 }
 template <class T>
 void from_panels(Index rows, Index cols, const T* panels, T* to) {
-    for (Index start = 0; start < cols; start += kPanel<T>)
-        copy_rows(rows, std::min(cols - start, kPanel<T>), panels + start * rows, panel_width<T>(cols, start),
-                  to + start, cols);
+    over_panels(cols, kPanel<T>, worth_sharing(rows * cols), [&](Index at, Index count) {
+        copy_rows(rows, count, panels + at * rows, panel_width<T>(cols, at), to + at, cols);
+    });
 }
 
 template <class T>

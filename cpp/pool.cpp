@@ -256,6 +256,16 @@ void rouse_workers() {
     if (thread_count() > 1) pool().rouse(thread_count());
 }
 
+namespace {
+std::atomic<Clock::rep> last_burst{};  // when it ended
+}  // namespace
+
+Burst::Burst() {
+    const Clock::duration end(last_burst.load(std::memory_order_relaxed));
+    if (!workers_awake() && Clock::now().time_since_epoch() - end < kSpin) rouse_workers();
+}
+Burst::~Burst() { last_burst.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed); }
+
 void parallel(Task task, void* context, int parts) {
     if (parts <= 1) {
         if (parts == 1) task(context, 0, 1);

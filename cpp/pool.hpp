@@ -13,6 +13,16 @@ void set_thread_count(int count);  // 1 to 1024; not from inside a task
 bool workers_awake();
 void rouse_workers();
 
+// Around work that is worth sharing only with workers who are awake. When one follows another within the time that workers
+// spin, as calls in a loop do, it wakes them, and they stay awake for the next ones.
+class Burst {
+   public:
+    Burst();
+    ~Burst();
+    Burst(const Burst&) = delete;
+    Burst& operator=(const Burst&) = delete;
+};
+
 using Task = void (*)(void* context, int part, int parts);
 
 // Runs task(context, part, parts) for part = 0 .. parts-1 and returns when all are done. Tasks must not throw. `parts`

@@ -40,7 +40,7 @@ void Sobolev<T>::sweep_examples(const Batch& batch, Index begin, Index end, T* g
     leave_residuals(batch, begin, end);
     tape_.tangents(first, last, 0, nullptr);
     load_loss(batch, begin, end);
-    tape_.cotangent_tangents(first, last, tape_.lowest(), 0, nullptr, gradient);
+    tape_.cotangent_tangents(first, last, tape_.lowest(), 0, gradient);
     add_outputs(begin, end);
 }
 

@@ -7,6 +7,26 @@ namespace {
 template <class T>
 using LayerKind = typename Layer<T>::Kind;
 
+// A linear layer's three products, columns [at, at + count) of the result: panels are layers by themselves.
+template <class T>
+void affine(const Layer<T>& g, MatrixView<const T> x, const T* master, MatrixView<T> z, Index at, Index count) {
+    const auto kernel = g.narrow() ? kernels<T>().linear_forward_narrow : kernels<T>().linear_forward;
+    kernel(z.rows, g.inputs, count, g.bias, x.data, x.stride, master + at * g.weight_rows(), z.data + at, z.stride);
+}
+template <class T>
+void linear_jvp(const Layer<T>& g, MatrixView<const T> dx, const T* master, MatrixView<T> dz, Index at, Index count,
+                bool add) {
+    const auto kernel = g.narrow() ? kernels<T>().linear_jvp_narrow : kernels<T>().linear_jvp;
+    kernel(dz.rows, g.inputs, count, g.bias, dx.data, dx.stride, master + at * g.weight_rows(), dz.data + at, dz.stride,
+           add);
+}
+template <class T>
+void linear_vjp(const Layer<T>& g, MatrixView<const T> dz, const T* backward, MatrixView<T> dx, Index at, Index count,
+                bool add) {
+    kernels<T>().linear_vjp_input(dx.rows, count, g.outputs, dz.data, dz.stride, backward + at * g.outputs,
+                                  dx.data + at, dx.stride, add);
+}
+
 // The φ that a derivative of layer l is read off.
 Index saved_at(Op op, Index l) { return saves_of(op) == Saves::input ? l : l + 1; }
 
@@ -35,11 +55,17 @@ void copy_column(const Layer<T>& layer, const T* master, Index column, T* to) {
 template <class T>
 Direction<T>::Direction(const Network<T>& net) : net_(net) {
     Index total = 0;
-    for (const Layer<T>& layer : net.layers()) {
+    for (Index l = 0; l < net.depth(); ++l) {
+        const Layer<T>& layer = net.layers()[static_cast<std::size_t>(l)];
         places_.push_back(total);
-        if (layer.kind == LayerKind<T>::linear) total += layer.outputs * round_up(layer.inputs, kLine<T>);
+        if (passed(l)) total += layer.outputs * round_up(layer.inputs, kLine<T>);
     }
     places_.push_back(total);
+}
+
+template <class T>
+bool Direction<T>::passed(Index l) const {
+    return l >= net_.first_cotangent() && net_.layers()[static_cast<std::size_t>(l)].kind == LayerKind<T>::linear;
 }
 
 template <class T>
@@ -61,7 +87,7 @@ void Direction<T>::set(const Parameter& parameter, const T* from) {
     prepare();
     net_.pack(parameter, from, theta_.data());
     const Layer<T>& layer = net_.layers()[static_cast<std::size_t>(parameter.layer)];
-    if (layer.kind == LayerKind<T>::linear && parameter.shape.size() == 2)
+    if (passed(parameter.layer) && parameter.shape.size() == 2)
         to_panels(layer.outputs, layer.inputs, from,
                   backward_.data() + places_[static_cast<std::size_t>(parameter.layer)]);
 }
@@ -153,6 +179,13 @@ void Tape<T>::by_example(Index begin, Index end, F f) const {
 }
 
 template <class T>
+void Tape<T>::by_panels(const Layer<T>& layer, Index rows, Index columns, const Ranges& f) const {
+    const Index multiplies = rows * layer.inputs * layer.outputs;
+    const bool worth = worth_sharing(multiplies) || parts_for(static_cast<double>(multiplies)) > 1;
+    over_panels(columns, kPanel<T>, sharing_ && worth, f);
+}
+
+template <class T>
 void Tape<T>::append(Kind kind, Index l, Index begin, Index end, T value) const {
     const MatrixView<T> x = at(kind, l);
     if (!layer(l).bias) return;
@@ -200,19 +233,46 @@ void Tape<T>::with_gradients(Index l, T* gradient, F f) const {
 
 template <class T>
 void Tape<T>::forward(Index begin, Index end) const {
-    for (Index l = 0; l < net_.depth(); ++l) {
-        append(primal, l, begin, end, T{1});
-        if (layer(l).kind != LayerKind<T>::dropout)
-            net_.forward_layer(l, rows_of(primal, l, begin, end), rows_of(primal, l + 1, begin, end), nullptr);
-    }
+    for (Index l = 0; l < net_.depth(); ++l) lift(l, begin, end);
+}
+
+template <class T>
+void Tape<T>::lift(Index l, Index begin, Index end) const {
+    append(primal, l, begin, end, T{1});
+    if (layer(l).kind == LayerKind<T>::linear)
+        push_linear(l, begin, end, true, false, nullptr);
+    else if (layer(l).kind != LayerKind<T>::dropout)
+        net_.forward_layer(l, rows_of(primal, l, begin, end), rows_of(primal, l + 1, begin, end), nullptr);
 }
 
 template <class T>
 void Tape<T>::tangents(Index begin, Index end, Index moving, const Direction<T>* direction) const {
-    for (Index l = std::max<Index>(moving - 1, 0); l < net_.depth(); ++l) {
-        if (l >= moving) append(tangent, l, begin, end, T{0});
-        push(l, begin, end, l >= moving, direction);
+    for (Index l = std::max<Index>(moving - 1, 0); l < net_.depth(); ++l) push(l, begin, end, l >= moving, direction);
+}
+
+template <class T>
+void Tape<T>::forward_and_tangents(Index begin, Index end, Index moving, const Direction<T>* direction) const {
+    for (Index l = 0; l < net_.depth(); ++l) {
+        const bool together = layer(l).kind == LayerKind<T>::linear && l + 1 >= moving;
+        together ? append(primal, l, begin, end, T{1}) : lift(l, begin, end);
+        if (l + 1 >= moving) push(l, begin, end, l >= moving, direction, together);
     }
+}
+
+// z = W x + b, and ż = W ẋ + Ẇ x + ḃ of what moves.
+template <class T>
+void Tape<T>::push_linear(Index l, Index begin, Index end, bool primals, bool moves,
+                          const Direction<T>* direction) const {
+    const Layer<T>& g = layer(l);
+    const T* weights = net_.theta() + g.offset;
+    by_panels(g, end - begin, g.outputs, [&](Index at, Index count) {
+        if (primals) affine(g, read(primal, l, begin, end), weights, rows_of(primal, l + 1, begin, end), at, count);
+        if (direction)
+            affine(g, saved(l, begin, end), direction->forward(g), rows_of(tangent, l + 1, begin, end), at, count);
+        if (moves)
+            linear_jvp(g, read(tangent, l, begin, end), weights, rows_of(tangent, l + 1, begin, end), at, count,
+                       direction != nullptr);
+    });
 }
 
 // A linear layer's outputs move along one column of W: no product, and nothing is done for the other inputs.
@@ -229,44 +289,26 @@ void Tape<T>::tangents_along(Index input, Index begin, Index end) const {
             row[input] = T{1};
         }
     }
-    for (Index l = linear ? 1 : 0; l < net_.depth(); ++l) {
-        append(tangent, l, begin, end, T{0});
-        push(l, begin, end, true, nullptr);
-    }
+    for (Index l = linear ? 1 : 0; l < net_.depth(); ++l) push(l, begin, end, true, nullptr);
 }
 
 template <class T>
-void Tape<T>::push(Index l, Index begin, Index end, bool moves, const Direction<T>* direction) const {
+void Tape<T>::push(Index l, Index begin, Index end, bool moves, const Direction<T>* direction, bool primals) const {
     const Layer<T>& g = layer(l);
-    const Kernels<T>& k = kernels<T>();
-    const MatrixView<T> out = rows_of(tangent, l + 1, begin, end);
-    const MatrixView<const T> dx = moves ? read(tangent, l, begin, end) : MatrixView<const T>{};
-    if (g.kind == LayerKind<T>::linear) {
-        if (direction) {
-            const auto forward = g.narrow() ? k.linear_forward_narrow : k.linear_forward;
-            const MatrixView<const T> x = saved(l, begin, end);
-            forward(out.rows, g.inputs, g.outputs, g.bias, x.data, x.stride, direction->forward(g), out.data,
-                    out.stride);
-        }
-        const auto jvp = g.narrow() ? k.linear_jvp_narrow : k.linear_jvp;
-        if (moves)
-            jvp(out.rows, g.inputs, g.outputs, g.bias, dx.data, dx.stride, net_.theta() + g.offset, out.data,
-                out.stride, direction != nullptr);
-    } else if (g.kind == LayerKind<T>::op) {
-        by_example(begin, end, [&](Index from, Index to) {
-            const MatrixView<const T> x = read(tangent, l, from, to), kept = saved(saved_at(g.op, l), from, to);
-            const MatrixView<T> y = rows_of(tangent, l + 1, from, to);
-            k.jvp[static_cast<int>(g.op)](y.rows, y.cols, x.data, x.stride, kept.data, kept.stride, y.data, y.stride,
-                                          static_cast<T>(g.param));
-        });
-    } else if (g.kind == LayerKind<T>::external) {
-        const std::vector<T*> own = direction ? own_parameters(l, direction->forward(g)) : std::vector<T*>{};
-        by_example(begin, end, [&](Index from, Index to) {
-            const MatrixView<const T> x = moves ? read(tangent, l, from, to) : dx;
-            g.external->jvp(saved(l, from, to), saved(l + 1, from, to), {x, own.empty() ? nullptr : own.data()},
-                            rows_of(tangent, l + 1, from, to));
-        });
-    }
+    if (moves) append(tangent, l, begin, end, T{0});
+    if (g.kind == LayerKind<T>::linear) return push_linear(l, begin, end, primals, moves, direction);
+    if (g.kind == LayerKind<T>::dropout) return;
+    const std::vector<T*> own = direction ? own_parameters(l, direction->forward(g)) : std::vector<T*>{};
+    by_example(begin, end, [&](Index from, Index to) {
+        const MatrixView<const T> x = moves ? read(tangent, l, from, to) : MatrixView<const T>{};
+        const MatrixView<T> y = rows_of(tangent, l + 1, from, to);
+        if (g.kind == LayerKind<T>::external)
+            return g.external->jvp(saved(l, from, to), saved(l + 1, from, to), {x, own.empty() ? nullptr : own.data()},
+                                   y);
+        const MatrixView<const T> kept = saved(saved_at(g.op, l), from, to);
+        kernels<T>().jvp[static_cast<int>(g.op)](y.rows, y.cols, x.data, x.stride, kept.data, kept.stride, y.data,
+                                                 y.stride, static_cast<T>(g.param));
+    });
 }
 
 template <class T>
@@ -279,13 +321,11 @@ void Tape<T>::second_tangents(Index begin, Index end) const {
 template <class T>
 void Tape<T>::bend(Index l, Index begin, Index end) const {
     const Layer<T>& g = layer(l);
-    const Kernels<T>& k = kernels<T>();
-    if (g.kind == LayerKind<T>::linear) {
-        const MatrixView<T> x = rows_of(second_tangent, l, begin, end), y = rows_of(second_tangent, l + 1, begin, end);
-        const auto jvp = g.narrow() ? k.linear_jvp_narrow : k.linear_jvp;
-        return jvp(y.rows, g.inputs, g.outputs, g.bias, x.data, x.stride, net_.theta() + g.offset, y.data, y.stride,
-                   false);
-    }
+    if (g.kind == LayerKind<T>::linear)
+        return by_panels(g, end - begin, g.outputs, [&](Index at, Index count) {
+            linear_jvp(g, read(second_tangent, l, begin, end), net_.theta() + g.offset,
+                       rows_of(second_tangent, l + 1, begin, end), at, count, false);
+        });
     if (g.kind == LayerKind<T>::dropout) return;
     by_example(begin, end, [&](Index from, Index to) {
         const MatrixView<const T> dx = read(tangent, l, from, to), ddx = read(second_tangent, l, from, to);
@@ -313,12 +353,11 @@ void Tape<T>::cotangents(Index begin, Index end, Index to, T* gradient) const {
 template <class T>
 void Tape<T>::pull(Kind kind, Index l, Index begin, Index end, T* gradient) const {
     const Layer<T>& g = layer(l);
-    const Kernels<T>& k = kernels<T>();
-    if (g.kind == LayerKind<T>::linear) {
-        const MatrixView<T> dz = rows_of(kind, l + 1, begin, end), dx = rows_of(kind, l, begin, end);
-        return k.linear_vjp_input(dx.rows, g.inputs, g.outputs, dz.data, dz.stride, backward_weights(g), dx.data,
-                                  dx.stride, false);
-    }
+    if (g.kind == LayerKind<T>::linear)
+        return by_panels(g, end - begin, g.inputs, [&](Index at, Index count) {
+            linear_vjp(g, read(kind, l + 1, begin, end), backward_weights(g), rows_of(kind, l, begin, end), at, count,
+                       false);
+        });
     if (g.kind == LayerKind<T>::dropout) return;
     by_example(begin, end, [&](Index from, Index until) {
         const MatrixView<const T> dy = read(kind, l + 1, from, until);
@@ -328,32 +367,49 @@ void Tape<T>::pull(Kind kind, Index l, Index begin, Index end, T* gradient) cons
                 g.external->vjp(saved(l, from, until), saved(l + 1, from, until), dy, dx, gradients);
             });
         const MatrixView<const T> kept = saved(saved_at(g.op, l), from, until);
-        k.vjp[static_cast<int>(g.op)](dx.rows, dx.cols, dy.data, dy.stride, kept.data, kept.stride, dx.data, dx.stride,
-                                      static_cast<T>(g.param));
+        kernels<T>().vjp[static_cast<int>(g.op)](dx.rows, dx.cols, dy.data, dy.stride, kept.data, kept.stride, dx.data,
+                                                 dx.stride, static_cast<T>(g.param));
     });
 }
 
 template <class T>
-void Tape<T>::cotangent_tangents(Index begin, Index end, Index to, Index moving, const Direction<T>* direction,
-                                 T* gradient) const {
-    for (Index l = net_.depth(); l-- > to;) pull_tangent(l, begin, end, l >= moving, direction, gradient);
+void Tape<T>::cotangent_tangents(Index begin, Index end, Index to, Index moving, T* gradient) const {
+    for (Index l = net_.depth(); l-- > to;) pull_tangent(l, begin, end, l >= moving, nullptr, gradient);
+}
+
+template <class T>
+void Tape<T>::cotangents_and_tangents(Index begin, Index end, const Direction<T>& direction, T* gradient) const {
+    const Index moving = net_.first_cotangent();
+    for (Index l = net_.depth(); l-- > lowest();) {
+        if (layer(l).kind == LayerKind<T>::linear) {
+            pull_both(l, begin, end, direction);
+            continue;
+        }
+        if (l >= moving) pull(cotangent, l, begin, end, nullptr);
+        pull_tangent(l, begin, end, l >= moving, &direction, gradient);
+    }
+}
+
+// c W and ċ W + c Ẇ.
+template <class T>
+void Tape<T>::pull_both(Index l, Index begin, Index end, const Direction<T>& direction) const {
+    const Layer<T>& g = layer(l);
+    const T* weights = backward_weights(g);
+    by_panels(g, end - begin, g.inputs, [&](Index at, Index count) {
+        const MatrixView<const T> c = read(cotangent, l + 1, begin, end);
+        const MatrixView<T> dc = rows_of(cotangent_tangent, l, begin, end);
+        linear_vjp(g, c, weights, rows_of(cotangent, l, begin, end), at, count, false);
+        linear_vjp(g, read(cotangent_tangent, l + 1, begin, end), weights, dc, at, count, false);
+        linear_vjp(g, c, direction.backward(l), dc, at, count, true);
+    });
 }
 
 template <class T>
 void Tape<T>::pull_tangent(Index l, Index begin, Index end, bool moves, const Direction<T>* direction,
                            T* gradient) const {
     const Layer<T>& g = layer(l);
-    const Kernels<T>& k = kernels<T>();
-    const bool curved = g.kind == LayerKind<T>::external ? moves || direction : moves;
-    if (g.kind != LayerKind<T>::linear && !curved) return pull(cotangent_tangent, l, begin, end, gradient);
-    if (g.kind == LayerKind<T>::linear) {
-        pull(cotangent_tangent, l, begin, end, nullptr);
-        const MatrixView<T> c = rows_of(cotangent, l + 1, begin, end), dc = rows_of(cotangent_tangent, l, begin, end);
-        if (direction)
-            k.linear_vjp_input(dc.rows, g.inputs, g.outputs, c.data, c.stride, direction->backward(l), dc.data,
-                               dc.stride, true);
-        return;
-    }
+    const bool curved = g.kind == LayerKind<T>::external ? moves || direction : moves && g.kind == LayerKind<T>::op;
+    if (!curved) return pull(cotangent_tangent, l, begin, end, gradient);
     if (g.kind == LayerKind<T>::dropout) return;
     const std::vector<T*> own = direction ? own_parameters(l, direction->forward(g)) : std::vector<T*>{};
     by_example(begin, end, [&](Index from, Index until) {

@@ -15,7 +15,8 @@
 
 namespace chainrule {
 
-// A direction Ẇ in the space of parameters, in both layouts that products with W want.
+// A direction Ẇ in the space of parameters, in both layouts that products with W want; `backward` only for layers that
+// a cotangent passes on its way to the parameters: the first ones' is never read, and there often are most of the weights.
 template <class T>
 class Direction {
    public:
@@ -28,6 +29,7 @@ class Direction {
 
    private:
     void prepare();
+    bool passed(Index layer) const;
     const Network<T>& net_;
     std::vector<Index> places_;  // of the layers in backward_, and its size
     Array<T> theta_, backward_;
@@ -51,6 +53,9 @@ class Tape {
     MatrixView<T> at(Kind kind, Index layer) const { return views_[place(kind, layer)]; }
     Index bytes() const { return (arena_.size() + inputs_backward_.size()) * static_cast<Index>(sizeof(T)); }
 
+    // Whether sweeps share out the columns of their products to several threads, which is for who does not share out rows.
+    void share_columns(bool sharing) { sharing_ = sharing; }
+
     void load(Kind kind, Index layer, Index begin, Index end, const T* from) const;  // from the first row's place
     void store(Kind kind, Index layer, Index begin, Index end, T* to) const;
     void seed(Kind kind, Index layer, Index begin,
@@ -61,11 +66,14 @@ class Tape {
     // gradient to `gradient`, laid out like theta, if it is given.
     void forward(Index begin, Index end) const;
     void tangents(Index begin, Index end, Index moving, const Direction<T>* direction) const;
+    void forward_and_tangents(Index begin, Index end, Index moving,
+                              const Direction<T>* direction) const;  // both at once
     void tangents_along(Index input, Index begin, Index end) const;  // that input alone moves, by 1 in every row
     void second_tangents(Index begin, Index end) const;
     void cotangents(Index begin, Index end, Index to, T* gradient) const;
-    void cotangent_tangents(Index begin, Index end, Index to, Index moving, const Direction<T>* direction,
-                            T* gradient) const;
+    void cotangent_tangents(Index begin, Index end, Index to, Index moving, T* gradient) const;
+    // Both at once, of parameters that move: the cotangents down to the first that does.
+    void cotangents_and_tangents(Index begin, Index end, const Direction<T>& direction, T* gradient) const;
     void prepare_inputs();  // before a sweep down to the inputs
     // Where a sweep down for the parameters' sake ends: above the first that there are, but a user's layer gives them itself.
     Index lowest() const;
@@ -83,9 +91,13 @@ class Tape {
     void append(Kind kind, Index l, Index begin, Index end, T value) const;
     template <class F>
     void by_example(Index begin, Index end, F f) const;
-    void push(Index l, Index begin, Index end, bool moves, const Direction<T>* direction) const;
+    void by_panels(const Layer<T>& layer, Index rows, Index columns, const Ranges& f) const;
+    void lift(Index l, Index begin, Index end) const;
+    void push(Index l, Index begin, Index end, bool moves, const Direction<T>* direction, bool primals = false) const;
+    void push_linear(Index l, Index begin, Index end, bool primals, bool moves, const Direction<T>* direction) const;
     void bend(Index l, Index begin, Index end) const;
     void pull(Kind kind, Index l, Index begin, Index end, T* gradient) const;
+    void pull_both(Index l, Index begin, Index end, const Direction<T>& direction) const;
     void pull_tangent(Index l, Index begin, Index end, bool moves, const Direction<T>* direction, T* gradient) const;
     template <class F>
     void with_gradients(Index l, T* gradient, F f) const;
@@ -101,6 +113,7 @@ class Tape {
     };
     Shape shape_;
     Index levels_, examples_ = 0;
+    bool sharing_ = false;
     std::vector<MatrixView<T>> views_;
     Array<T> arena_;
     // The transposed copy of the weights that training has none of, made when somebody first differentiates down to the

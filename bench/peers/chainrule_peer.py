@@ -12,7 +12,7 @@ import numpy as np
 import chainrule as cr
 
 from . import derivatives
-from .problem import ADAM, DERIVATIVE_ROUNDING, MIXED_ROUNDING, PREDICTION_ROUNDING, ROUNDING, Workload
+from .problem import ADAM, MIXED_ROUNDING, PREDICTION_ROUNDING, ROUNDING, Workload
 
 
 def configure(threads: int) -> None:
@@ -146,12 +146,11 @@ class Predict(_Chainrule):
 class Derivative(_Chainrule):
     """One call of one function on NumPy arrays, which makes new arrays for its result."""
 
-    tolerance = DERIVATIVE_ROUNDING
-
     def __init__(self, work: Workload, problem: dict[str, np.ndarray], what: str) -> None:
         super().__init__(work, problem)
         self.net.load_state_dict(self.initial)
         self.what, self.call = what, self._calls(problem)[what]
+        self.tolerance = derivatives.rounding(work, problem, what)
         self.form = {"forward": "net(x)", "gradient": "net.value_and_grad"}.get(what, "cr.*")
 
     def _calls(self, problem: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:

@@ -14,6 +14,8 @@ answers, array k of derivative `what` as `what` + str(k):
     example norms       the length of each of these over all parameters (B,)
     hvp                 the Hessian of the mean loss times v, shaped like the parameters
 
+Every library is compared with these, none with another, to what float32 owes to rounding (`rounding`).
+
 Gradients are problem.py's chain rule, which training is checked with, too; along directions this file takes
 differences instead of another page of it.
 """
@@ -31,6 +33,9 @@ COMPARED = ("jvp", "vjp", "jacobian", "example gradients", "example norms", "hvp
 UNITS = ("forward", "gradient")  # what chainrule's own are measured in
 NAMES = UNITS + COMPARED
 
+# How often the layers are gone through: up with values, and tangents; down with cotangents, and their tangents.
+SWEEPS = {"forward": 1, "hvp": 4}
+
 # Of central differences in float64: they err by about h², 1e-10 of what they are of, and by 1e-16 / h.
 STEP = 1e-5
 
@@ -47,6 +52,18 @@ def make(work: Workload, seed: int = 0) -> dict[str, np.ndarray]:
     start |= problem.named("v_", problem.initial(work, rng))
     answers = _in_inputs(work, start) | _in_parameters(work, start)
     return start | {f"{what}{k}": a for what, arrays in answers.items() for k, a in enumerate(arrays)}
+
+
+def rounding(work: Workload, made: dict[str, np.ndarray], what: str) -> tuple[float]:
+    """What float32 may do to the worst element, relative to the root mean square of its array.
+
+    A sum of k terms rounds k times, each time by a random share of u = 2⁻²⁴: by u √k. A sweep through the layers
+    adds up their widths, and the sweeps each other's errors, so k = sweeps · Σ widths. The largest of N normal
+    deviates, of either sign, is √(2 ln 2N) standard deviations from 0.
+    """
+    terms = SWEEPS.get(what, 2) * sum(work.sizes)
+    most = max(array.size for array in expected(made, what))
+    return (float(2.0**-24 * np.sqrt(terms) * np.sqrt(2 * np.log(2 * most))),)
 
 
 def direction(work: Workload, made: dict[str, np.ndarray]) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from . import derivatives
-from .problem import ADAM, DERIVATIVE_ROUNDING, PREDICTION_ROUNDING, ROUNDING, Workload
+from .problem import ADAM, PREDICTION_ROUNDING, ROUNDING, Workload
 
 Params = list[tuple[jax.Array, jax.Array]]
 
@@ -190,12 +190,10 @@ class Derivative(_Jax):
     Norms are those of the gradients, which XLA may fuse: JAX has no other way to them.
     """
 
-    tolerance = DERIVATIVE_ROUNDING
-
     def __init__(self, work: Workload, problem: dict[str, np.ndarray], what: str) -> None:
         super().__init__(work, problem)
         super().reset()
-        self.what = what
+        self.what, self.tolerance = what, derivatives.rounding(work, problem, what)
         function, *arguments = self._parts(problem)[what]
         self.call = partial(jax.jit(function), self.state[0], *arguments)
         self.form = f"jax.jit of {what}, block_until_ready each time, device arrays in and out"

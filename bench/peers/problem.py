@@ -19,7 +19,6 @@ import numpy as np
 ROUNDING = (1e-4, 2e-3)
 MIXED_ROUNDING = (1e-2, 0.2)  # the same of bfloat16 products: each operand is rounded by up to 2⁻⁹ = 2e-3
 PREDICTION_ROUNDING = (1e-5,)  # the same for outputs
-DERIVATIVE_ROUNDING = (1e-5,)  # and for derivatives
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 
 

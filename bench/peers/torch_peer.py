@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
 from . import derivatives
-from .problem import ADAM, DERIVATIVE_ROUNDING, MIXED_ROUNDING, PREDICTION_ROUNDING, ROUNDING, Workload
+from .problem import ADAM, MIXED_ROUNDING, PREDICTION_ROUNDING, ROUNDING, Workload
 
 
 def configure(threads: int) -> None:
@@ -189,12 +189,12 @@ class Derivative(Eager):
     """
 
     form = "torch.func.{what} of functional_call, vmap over rows where there are several, tensors in and out"
-    tolerance = DERIVATIVE_ROUNDING
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray], what: str) -> None:
         super().__init__(work, problem)
         self.reset()
         self.what, self.form = what, self.form.format(what=what)
+        self.tolerance = derivatives.rounding(work, problem, what)
         self.now = {name: p.detach() for name, p in self.model.named_parameters()}
         self.call = self._calls(problem)[what]
 

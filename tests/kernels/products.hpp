@@ -354,19 +354,22 @@ template <class T>
 void plain_case(Index rows, Index cols) {
     begin_case<T>("transpose", rows, cols);
     Fenced<T> a(rows * cols), left(rows), right(cols);
-    const Fenced<T> b(rows * cols), c(rows * cols), want(rows * cols), product(rows * cols);
+    const Fenced<T> b(rows * cols), c(rows * cols), want(rows * cols), product(rows * cols), twice(rows * cols);
     for (Index i = 0; i < rows; ++i)
         for (Index j = 0; j < cols; ++j) {
             a[i * cols + j] = want[j * rows + i] = static_cast<T>(1000 * i + j + 1);
             left[i] = static_cast<T>(i - 3);
             right[j] = static_cast<T>(j + 1);
             product[i * cols + j] = left[i] * right[j];
+            twice[i * cols + j] = 2 * product[i * cols + j];
         }
     for (Fenced<T>* f : {&a, &left, &right}) f->freeze();
     second_kernels<T>().transpose(rows, cols, a.data(), cols, b.data(), rows);
     check_bits("a plain transposition", 1, b.size(), b.data(), 0, want.data(), 0);
-    second_kernels<T>().outer(rows, cols, left.data(), right.data(), c.data());
+    second_kernels<T>().outer(rows, cols, left.data(), right.data(), c.data(), false);
     check_bits("a plain outer product", 1, c.size(), c.data(), 0, product.data(), 0);
+    second_kernels<T>().outer(rows, cols, left.data(), right.data(), c.data(), true);
+    check_bits("added to one", 1, c.size(), c.data(), 0, twice.data(), 0);
     check(b.fence_holds() && c.fence_holds(), "nothing is written outside");
     check(a.unchanged() && left.unchanged() && right.unchanged(), "the inputs are only read");
 }
