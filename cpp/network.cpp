@@ -336,9 +336,9 @@ int parts_for(double multiplies) {
     // A core does 1e6 multiplications in 17 µs. See pool.hpp for what handing work over costs. Dearer is that what one phase
     // wrote the next one reads on the other core: 1.6 ns a cache line, and as much again to write it anew. 8-64-64-1 at batch
     // 32 took 11.9 µs on two threads and 11.3 on one; prefetching the lines, for reading or for writing, changed nothing.
-    constexpr double least_to_wake_for = 1e6;
-    if (!enough_for_two(multiplies) || (multiplies < least_to_wake_for && !workers_awake())) return 1;
-    return static_cast<int>(std::min<double>(thread_count(), multiplies / kLeastPart));
+    constexpr double least_part = 2e5, least_to_wake_for = 1e6;
+    if (multiplies < 2 * least_part || (multiplies < least_to_wake_for && !workers_awake())) return 1;
+    return static_cast<int>(std::min<double>(thread_count(), multiplies / least_part));
 }
 
 void over_panels(Index columns, Index panel, bool shared, const Ranges& f) {

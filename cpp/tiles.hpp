@@ -31,12 +31,7 @@ class Tiles {
     // f(tile, its number, its thread's scratch) for every tile, on several threads where it pays; of each run of tiles a
     // thread takes neighbours with its share of the work, which is `cost` multiplications for one weight.
     template <class F>
-    void over(double cost, F f) {
-        share(parts_for(work_ * cost), f);
-    }
-    template <class F>
-    void share(int parts, F f);  // on so many threads
-    const std::vector<Tile>& all() const { return tiles_; }
+    void over(double cost, F f);
 
     // The tile of dW = dZᵀ X, over db: x are the layer's inputs, with their column of ones, dz the cotangents of its
     // outputs. With `add`, added to what is there.
@@ -68,8 +63,9 @@ class Tiles {
 
 template <class T>
 template <class F>
-void Tiles<T>::share(int parts, F f) {
+void Tiles<T>::over(double cost, F f) {
     if (tiles_.empty()) return;
+    const int parts = parts_for(work_ * cost);
     const Index tile_size = (inputs_ + 1) * kPanel<T>, size = tile_size + kDepth * kPanel<T>;
     const Index x_pairs = has_bfloat16_ ? round_up(inputs_ + 1, kLine<T>) * ((capacity_ + 1) / 2) : 0;
     const Index pairs = has_bfloat16_ ? x_pairs + kDepth / 2 * kPanel<T> : 0;

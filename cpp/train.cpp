@@ -122,14 +122,27 @@ double Step<T>::sweep(const Dataset<T>& data, const std::int64_t* order, Index r
                       bool backward) {
     if (backward && sobolev_) return sweep_sobolev(data, order, rows, noise);
     rows_ = rows;
-    middle_ = 0;
-    summed_ = false;
     tile_cost_ = static_cast<double>(rows) + kUpdateCost;
     weigh(data, order);
     const Index depth = net_->depth();
     const double multiplies = net_->multiplies_per_row() * static_cast<double>(rows);
     if (!net_->has_external() && !loss_.external) {
-        sweep_rows({data, order, noise, backward});
+        // Each example's own gradient is clipped where its row has gone all the way.
+        const Columns<T> columns(*net_, clip_example_norm_ == 0 ? rows : 0, 2 * multiplies);
+        if (columns.layers() > 0) {
+            over_rows(rows, 2 * multiplies, [&](Index begin, Index end) { gather(data, order, begin, end); });
+            columns.forward(activations_, backward);
+        }
+        over_rows(rows, 2 * multiplies, [&](Index begin, Index end) {
+            if (columns.layers() == 0) gather(data, order, begin, end);
+            net_->forward(activations_, columns.layers(), depth, begin, end, noise, backward);
+            run_loss(begin, end);
+            if (!backward) return;
+            net_->backward(activations_, depth, std::max(columns.handover(), net_->first_cotangent()), begin, end,
+                           noise);
+            if (clip_example_norm_ != 0) clip_examples(begin, end);
+        });
+        if (backward) columns.backward(activations_);
         return total_loss();
     }
     over_rows(rows, multiplies, [&](Index begin, Index end) { gather(data, order, begin, end); });
@@ -150,68 +163,6 @@ double Step<T>::sweep(const Dataset<T>& data, const std::int64_t* order, Index r
     if (clip_example_norm_ != 0)
         over_rows(rows, multiplies, [&](Index begin, Index end) { clip_examples(begin, end); });
     return value;
-}
-
-// Rows [begin, end) from layer `from` up, through the loss, and down to dφ of number `to`.
-template <class T>
-void Step<T>::sweep_block(const Sweep& sweep, Index from, Index to, Index begin, Index end) {
-    const Index depth = net_->depth();
-    if (from == 0) gather(sweep.data, sweep.order, begin, end);
-    net_->forward(activations_, from, depth, begin, end, sweep.noise, sweep.backward);
-    run_loss(begin, end);
-    if (!sweep.backward) return;
-    net_->backward(activations_, depth, to, begin, end, sweep.noise);
-    if (clip_example_norm_ != 0) clip_examples(begin, end);
-}
-
-template <class T>
-void Step<T>::sweep_rows(const Sweep& sweep) {
-    const double multiplies = net_->multiplies_per_row() * static_cast<double>(rows_);
-    const Index lowest = net_->first_cotangent();
-    middle_ = sweep.backward && takes_halves() ? rows_ / 2 : 0;
-    if (middle_ > 0 && parts_for(3 * multiplies, rows_) == 2) return sweep_halves(sweep);
-    // Each example's own gradient is clipped where its row has gone all the way.
-    const Columns<T> columns(*net_, clip_example_norm_ == 0 ? rows_ : 0, 2 * multiplies);
-    if (columns.layers() > 0) {
-        over_rows(rows_, 2 * multiplies, [&](Index begin, Index end) { gather(sweep.data, sweep.order, begin, end); });
-        columns.forward(activations_, sweep.backward);
-    }
-    over_rows(rows_, 2 * multiplies, [&](Index begin, Index end) {
-        sweep_block(sweep, columns.layers(), std::max(columns.handover(), lowest), begin, end);
-    });
-    if (sweep.backward) columns.backward(activations_);
-}
-
-// Is the batch's gradient the sum of two halves'? Then two threads need not read each other's activations in phase 2, which
-// cost them 3 ns a cache line, but only each other's gradients. It pays where those are much smaller, and where there is
-// enough to do for two. Whether two threads do it does not matter here: the sums, and their bits, are the same.
-template <class T>
-bool Step<T>::takes_halves() const {
-    constexpr Index least_rows = 8, most_weights = 1 << 15;
-    double activations = 0;
-    for (const Layer<T>& layer : net_->layers()) {
-        if (layer.bfloat16) return false;
-        if (layer.kind == Kind<T>::linear) activations += static_cast<double>(rows_ * (layer.inputs + layer.outputs));
-    }
-    return !sobolev_ && rows_ >= least_rows && rows_ <= 2 * kDepth && net_->size() <= most_weights &&
-           4 * static_cast<double>(net_->size()) < activations &&
-           enough_for_two(3 * net_->multiplies_per_row() * static_cast<double>(rows_));
-}
-
-// Two cores, a step: 64-100-10, batch 200: 59 to 53 µs; 16-64-64-4, batch 128: 32.8 to 30.5. What is left over one half of the
-// work are weights, which the other core has updated: 8-64-64-1, batch 32, took 12.1 µs so and 11.3 on one core.
-template <class T>
-void Step<T>::sweep_halves(const Sweep& sweep) {
-    if (halves_.size() == 0) halves_ = Array<T>(2 * net_->size());
-    parallel(2, [&](int part, int) {
-        const Index begin = part == 0 ? 0 : middle_, end = part == 0 ? middle_ : rows_;
-        over_blocks(begin, end,
-                    [&](Index first, Index last) { sweep_block(sweep, 0, net_->first_cotangent(), first, last); });
-        Scratch scratch{};  // a half is a single block of terms: nothing is packed
-        for (const Tile& tile : tiles_.all())
-            differentiate_rows(tile, begin, end, scratch, halves_.data() + part * net_->size() + tile.place, false);
-    });
-    summed_ = true;
 }
 
 // The loss and ∂L/∂f as ever; the way back is the second term's, which carries both. It has a forward pass of its own, one
@@ -244,28 +195,15 @@ void Step<T>::clip_examples(Index begin, Index end) const {
 template <class T>
 template <class F>
 void Step<T>::over_tiles(F f) {
-    summed_ ? tiles_.share(2, f) : tiles_.over(tile_cost_, f);
-}
-
-template <class T>
-void Step<T>::differentiate_rows(const Tile& tile, Index begin, Index end, Scratch& scratch, T* gradient,
-                                 bool add) const {
-    const MatrixView<T> x = activations_.phi(tile.layer), dz = activations_.dphi(tile.layer + 1);
-    tiles_.differentiate(tile, end - begin, {x.data + begin * x.stride, end - begin, x.cols, x.stride},
-                         {dz.data + begin * dz.stride, end - begin, dz.cols, dz.stride}, scratch, gradient, add);
+    tiles_.over(tile_cost_, f);
 }
 
 template <class T>
 void Step<T>::differentiate(const Tile& tile, Scratch& scratch, T* gradient) const {
     if (tile.kind == Tile::Kind::external) return;  // it wrote its gradient itself
     if (sobolev_) return sobolev_->differentiate(tiles_, tile, scratch, gradient);
-    if (summed_) {
-        const T *first = halves_.data() + tile.place, *second = first + net_->size();
-        for (Index i = 0; i < tile.size(); ++i) gradient[i] = first[i] + second[i];
-        return;
-    }
-    if (middle_ > 0) differentiate_rows(tile, 0, middle_, scratch, gradient, false);
-    differentiate_rows(tile, middle_, rows_, scratch, gradient, middle_ > 0);
+    tiles_.differentiate(tile, rows_, activations_.phi(tile.layer), activations_.dphi(tile.layer + 1), scratch,
+                         gradient);
 }
 
 template <class T>
@@ -318,7 +256,8 @@ double Step<T>::update(Optimizer<T>& optimizer, double lr, const Regularization&
     const auto penalty = [&] { return std::accumulate(penalties_.begin(), penalties_.end(), 0.0); };
     if (r.clip_norm == 0 && !net_->has_external() && !sobolev_) {
         over_tiles([&](const Tile& tile, std::size_t n, Scratch& scratch) {
-            differentiate(tile, scratch, scratch.tile);
+            tiles_.differentiate(tile, rows_, activations_.phi(tile.layer), activations_.dphi(tile.layer + 1), scratch,
+                                 scratch.tile);
             penalties_[n] = regularize(tile, scratch.tile, r);
             apply(tile, scratch.tile, T{1}, optimizer, hyper);
         });

@@ -4,8 +4,6 @@
 //                  layers of a small batch over columns instead: columns.hpp);
 //   2. over tiles: each tile of a weight's gradient is summed over the batch by one thread in fixed order, and the update
 //                  rule is applied while the tile is in the cache; the transposed copy of the weights is written too.
-// A small network with a large batch has its gradient summed over each half of the batch, then over both, and on two threads
-// the halves' gradients belong to phase 1 (Step::takes_halves).
 // Where the whole gradient must be seen first (clipping by norm, a caller who asks for it), phase 2 stores it and the rule
 // runs in a pass of its own: the same kernels on the same tiles, hence the same bits.
 #pragma once
@@ -61,23 +59,12 @@ class Step {
 
    private:
     using Scratch = typename Tiles<T>::Scratch;
-    struct Sweep {  // the arguments of `sweep`
-        const Dataset<T>& data;
-        const std::int64_t* order;
-        const Noise& noise;
-        bool backward;
-    };
-    void sweep_rows(const Sweep& sweep);
-    void sweep_block(const Sweep& sweep, Index from, Index to, Index begin, Index end);
-    bool takes_halves() const;
-    void sweep_halves(const Sweep& sweep);
     void gather(const Dataset<T>& data, const std::int64_t* order, Index begin, Index end);
     void weigh(const Dataset<T>& data, const std::int64_t* order);
     void run_loss(Index begin, Index end);
     double total_loss() const;
     double sweep_sobolev(const Dataset<T>& data, const std::int64_t* order, Index rows, const Noise& noise);
     void clip_examples(Index begin, Index end) const;
-    void differentiate_rows(const Tile& tile, Index begin, Index end, Scratch& scratch, T* gradient, bool add) const;
     void differentiate(const Tile& tile, Scratch& scratch, T* gradient) const;
     double regularize(const Tile& tile, T* gradient, const Regularization& regularization) const;
     void apply(const Tile& tile, const T* gradient, T scale, Optimizer<T>& optimizer, const Hyper<T>& hyper) const;
@@ -97,11 +84,8 @@ class Step {
     bool weighted_ = false;
     double total_weight_ = 0;
     T scale_ = 0;
-    Index rows_ = 0;        // of the batch in hand
-    Index middle_ = 0;      // of its rows: its gradient is the sum of two halves'; 0: of all at once
-    Array<T> halves_;       // the gradients of both halves, one after the other, if phase 1 made them
-    bool summed_ = false;   // of the batch in hand
-    double tile_cost_ = 0;  // of one weight in phase 2, in multiplications
+    Index rows_ = 0;                           // of the batch in hand
+    double tile_cost_ = 0;                     // of one weight in phase 2, in multiplications
     std::vector<double> penalties_, squares_;  // of each tile
 };
 
