@@ -33,7 +33,7 @@ COMPARED = ("jvp", "vjp", "jacobian", "example gradients", "example norms", "hvp
 UNITS = ("forward", "gradient")  # what chainrule's own are measured in
 NAMES = UNITS + COMPARED
 
-# How often the layers are gone through: up with values, and tangents; down with cotangents, and their tangents.
+# Sweeps through the layers: up with values, and tangents; down with cotangents, and their tangents.
 SWEEPS = {"forward": 1, "hvp": 4}
 
 # Of central differences in float64: they err by about h², 1e-10 of what they are of, and by 1e-16 / h.
@@ -57,9 +57,9 @@ def make(work: Workload, seed: int = 0) -> dict[str, np.ndarray]:
 def rounding(work: Workload, made: dict[str, np.ndarray], what: str) -> tuple[float]:
     """What float32 may do to the worst element, relative to the root mean square of its array.
 
-    A sum of k terms rounds k times, each time by a random share of u = 2⁻²⁴: by u √k. A sweep through the layers
-    adds up their widths, and the sweeps each other's errors, so k = sweeps · Σ widths. The largest of N normal
-    deviates, of either sign, is √(2 ln 2N) standard deviations from 0.
+    A sum of k terms rounds k times, each time by a random share of u = 2⁻²⁴: by u √k. A sweep through the
+    layers adds up their widths, and the sweeps each other's errors, so k = sweeps · Σ widths. The largest of
+    N normal deviates, of either sign, is √(2 ln 2N) standard deviations from 0.
     """
     terms = SWEEPS.get(what, 2) * sum(work.sizes)
     most = max(array.size for array in expected(made, what))

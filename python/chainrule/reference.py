@@ -356,31 +356,6 @@ class Network:
         value, df = loss(loss_name, phi[-1], y, **how)
         return value, self.backward(phi, df)[1]
 
-    def slope_penalty(self, X: Array, dy: Array, omega: Array) -> tuple[float, list[Array]]:
-        """Σ ωₙ ½ ‖Jₙ − dyₙ‖² and its gradient, column by column: ḟ along an input is one of J.
-
-        ∂/∂θ of ½ ω ‖ḟ − dy‖² is r J_θ[ḟ] with r = ω (ḟ − dy): the tangent of the gradient r J_θ[f].
-        """
-        phi, value, still = self.forward(X), 0.0, [0 * w for w in self.params]
-        grads = still
-        for slopes, unit in zip(np.moveaxis(dy, 2, 0), np.eye(X.shape[1]), strict=True):
-            dots = self.tangent(phi, unit + 0 * X)
-            r = omega[:, None] * (dots[-1] - slopes)
-            value += float((r * (dots[-1] - slopes)).sum()) / 2
-            more = self.tangent_backward(phi, dots, self.backward(phi, r)[0], 0 * r, still)
-            grads = [g + m for g, m in zip(grads, more, strict=True)]
-        return value, grads
-
-    def clipped_grad(self, X: Array, y: Array, loss_name: str, most: float, omega: Array,
-                     a: float = 0.0) -> list[Array]:  # fmt: skip
-        """Σ ωₙ gₙ min(1, most/|gₙ|), gₙ the gradient of Lₙ: no example counts for more than `most`."""
-        grads = [0 * w for w in self.params]
-        for x, t, share in zip(X[:, None], y[:, None], omega, strict=True):
-            own = self.value_and_grad(x, t, loss_name, a=a)[1]
-            share *= min(1.0, most / math.sqrt(sum(float((g * g).sum()) for g in own)))
-            grads = [g + share * n for g, n in zip(grads, own, strict=True)]
-        return grads
-
 
 # ---- optimizers: update k = 1, 2, … of a parameter w, in place; g is its gradient, s the rule's memory -----
 
