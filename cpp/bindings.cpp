@@ -577,7 +577,6 @@ void bind_machine(py::module_& m) {
             set_thread_count(n);
         },
         py::arg("n"));
-    m.def("cuda_state", [] { return std::string("not built"); });
     m.def("ops", &ops);
 }
 

@@ -55,12 +55,14 @@ CPP_LEVELS = {
 # The same for Python: a module imports modules of lower levels.
 PYTHON_LEVELS = {
     "_core": 0,
+    "_cuda": 0,
     "reference": 0,
     "checks": 0,
     "display": 0,
     "metrics": 0,
     "solvers": 0,
     "terminal": 0,
+    "devices": 1,
     "layers": 1,
     "losses": 1,
     "optim": 1,
@@ -70,6 +72,7 @@ PYTHON_LEVELS = {
     "model": 5,
     "io": 6,
     "links": 6,
+    "many": 6,
     "tables": 6,
     "data": 7,
     "explanation": 7,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The engine on NVIDIA GPUs, built with CHAINRULE_CUDA=ON: _core's networks, optimizers and trainers on a device.
+"""The engine on NVIDIA GPUs, built with CHAINRULE_CUDA=ON: _core's classes, on a device.
 
-Names, argument order and results are _core's, and NumPy arrays go in and out; what differs stands here. A loss
-is given as _core.Loss, whose name, param and reduction are read; layers and losses in Python are refused before.
+Names, argument order and results are _core's, and NumPy arrays go in and out; what differs stands here.
+Layers and losses in Python are refused before.
 """
 
 from typing import Any
@@ -46,7 +46,9 @@ class Array:
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
 def upload(array: Real | Labels, device: int) -> Array: ...
-def from_dlpack(source: object) -> Array: ...  # a view; BufferError for another dtype, layout or kind of device
+def from_dlpack(
+    source: object,
+) -> Array: ...  # a view; BufferError for another dtype, layout or kind of device
 
 class Snapshot32(_Snapshot): ...
 class Snapshot64(_Snapshot): ...
@@ -91,7 +93,6 @@ class Trainer32(_Trainer): ...
 class Trainer64(_Trainer): ...
 
 # `run` of all trainers at once, their networks alike and on one device: lr (K, epochs) or (K, epochs, steps);
-# the losses (K, epochs). A network that diverges goes on alone; the others have the bits of a run of their own.
-def run_many(
-    trainers: list[_Trainer], first_epoch: int, lr: NDArray[np.float64]
-) -> NDArray[np.float64]: ...
+# the losses (K, epochs). What comes after a loss that is not finite does not count; the others have the bits
+# of a run of their own.
+def run_many(trainers: list[_Trainer], first_epoch: int, lr: NDArray[np.float64]) -> NDArray[np.float64]: ...
