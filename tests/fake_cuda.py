@@ -25,6 +25,14 @@ def device_name(device):
     return f"Fake {device}"
 
 
+def schedules():
+    return ["fake"]
+
+
+def force_schedule(name):
+    assert name in ("", "fake")
+
+
 class Array:
     """NumPy memory that says it lies on a GPU."""
 

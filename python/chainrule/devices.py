@@ -60,20 +60,24 @@ def resolve(op: str, device: Any) -> str:
             f"[{op}] device {device!r} must be usable: expected an NVIDIA GPU and a build with "
             f"CHAINRULE_CUDA=ON, got {missing}{hint}"
         )
-    index, count = int(match[1] or 0), module.device_count()
-    if index >= count:
+    index = int(match[1] or 0)
+    if index >= count():
         raise ValueError(
-            f"[{op}] device must be there: expected 'cuda:0' to 'cuda:{count - 1}', got {device!r}"
+            f"[{op}] device must be there: expected 'cuda:0' to 'cuda:{count() - 1}', got {device!r}"
         )
     return f"cuda:{index}"
+
+
+def count() -> int:
+    """How many GPUs can be used."""
+    module, missing = _load()
+    return 0 if missing else int(module.device_count())
 
 
 def state() -> str:
     """The GPUs by name, or what is missing."""
     module, missing = _load()
-    return missing or ", ".join(
-        f"cuda:{index} {module.device_name(index)}" for index in range(module.device_count())
-    )
+    return missing or ", ".join(f"cuda:{index} {module.device_name(index)}" for index in range(count()))
 
 
 @cache
