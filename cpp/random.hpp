@@ -6,11 +6,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define CHAINRULE_HD __host__ __device__
-#else
-#define CHAINRULE_HD
-#endif
+#include "platform.hpp"
 
 namespace chainrule {
 
