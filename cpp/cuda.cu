@@ -9,7 +9,7 @@
 
 #include <dlfcn.h>
 
-#include "cuda/runtime.cuh"
+#include "cuda/calculus.cuh"
 #include "cuda/trainer.cuh"
 
 namespace chainrule {
@@ -87,15 +87,6 @@ namespace {
 // Each layer's part of theta begins at a multiple of 256 bytes.
 template <class T>
 constexpr Index kAlign = 256 / static_cast<Index>(sizeof(T));
-
-// Rows that go through all layers before the next ones come, so that their activations stay within 256 MB or so.
-template <class T>
-Index rows_at_once(const Network<T>& net, Index matrices) {
-    Index widest = net.inputs();
-    for (const Layer<T>& g : net.layers()) widest = std::max(widest, g.outputs);
-    const Index row = matrices * (net.depth() + 1) * widest * static_cast<Index>(sizeof(T));
-    return std::clamp<Index>((Index{256} << 20) / row, 256, Index{1} << 16);
-}
 
 }  // namespace
 
@@ -183,7 +174,7 @@ template <class T>
 void Network<T>::predict(Index rows, const T* x, T* f) const {
     const OnDevice here(device_);
     const std::lock_guard<std::mutex> lock(runtime_->mutex);
-    Tape<T> tape(*this, false, false);
+    Tape<T> tape(*this, false);
     const bool here_already = rows > 0 && device_of(x) == device_;
     const Index piece = rows_at_once(*this, 1);
     for (Index first = 0; first < rows; first += piece) {
@@ -201,7 +192,8 @@ template <class T>
 void Network<T>::trace(Index rows, const T* x, T* const* phi) const {
     const OnDevice here(device_);
     const std::lock_guard<std::mutex> lock(runtime_->mutex);
-    Tape<T> tape(*this, false, true);
+    Tape<T> tape(*this, false);
+    tape.keep_all(true);
     tape.shape(0, rows, 1, {Tape<T>::primal});
     tape.load(Tape<T>::primal, 0, x, runtime_->stream);
     tape.forward(nullptr, runtime_->stream);
@@ -311,6 +303,8 @@ double evaluate(Network<T>& net, const Loss<T>& loss, const Dataset<T>& data) {
     template class Network<T>;                                                            \
     template class Optimizer<T>;                                                          \
     template class Step<T>;                                                               \
+    template class Direction<T>;                                                          \
+    template class Derivatives<T>;                                                        \
     template class Trainer<T>;                                                            \
     template double evaluate<T>(Network<T>&, const Loss<T>&, const Dataset<T>&);          \
     template std::vector<std::vector<double>> run_many<T>(const std::vector<Trainer<T>*>&, Index, Index, const double*, \

@@ -4,6 +4,8 @@
 // Source: PTX ISA, "Matrix fragments for mma.m16n8k8" and "mma.m16n8k16".
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include "../simd.hpp"
 
 namespace chainrule {

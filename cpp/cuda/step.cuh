@@ -52,24 +52,44 @@ Source<T> slice(Source<T> data, const Network<T>& net, Index first) {
     return data;
 }
 
+// Rows that go through all layers before the next ones come, so that so many kinds of them stay within 256 MB or so.
+template <class T>
+Index rows_at_once(const Network<T>& net, Index matrices) {
+    Index widest = net.inputs();
+    for (const Layer<T>& g : net.layers()) widest = std::max(widest, g.outputs);
+    const Index row = matrices * (net.depth() + 1) * widest * static_cast<Index>(sizeof(T));
+    return std::clamp<Index>((Index{256} << 20) / row, 256, Index{1} << 16);
+}
+
 // ---- maps of a step -------------------------------------------------------------------------------------------------
 
-// Rows of cotangents at linear layers' outputs, so scaled that no example's gradient is longer than it may be; see
-// example_clipping.hpp. Up to so many linear layers.
+// Up to so many linear layers at once, for what concerns one example's whole gradient.
 constexpr int kMostLayers = 32;
 template <class T>
-struct ClipExamples {
+struct LinearLayers {
     Operand<T> x[kMostLayers];
     MatrixView<T> c[kMostLayers];
     Index inputs[kMostLayers];
     bool bias[kMostLayers];
-    int layers;
-    Source<T> data;
-    const Control* control;
-    double limit;
-    CHAINRULE_HD void operator()(Index i) const {
-        double square = 0;
-        for (int l = 0; l < layers; ++l) {
+    int count;
+
+    explicit LinearLayers(const Network<T>& net, const Tape<T>& tape) : count(0) {
+        for (Index l = 0; l < net.depth(); ++l) {
+            const Layer<T>& g = tape.layer(l);
+            if (g.kind != Layer<T>::Kind::linear) continue;
+            if (count == kMostLayers)
+                throw std::invalid_argument("[cuda] gradients of single examples: expected at most " +
+                                            std::to_string(kMostLayers) + " linear layers, got more");
+            x[count] = tape.operand(Tape<T>::primal, l);
+            c[count] = tape.at(Tape<T>::cotangent, l + 1);
+            inputs[count] = g.inputs;
+            bias[count++] = g.bias;
+        }
+    }
+    // |gradient|² of row i: each layer's is the product cᵀ x; see example_clipping.hpp.
+    CHAINRULE_HD double square(Index i) const {
+        double total = 0;
+        for (int l = 0; l < count; ++l) {
             double of_x = bias[l], of_c = 0;
             for (Index j = 0; j < inputs[l]; ++j) {
                 const double v = static_cast<double>(x[l].at(static_cast<int>(i), static_cast<int>(j)));
@@ -79,15 +99,27 @@ struct ClipExamples {
                 const double v = static_cast<double>(c[l].data[i * c[l].stride + j]);
                 of_c += v * v;
             }
-            square += of_x * of_c;
+            total += of_x * of_c;
         }
+        return total;
+    }
+};
+
+// Rows of cotangents at linear layers' outputs, so scaled that no example's gradient is longer than it may be.
+template <class T>
+struct ClipExamples {
+    LinearLayers<T> layers;
+    Source<T> data;
+    const Control* control;
+    double limit;
+    CHAINRULE_HD void operator()(Index i) const {
         const double weight = data.weight ? static_cast<double>(data.weight[data.rows(i)]) : 1.0;
-        const double norm = ::sqrt(square), most = limit * control->scale * weight;
+        const double norm = ::sqrt(layers.square(i)), most = limit * control->scale * weight;
         if (norm <= most) return;
         const T factor = static_cast<T>(most / norm);
-        for (int l = 0; l < layers; ++l)
-            for (Index j = 0; j < c[l].cols; ++j) {
-                T& v = c[l].data[i * c[l].stride + j];
+        for (int l = 0; l < layers.count; ++l)
+            for (Index j = 0; j < layers.c[l].cols; ++j) {
+                T& v = layers.c[l].data[i * layers.c[l].stride + j];
                 v = v * factor;
             }
     }
@@ -106,7 +138,7 @@ struct Step<T>::Work {
           loss(the_loss),
           target_cols(cols),
           extras(the_extras),
-          tape(net, training, false),
+          tape(net, training),
           values(net.device(), std::max<Index>(rows, 1), "the values of a loss"),
           control(net.device(), 1, "a step"),
           partials(net.device(), kPieces, "a step") {
@@ -120,7 +152,6 @@ struct Step<T>::Work {
     void end(const Source<T>& data, Index rows);
     template <class Weigh>
     void down(const typename Tape<T>::Drawing* drawing, Weigh weigh);
-    void clip_examples(const Source<T>& data, Index rows);
     void store_gradient(const Source<T>& data, Index rows, const typename Tape<T>::Drawing* drawing);
     void update_at_once(const Rule<T>& rule, Index rows, const typename Tape<T>::Drawing* drawing);
     void update_stored(const Rule<T>& rule, double clip_norm);
@@ -196,37 +227,18 @@ void Step<T>::Work::down(const typename Tape<T>::Drawing* drawing, Weigh weigh) 
     run.join.order(run.side, run.stream);
 }
 
-template <class T>
-void Step<T>::Work::clip_examples(const Source<T>& data, Index rows) {
-    ClipExamples<T> clip{};
-    for (Index l = 0; l < net.depth(); ++l) {
-        const Layer<T>& g = tape.layer(l);
-        if (g.kind != LayerKind::linear) continue;
-        if (clip.layers == kMostLayers)
-            throw std::invalid_argument("[fit] clip_example_norm on a GPU: expected at most " +
-                                        std::to_string(kMostLayers) + " linear layers, got more");
-        clip.x[clip.layers] = tape.operand(Kind::primal, l);
-        clip.c[clip.layers] = tape.at(Kind::cotangent, l + 1);
-        clip.inputs[clip.layers] = g.inputs;
-        clip.bias[clip.layers++] = g.bias;
-    }
-    clip.data = data;
-    clip.control = control.data();
-    clip.limit = extras.clip_example_norm;
-    map_each(rows, clip, net.runtime().stream);
-}
-
 // ∂L/∂f is there; the whole gradient into `stored`.
 template <class T>
 void Step<T>::Work::store_gradient(const Source<T>& data, Index rows, const typename Tape<T>::Drawing* drawing) {
     T* flat = gradient();
     const auto store = [&](Index l, cudaStream_t stream) {
-        tape.gradient(l, rows, tape.operand(Kind::cotangent, l + 1), tape.operand(Kind::primal, l),
+        tape.gradient(l, rows, tape.operand(Kind::cotangent, l + 1), tape.operand(Kind::primal, l), true,
                       tape.into(l, flat, false), stream);
     };
     if (extras.clip_example_norm == 0) return down(drawing, store);
     down(drawing, [](Index, cudaStream_t) {});
-    clip_examples(data, rows);
+    map_each(rows, ClipExamples<T>{LinearLayers<T>(net, tape), data, control.data(), extras.clip_example_norm},
+             net.runtime().stream);
     for (Index l = 0; l < net.depth(); ++l)
         if (tape.layer(l).kind == LayerKind::linear) store(l, net.runtime().stream);
 }
@@ -242,7 +254,7 @@ void Step<T>::Work::update_at_once(const Rule<T>& rule, Index rows, const typena
     Index first = 0;
     down(drawing, [&](Index l, cudaStream_t stream) {
         const Layer<T>& g = tape.layer(l);
-        tape.gradient(l, rows, tape.operand(Kind::cotangent, l + 1), tape.operand(Kind::primal, l),
+        tape.gradient(l, rows, tape.operand(Kind::cotangent, l + 1), tape.operand(Kind::primal, l), true,
                       Update<T>{rule, g.offset, static_cast<int>(g.outputs), static_cast<int>(g.inputs),
                                 penalties.data() + first},
                       stream);

@@ -34,14 +34,17 @@ class Tape {
     enum Kind { primal, tangent, cotangent, cotangent_tangent, second_tangent, kinds };
     using LayerKind = typename Layer<T>::Kind;
 
-    // `training`: dropout drops; else it is the identity. `whole`: every φ and every cotangent is there after a sweep.
-    Tape(const Network<T>& net, bool training, bool whole)
-        : net_(net), training_(training), whole_(whole), views_(static_cast<std::size_t>(kinds * (net.depth() + 1))) {}
+    // `training`: dropout drops; else it is the identity.
+    Tape(const Network<T>& net, bool training)
+        : net_(net), training_(training), views_(static_cast<std::size_t>(kinds * (net.depth() + 1))) {}
 
+    // From now on every φ and every cotangent is there after a sweep.
+    void keep_all(bool all) { whole_ = all; }
     // Room for these kinds: rows [first, first + rows) of derivatives, `seeds` for each example.
     void shape(Index first, Index rows, Index seeds, std::initializer_list<Kind> wanted);
     Index rows() const { return rows_; }
     Index examples() const { return examples_; }
+    Index seeds() const { return seeds_; }
     Index example(Index row) const { return (phase_ + row) / seeds_; }
     MatrixView<T> at(Kind kind, Index l) const { return views_[place(kind, l)]; }
     Operand<T> operand(Kind kind, Index l) const {
@@ -73,10 +76,12 @@ class Tape {
     }
     void cotangent_tangents(Index to, Index moving, const T* direction, cudaStream_t stream) const;
 
-    // dW and db of linear layer l, from cotangents dz and inputs x of that many rows.
+    // dW of linear layer l, from cotangents dz and inputs x of that many rows, and with `bias` its db.
     template <class Epilogue>
-    void gradient(Index l, Index rows, const Operand<T>& dz, const Operand<T>& x, const Epilogue& epilogue,
-                  cudaStream_t stream) const;
+    void gradient(Index l, Index rows, const Operand<T>& dz, const Operand<T>& x, bool with_bias,
+                  const Epilogue& epilogue, cudaStream_t stream) const;
+    // The whole gradient cᵀ x, or its tangent ċᵀ x + cᵀ ẋ with the second term from layer `moving` on.
+    void gradients(Kind cotangents, Index moving, T* flat, bool add, cudaStream_t stream) const;
     StoreGradient<T> into(Index l, T* flat, bool add) const {
         return {flat + layer(l).offset, static_cast<int>(layer(l).outputs), static_cast<int>(layer(l).inputs), add};
     }
@@ -105,7 +110,8 @@ class Tape {
     void pull_op(Kind kind, Index l, cudaStream_t stream) const;
 
     const Network<T>& net_;
-    const bool training_, whole_;
+    const bool training_;
+    bool whole_ = false;
     Index phase_ = 0, rows_ = 0, seeds_ = 1, examples_ = 0;
     Operand<T> input_{nullptr, 0};
     std::vector<MatrixView<T>> views_;
@@ -334,12 +340,23 @@ void Tape<T>::cotangent_tangents(Index to, Index moving, const T* direction, cud
 
 template <class T>
 template <class Epilogue>
-void Tape<T>::gradient(Index l, Index rows, const Operand<T>& dz, const Operand<T>& x, const Epilogue& epilogue,
-                       cudaStream_t stream) const {
+void Tape<T>::gradient(Index l, Index rows, const Operand<T>& dz, const Operand<T>& x, bool with_bias,
+                       const Epilogue& epilogue, cudaStream_t stream) const {
     const Layer<T>& g = layer(l);
     Operand<T> with_ones = x;
-    if (g.bias) with_ones.ones = static_cast<int>(g.inputs);
-    multiply_tiles<true, true>(how(), g.outputs, g.inputs + g.bias, rows, dz, with_ones, epilogue, stream);
+    if (g.bias && with_bias) with_ones.ones = static_cast<int>(g.inputs);
+    multiply_tiles<true, true>(how(), g.outputs, g.inputs + (g.bias && with_bias), rows, dz, with_ones, epilogue,
+                               stream);
+}
+
+template <class T>
+void Tape<T>::gradients(Kind cotangents, Index moving, T* flat, bool add, cudaStream_t stream) const {
+    for (Index l = 0; l < net_.depth(); ++l) {
+        if (layer(l).kind != LayerKind::linear) continue;
+        gradient(l, rows_, operand(cotangents, l + 1), operand(primal, l), true, into(l, flat, add), stream);
+        if (l >= moving)
+            gradient(l, rows_, operand(cotangent, l + 1), operand(tangent, l), false, into(l, flat, true), stream);
+    }
 }
 
 }  // namespace cuda
