@@ -9,6 +9,7 @@
 
 #include "bindings_arrays.hpp"
 #include "calculus.hpp"
+#include "train.hpp"
 
 namespace chainrule {
 
@@ -255,13 +256,26 @@ inline LossSpec make_loss(const std::string& name, double param, const std::stri
 
 // ---- networks and data ------------------------------------------------------------------------------------------------
 
+// An engine: the classes that do the work. This is the CPU's; bindings_cuda.cpp has the GPU's, with the same methods.
 template <class T>
+struct Cpu {
+    using Real = T;
+    using Network = chainrule::Network<T>;
+    using Optimizer = chainrule::Optimizer<T>;
+    using Step = chainrule::Step<T>;
+    using Trainer = chainrule::Trainer<T>;
+    using Direction = chainrule::Direction<T>;
+    using DerivativesOf = chainrule::DerivativesOf<T>;
+};
+
+template <class E>
 struct PyNetwork {
-    explicit PyNetwork(std::vector<Layer<T>> layers) : net(std::move(layers)), derivatives(net) {
+    template <class... Arguments>
+    explicit PyNetwork(Arguments&&... arguments) : net(std::forward<Arguments>(arguments)...), derivatives(net) {
         for (const Parameter& p : net.parameters()) names.emplace_back(std::to_string(p.layer) + "." + p.name);
     }
-    Network<T> net;
-    DerivativesOf<T> derivatives;
+    typename E::Network net;
+    typename E::DerivativesOf derivatives;
     std::vector<py::str> names;  // of the parameters, as in a state dict
     std::atomic<bool> training{false};
 };
@@ -269,7 +283,8 @@ struct PyNetwork {
 // Arrays of a data set, held as long as it is used.
 template <class T>
 struct Data {
-    Data(const Network<T>& net, const py::object& X, const py::object& y, const py::object& weight)
+    template <class Net>
+    Data(const Net& net, const py::object& X, const py::object& y, const py::object& weight)
         : x(require<T>(X, "X", 2)) {
         const Index rows = x.shape(0);
         require_shape<T>(X, "X", {rows, net.inputs()});
@@ -296,7 +311,8 @@ struct Data {
             view.weight = weights.data();
         }
     }
-    void suits(const Network<T>& net, const Loss<T>& loss) const {
+    template <class Net>
+    void suits(const Net& net, const Loss<T>& loss) const {
         if (loss.external) return;
         const bool wants_labels = loss.op == LossOp::cross_entropy;
         if (view.labels && !wants_labels)
@@ -308,7 +324,8 @@ struct Data {
                                   " outputs' targets, got " + std::to_string(view.target_cols) + " columns");
     }
     // ∂y/∂x for Sobolev training; None: there is none.
-    void add_slopes(const Network<T>& net, const py::object& dy, double dy_weight) {
+    template <class Net>
+    void add_slopes(const Net& net, const py::object& dy, double dy_weight) {
         if (dy.is_none()) return;
         slopes = require_shape<T>(dy, "dy", {view.rows, net.outputs(), net.inputs()});
         view.dy = slopes.data();
@@ -319,8 +336,8 @@ struct Data {
     Dataset<T> view;
 };
 
-template <class T>
-py::list unpack(const Network<T>& net, const T* flat) {
+template <class T, class Net>
+py::list unpack(const Net& net, const T* flat) {
     py::list arrays;
     for (const Parameter& parameter : net.parameters()) {
         NumpyArray<T> array(parameter.shape);
@@ -361,8 +378,8 @@ bool labels_as_they_are(const py::object& y, Index classes, Array<std::int64_t>&
                        [&](std::int64_t label) { return label >= 0 && label < classes; });
 }
 
-// Adds to the class of a network what bindings_calculus.cpp has.
-template <class T>
-void bind_calculus(py::class_<PyNetwork<T>>& network);
+// Adds to the class of a network what bindings_calculus.hpp has.
+template <class E>
+void bind_calculus(py::class_<PyNetwork<E>>& network);
 
 }  // namespace chainrule

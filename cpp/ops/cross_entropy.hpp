@@ -13,7 +13,7 @@ namespace CHAINRULE_ISA {
 
 struct CrossEntropy {
     template <class T>
-    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
+    CHAINRULE_HD static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
                     T* values, T* df, Index df_stride, T) {
         row_blocks(rows, weight, scale, [&](Index i, Index count, Vec<T> factor) {
             Rows<T> one[] = {{f + i * f_stride, f_stride}};
@@ -51,7 +51,7 @@ struct CrossEntropy {
         return mass * log1p(rest) - dot;
     }
     template <class T>
-    static void hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale, MatrixView<const T> t,
+    CHAINRULE_HD static void hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale, MatrixView<const T> t,
                     MatrixView<T> out, T) {
         for (Index i = 0; i < f.rows; ++i) {
             const auto p = [&](Index j) { return load(y.values + i * y.stride + j); };

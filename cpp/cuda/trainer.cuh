@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: MIT
+// L3: the epoch loop on a device. The host draws each epoch's order while the device still works on the one before, puts the
+// rates of its steps beside it, and reads one number back at the end.
+#pragma once
+
+#include <chrono>
+#include <map>
+#include <thread>
+
+#include "../random.hpp"
+#include "step.cuh"
+
+namespace chainrule {
+namespace cuda {
+
+// How many steps one graph has: launching a graph costs the host as much as a small step costs the device.
+constexpr Index kStepsInGraph = 16;
+
+template <class T>
+struct Trainer<T>::Work {
+    Work(Network<T>& network, Optimizer<T>& rule, const Loss<T>& the_loss, const Dataset<T>& dataset,
+         const TrainerOptions& the_options)
+        : net(network),
+          optimizer(rule),
+          options(the_options),
+          rows(dataset.rows),
+          step(net, the_loss, std::min(options.batch_size, rows), dataset.target_cols,
+               {dataset.dy != nullptr, options.clip_example_norm}, true),
+          order(net.device(), options.shuffle ? rows : 0, "the order of an epoch"),
+          host_order(options.shuffle ? static_cast<std::size_t>(rows) : 0) {
+        data.take(net, dataset, net.runtime().stream);
+        source = data.source();
+        source.rows = {options.shuffle ? order.data() : nullptr, &step.control.data()->first};
+        net.runtime().stream.wait();
+    }
+
+    Index steps() const { return (rows + options.batch_size - 1) / options.batch_size; }
+    bool stores() const { return options.regularization.clip_norm != 0 || step.extras.sobolev; }
+    Rule<T> rule() const {
+        const Regularization& r = options.regularization;
+        Rule<T> rule = {optimizer.settings.rule,
+                        net.theta(),
+                        {},
+                        hyper.data(),
+                        &step.control.data()->step,
+                        static_cast<T>(r.l1),
+                        static_cast<T>(r.l2),
+                        static_cast<T>(r.clip_value)};
+        for (int s = 0; s < kSlots; ++s) rule.slots[s] = optimizer.slots[s].data();
+        return rule;
+    }
+    void enqueue(const Source<T>& from, Index count);
+    void prepare(std::int64_t steps, const double* lr, Index lr_stride);
+    void enqueue_epoch(const std::function<void()>& poll);
+    double epoch(Index number, const double* lr, Index lr_stride, const std::function<void()>& poll);
+
+    Network<T>& net;
+    Optimizer<T>& optimizer;
+    TrainerOptions options;
+    Index rows;
+    typename Step<T>::Work step;
+    Resident<T> data;
+    Source<T> source;
+    Buffer<std::int64_t> order;
+    std::vector<std::int64_t> host_order;
+    Buffer<Hyper<T>> hyper;
+    std::vector<Hyper<T>> host_hyper;
+    std::map<std::pair<Index, Index>, Graph> graphs;  // by rows and steps
+    Schedule schedule = Schedule::fused;
+    Event done;
+    std::int64_t enqueued = 0;  // steps of the epoch
+};
+
+// One step, on the streams.
+template <class T>
+void Trainer<T>::Work::enqueue(const Source<T>& from, Index count) {
+    const typename Tape<T>::Drawing drawing = {options.seed, &step.control.data()->drawn};
+    step.shape(count);
+    step.forward(from, count, &drawing);
+    step.run_loss(from, count);
+    if (stores() || step.extras.clip_example_norm != 0) {
+        step.store_gradient(from, count, &drawing);
+        step.update_stored(rule(), options.regularization.clip_norm);
+    } else {
+        step.update_at_once(rule(), count, &drawing);
+    }
+    step.end(from, count);
+}
+
+// The rates of the steps to come, and a control at its beginning.
+template <class T>
+void Trainer<T>::Work::prepare(std::int64_t count, const double* lr, Index lr_stride) {
+    cudaStream_t stream = net.runtime().stream;
+    host_hyper.resize(static_cast<std::size_t>(count));
+    for (std::int64_t s = 0; s < count; ++s)
+        host_hyper[static_cast<std::size_t>(s)] =
+            prepare_step<T>(optimizer.settings, lr[lr_stride > 1 ? s : 0], optimizer.step_count + s + 1);
+    if (hyper.size() < count) {
+        graphs.clear();  // they know the old place
+        hyper.grow(net.device(), count, "the rates of an epoch");
+    }
+    upload(hyper.data(), host_hyper.data(), count, stream);
+    Control control;
+    control.drawn = optimizer.step_count;
+    enqueued = 0;
+    step.set_control(control);  // waits, so that what was uploaded may change
+}
+
+// Calls poll() every 20 ms or so.
+class Poller {
+   public:
+    explicit Poller(const std::function<void()>& poll) : poll_(poll) {}
+    void operator()() {
+        const auto now = Clock::now();
+        if (now - last_ < std::chrono::milliseconds(20)) return;
+        poll_();
+        last_ = now;
+    }
+
+   private:
+    using Clock = std::chrono::steady_clock;
+    const std::function<void()>& poll_;
+    Clock::time_point last_ = Clock::now();
+};
+
+template <class T>
+void Trainer<T>::Work::enqueue_epoch(const std::function<void()>& poll) {
+    cudaStream_t stream = net.runtime().stream;
+    Poller look(poll);
+    const auto launch_steps = [&](Index count, Index times) {
+        auto found = graphs.find({count, times});
+        if (found == graphs.end()) {
+            Graph graph(stream, [&] {
+                for (Index s = 0; s < times; ++s) enqueue(source, count);
+            });
+            found = graphs.emplace(std::make_pair(count, times), std::move(graph)).first;
+        }
+        found->second.launch(stream);
+        enqueued += times;
+        look();
+    };
+    const Index whole = rows / options.batch_size, rest = rows % options.batch_size;
+    for (Index s = 0; s < whole / kStepsInGraph; ++s) launch_steps(options.batch_size, kStepsInGraph);
+    for (Index s = 0; s < whole % kStepsInGraph; ++s) launch_steps(options.batch_size, 1);
+    if (rest > 0) launch_steps(rest, 1);
+    done.record(stream);
+    while (!done.reached()) {
+        look();
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+}
+
+template <class T>
+double Trainer<T>::Work::epoch(Index number, const double* lr, Index lr_stride, const std::function<void()>& poll) {
+    if (options.shuffle) {
+        permute(rows, options.seed, static_cast<std::uint64_t>(number), host_order.data());
+        upload(order.data(), host_order.data(), rows, net.runtime().stream);
+    }
+    prepare(steps(), lr, lr_stride);
+    net.count_change();
+    try {
+        enqueue_epoch(poll);
+    } catch (...) {
+        (void)cudaStreamSynchronize(net.runtime().stream);
+        optimizer.step_count += enqueued;
+        throw;
+    }
+    optimizer.step_count += enqueued;
+    const Control control = step.get_control();
+    return step.loss.mean && control.weight > 0 ? control.total / control.weight : control.total;
+}
+
+template <class T>
+Trainer<T>::Trainer(Network<T>& net, Optimizer<T>& optimizer, const Loss<T>& loss, const Dataset<T>& data,
+                    const TrainerOptions& options) {
+    const OnDevice here(net.device());
+    const std::lock_guard<std::mutex> lock(net.runtime().mutex);
+    work_ = std::make_unique<Work>(net, optimizer, loss, data, options);
+}
+template <class T>
+Trainer<T>::~Trainer() = default;
+template <class T>
+Index Trainer<T>::steps_per_epoch() const {
+    return work_->steps();
+}
+template <class T>
+Schedule Trainer<T>::schedule() const {
+    return work_->schedule;
+}
+
+template <class T>
+std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const double* lr, Index lr_stride,
+                                    const std::function<void()>& poll) {
+    const OnDevice here(work_->net.device());
+    const std::lock_guard<std::mutex> lock(work_->net.runtime().mutex);
+    std::vector<double> losses;
+    for (Index epoch = 0; epoch < epochs; ++epoch) {
+        losses.push_back(work_->epoch(first_epoch + epoch, lr + epoch * lr_stride, lr_stride, poll));
+        if (!std::isfinite(losses.back())) break;
+    }
+    return losses;
+}
+
+template <class T>
+double Trainer<T>::step(const Dataset<T>& batch, double lr) {
+    Work& work = *work_;
+    if (work.step.extras.sobolev || work.options.clip_example_norm != 0)
+        throw std::invalid_argument("[step] slopes and clipped examples are for fit: expected run, got step");
+    const OnDevice here(work.net.device());
+    const std::lock_guard<std::mutex> lock(work.net.runtime().mutex);
+    if (batch.rows > work.step.capacity) {
+        work.graphs.clear();
+        work.step.values.grow(work.net.device(), batch.rows, "the values of a loss");
+        work.step.capacity = batch.rows;
+    }
+    work.step.batch.take(work.net, batch, work.net.runtime().stream);
+    work.prepare(1, &lr, 1);
+    work.net.count_change();
+    work.enqueue(work.step.batch.source(), batch.rows);
+    ++work.optimizer.step_count;
+    return work.step.get_control().value;
+}
+
+template <class T>
+std::vector<std::vector<double>> run_many(const std::vector<Trainer<T>*>& trainers, Index first_epoch, Index epochs,
+                                          const double* lr, Index lr_network, Index lr_stride,
+                                          const std::function<void()>& poll) {
+    std::vector<std::vector<double>> losses;
+    for (std::size_t k = 0; k < trainers.size(); ++k)
+        losses.push_back(trainers[k]->run(first_epoch, epochs, lr + static_cast<Index>(k) * lr_network, lr_stride, poll));
+    return losses;
+}
+
+}  // namespace cuda
+}  // namespace chainrule
