@@ -341,7 +341,7 @@ def test_float32_steps_follow_too(rule, schedule, rng):
     {"clip_value": 0.02}, {"clip_norm": 0.1}, {"clip_norm": 1e3},
     {"l1": 0.01, "l2": 0.1, "clip_value": 0.05, "clip_norm": 0.1, "weighted": True},
     {"clip_example_norm": 0.3}, {"clip_example_norm": 0.3, "weighted": True}, {"sloped": True},
-    {"sloped": True, "weighted": True, "l2": 0.1}, {"loss": ("mse", 0.0, "sum", None)},
+    {"sloped": True, "weighted": True, "l2": 0.1}, {"loss": ("mse", 0.0, "sum", None), "clip_value": 0.02},
     {"loss": ("cross_entropy", 0.0, "mean", None)}, {"loss": ("huber", 0.5, "mean", None), "weighted": True},
 ], ids=str)  # fmt: skip
 def test_treatments_follow_the_cpu(more, schedule, rng):
