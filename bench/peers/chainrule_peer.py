@@ -29,6 +29,7 @@ def versions() -> dict[str, str]:
 
 class _Chainrule:
     note = ""
+    device = "cpu"
     tolerance: tuple[float, ...] = ROUNDING
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
@@ -38,7 +39,7 @@ class _Chainrule:
         layers: list[Any] = []
         for i, o in zip(work.sizes, work.sizes[1:], strict=False):
             layers += [cr.Linear(i, o), activation()]
-        self.net = cr.Sequential(*layers[:-1], seed=0)
+        self.net = cr.Sequential(*layers[:-1], seed=0, dtype=work.precision, device=self.device)
         self.names = [f"{2 * k}.{kind}" for k in range(len(work.sizes) - 1) for kind in ("weight", "bias")]
         values = (problem[f"{kind}{k}"] for k in range(len(work.sizes) - 1) for kind in "Wb")
         self.initial = dict(zip(self.names, values, strict=True))
