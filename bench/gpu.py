@@ -4,7 +4,7 @@
 
     python bench/gpu.py                                # needs an NVIDIA GPU; and nvcc where nothing is built
     python bench/gpu.py --workloads small,mnist --no-check
-    CHAINRULE_CUDA_MODULE=_cuda.so python bench/gpu.py --dry-run             # the script itself, without a GPU
+    CHAINRULE_CUDA_MODULE=_cuda.so python bench/gpu.py --dry-run           # the script itself, without a GPU
 
 Each workload has its share of the time; contestants are verified against float64 before they are timed, in
 rounds A B C A B C (race.py). A rival that fails is named with its error, and the rest goes on. The rivals are
@@ -171,6 +171,17 @@ class Judged(Race):
         goals = {"goal_faster": self.goal.faster, "goal_share": self.goal.share}
         return goals | {"faster": faster, "share": share, "met": met}
 
+    def conditions(self) -> dict[str, Any]:
+        """With what the GPU can do."""
+        return super().conditions() | {"gpu": self.gpu._asdict(), "floor_seconds": self.floor()}
+
+    def conditions_line(self) -> str:
+        """The GPU's peak in this precision, the copy, and who else used the machine."""
+        if not self.gpu.copy:
+            return f"the GPU's peak is not known; {self.neighbours}"
+        peak, copy = self.gpu.products[self.work.precision], self.gpu.copy
+        return f"{self.gpu.name}: {peak / 1e12:.0f} TFLOP/s, copy {copy / 1e12:.2f} TB/s; {self.neighbours}"
+
     def record(self) -> dict[str, Any]:
         """With the verdict."""
         return super().record() | self.verdict()
@@ -329,7 +340,7 @@ def prepared(options: argparse.Namespace, end: float) -> dict[str, Any]:
         print(f"build: {found['build']}")
     if not options.no_check:
         progress("checking")
-        found["check"] = check(min(150.0, 0.3 * (end - time.monotonic())))
+        found["check"] = check(min(100.0, 0.25 * (end - time.monotonic())))
         print(f"check: {found['check']}")
     return found
 

@@ -36,6 +36,10 @@ class Process:
             )
         self.pending = b""
         self.reply_seconds = REPLY_SECONDS
+        self.hello: dict[str, Any] = {}
+
+    def greet(self) -> None:
+        """Wait for its first word, what it offers; several that were started together import together."""
         self.hello = self._reply()
         if "missing" not in self.hello:
             self._signal(signal.SIGSTOP)

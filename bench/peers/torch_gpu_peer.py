@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,13 +33,9 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def rounding(precision: str) -> contextlib.AbstractContextManager[Any]:
-    """How products are computed from here on; what bfloat16 needs around the forward pass."""
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+def set_precision(precision: str) -> None:
+    """Of float32 products from here on."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    if precision == "bfloat16":
-        return torch.autocast(DEVICE, torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 class Eager(torch_peer.Eager):
@@ -50,12 +44,14 @@ class Eager(torch_peer.Eager):
     form = "nn.Sequential, autocast for bfloat16, Adam/SGD(fused=True), zero_grad(set_to_none=True)"
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
-        self.context = rounding(work.precision)
+        set_precision(work.precision)
         super().__init__(work, problem)
         self.tolerance = ROUNDED[work.precision]
 
     def _forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        with self.context:
+        if self.work.precision != "bfloat16":
+            return self.loss(self.model(x), y)
+        with torch.autocast(DEVICE, torch.bfloat16):
             f = self.model(x)
         return self.loss(f.float(), y)
 
@@ -83,7 +79,7 @@ class Predict(torch_peer.Predict):
     """The module called on all rows."""
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
-        rounding(work.precision)
+        set_precision(work.precision)
         super().__init__(work, problem)
 
     def run(self, calls: int) -> None:

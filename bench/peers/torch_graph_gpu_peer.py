@@ -14,9 +14,20 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from . import torch_gpu_peer
 from .problem import ADAM, ROUNDED, Workload
-from .torch_gpu_peer import configure, versions, wait
+from .torch_gpu_peer import DEVICE, configure, versions, wait
 
 __all__ = ["DERIVATIVES", "PREDICTORS", "VARIANTS", "configure", "versions"]
+
+
+class Unrecorded:
+    """In a dry run on the CPU, what a graph would replay."""
+
+    def __init__(self, captured: Graph) -> None:
+        self.captured = captured
+
+    def replay(self) -> None:
+        """Run it."""
+        self.captured.values = self.captured.epoch()
 
 
 class Graph(torch_gpu_peer.Eager):
@@ -33,6 +44,9 @@ class Graph(torch_gpu_peer.Eager):
 
     def capture(self) -> None:
         """Three epochs to warm up on another stream, as PyTorch's documentation asks; then the graph."""
+        if DEVICE == "cpu":
+            self.graph: Any = Unrecorded(self)
+            return
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -96,7 +110,7 @@ class Vmap(Graph):
     )
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
-        self.context = torch_gpu_peer.rounding(work.precision)
+        torch_gpu_peer.set_precision(work.precision)
         torch_gpu_peer.torch_peer.Eager.__init__(self, work, problem)
         self.tolerance = ROUNDED[work.precision]
         names = [name for name, _ in self.model.named_parameters()]
@@ -143,7 +157,9 @@ def capturable(work: Workload, parameters: list[torch.Tensor]) -> torch.optim.Op
     if work.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=work.lr, fused=True)
     betas: Any = (ADAM["beta1"], ADAM["beta2"])
-    return torch.optim.Adam(parameters, lr=work.lr, betas=betas, eps=ADAM["eps"], fused=True, capturable=True)
+    return torch.optim.Adam(
+        parameters, lr=work.lr, betas=betas, eps=ADAM["eps"], fused=True, capturable=DEVICE == "cuda"
+    )
 
 
 VARIANTS = {
