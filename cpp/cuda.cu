@@ -58,9 +58,6 @@ int device_of(const void* pointer) {
     return attributes.type == cudaMemoryTypeDevice ? attributes.device : -1;
 }
 
-namespace {
-std::atomic<Schedule> forced_schedule{Schedule::by_size};
-}
 void force_schedule(Schedule schedule) { forced_schedule.store(schedule); }
 
 void* allocate(int device, std::size_t bytes, const char* what) {

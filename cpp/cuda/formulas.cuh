@@ -29,15 +29,6 @@
 namespace chainrule {
 namespace CHAINRULE_ISA {
 
-constexpr bool is_rowwise(Op op) {
-    switch (op) {
-#define CHAINRULE_ROWWISE(name, type, saves) \
-    case Op::name: return true;
-#include "../ops/ops.def"
-        default: return false;
-    }
-}
-
 // ---- elementwise ----------------------------------------------------------------------------------------------------
 
 template <class T>

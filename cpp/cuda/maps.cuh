@@ -4,6 +4,7 @@
 #pragma once
 
 #include "multiply.cuh"
+#include "program.hpp"
 
 namespace chainrule {
 namespace cuda {

@@ -255,7 +255,9 @@ CHAINRULE_INLINE double block_sum(double mine, double* memory) {
         if (t < half) memory[t] = memory[t] + memory[t + half];
     }
     __syncthreads();
-    return memory[0];
+    const double total = memory[0];
+    __syncthreads();  // before anybody writes there again
+    return total;
 }
 
 // What an update rule needs of the step in hand, for weights that lie from `offset` of theta on.
@@ -264,8 +266,8 @@ struct Rule {
     OptimizerOp rule;
     T* theta;
     T* slots[kSlots];
-    const Hyper<T>* hyper;           // of each step of the run
-    const std::int64_t* step;        // the present one
+    const Hyper<T>* hyper;     // of each step of the epoch
+    const std::int64_t* step;  // the present one; null: `hyper` is its
     T l1, l2, clip_value;
 
     // The gradient with the penalty's part, clipped; adds the penalty itself to `penalty`.
@@ -279,7 +281,7 @@ struct Rule {
     }
     CHAINRULE_HD void apply(Index place, T gradient) const {
         const State<T> state = {{slots[0], slots[1], slots[2]}};
-        theta[place] = rule_update(rule, place, theta[place], gradient, state, hyper[*step]);
+        theta[place] = rule_update(rule, place, theta[place], gradient, state, hyper[step ? *step : 0]);
     }
 };
 

@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "../random.hpp"
+#include "resident.cuh"
 #include "step.cuh"
 
 namespace chainrule {
@@ -15,6 +16,27 @@ namespace cuda {
 
 // How many steps one graph has: launching a graph costs the host as much as a small step costs the device.
 constexpr Index kStepsInGraph = 16;
+// And how many the resident schedule takes in one launch: some 10 ms of work, so that an interrupt is heard.
+constexpr int kStepsInLaunch = 1024;
+
+// Calls poll() every 20 ms or so.
+class Poller {
+   public:
+    explicit Poller(const std::function<void()>& poll) : poll_(poll) {}
+    void operator()() {
+        const auto now = Clock::now();
+        if (now - last_ < std::chrono::milliseconds(20)) return;
+        poll_();
+        last_ = now;
+    }
+
+   private:
+    using Clock = std::chrono::steady_clock;
+    const std::function<void()>& poll_;
+    Clock::time_point last_ = Clock::now();
+};
+
+inline std::atomic<Schedule> forced_schedule{Schedule::by_size};
 
 template <class T>
 struct Trainer<T>::Work {
@@ -32,10 +54,12 @@ struct Trainer<T>::Work {
         source = data.source();
         source.rows = {options.shuffle ? order.data() : nullptr, &step.control.data()->first};
         net.runtime().stream.wait();
+        choose();
     }
 
     Index steps() const { return (rows + options.batch_size - 1) / options.batch_size; }
-    bool stores() const { return options.regularization.clip_norm != 0 || step.extras.sobolev; }
+    bool stores_examples() const { return step.extras.sobolev || step.extras.clip_example_norm != 0; }
+    bool stores() const { return options.regularization.clip_norm != 0 || stores_examples(); }
     Rule<T> rule() const {
         const Regularization& r = options.regularization;
         Rule<T> rule = {optimizer.settings.rule,
@@ -49,9 +73,12 @@ struct Trainer<T>::Work {
         for (int s = 0; s < kSlots; ++s) rule.slots[s] = optimizer.slots[s].data();
         return rule;
     }
+    void choose();
+    Job<T> job(const Source<T>& from, Index count) const;
     void enqueue(const Source<T>& from, Index count);
     void prepare(std::int64_t steps, const double* lr, Index lr_stride);
     void enqueue_epoch(const std::function<void()>& poll);
+    void wait(Poller& look);
     double epoch(Index number, const double* lr, Index lr_stride, const std::function<void()>& poll);
 
     Network<T>& net;
@@ -67,9 +94,61 @@ struct Trainer<T>::Work {
     std::vector<Hyper<T>> host_hyper;
     std::map<std::pair<Index, Index>, Graph> graphs;  // by rows and steps
     Schedule schedule = Schedule::fused;
+    Program program;     // of the resident schedule
+    Buffer<Job<T>> jobs;
     Event done;
     std::int64_t enqueued = 0;  // steps of the epoch
 };
+
+// The schedule: resident, if what the network needs fits into a processor's shared memory and nobody asked for another one.
+template <class T>
+void Trainer<T>::Work::choose() {
+    const Schedule forced = forced_schedule.load();
+    const bool plain = !stores_examples() && net.precision() != Precision::tf32 && net.precision() != Precision::bfloat16;
+    bool slots[kSlots];
+    for (int s = 0; s < kSlots; ++s) slots[s] = optimizer.slots[s].size() > 0;
+    program = plan_resident(net.layers(), net.first_cotangent(), std::min(options.batch_size, rows), slots,
+                            options.regularization.clip_norm != 0);
+    const bool fits = plain && program.count > 0 &&
+                      program.total * static_cast<Index>(sizeof(T)) <= net.runtime().shared_bytes;
+    if (fits && (forced == Schedule::by_size || forced == Schedule::resident)) {
+        schedule = Schedule::resident;
+        jobs = Buffer<Job<T>>(net.device(), 1, "a network at work");
+    }
+}
+
+template <class T>
+Job<T> Trainer<T>::Work::job(const Source<T>& from, Index count) const {
+    const Regularization& r = options.regularization;
+    Job<T> job = {};
+    job.theta = net.theta();
+    for (int s = 0; s < kSlots; ++s) job.slots[s] = optimizer.slots[s].data();
+    job.control = step.control.data();
+    job.hyper = hyper.data();
+    job.data = from;
+    job.rows = count;
+    job.batch = std::min(options.batch_size, rows);
+    job.seed = options.seed;
+    job.rule = optimizer.settings.rule;
+    job.loss = step.loss.op;
+    job.loss_param = static_cast<T>(step.loss.param);
+    job.l1 = static_cast<T>(r.l1);
+    job.l2 = static_cast<T>(r.l2);
+    job.clip_value = static_cast<T>(r.clip_value);
+    job.clip_norm = r.clip_norm;
+    job.mean = step.loss.mean;
+    return job;
+}
+
+// The blocks of as many networks, each up to `steps` steps.
+template <class T>
+void launch_resident(const Program& program, const Job<T>* jobs, Index networks, int steps, cudaStream_t stream) {
+    const std::size_t bytes = static_cast<std::size_t>(program.total) * sizeof(T);
+    check(cudaFuncSetAttribute(train_resident<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+          "asking for shared memory");
+    launch(train_resident<T>, dim3(static_cast<unsigned>(networks)), kResidentThreads, bytes, stream, program, jobs,
+           steps);
+}
 
 // One step, on the streams.
 template <class T>
@@ -78,7 +157,7 @@ void Trainer<T>::Work::enqueue(const Source<T>& from, Index count) {
     step.shape(count);
     step.forward(from, count, &drawing);
     step.run_loss(from, count);
-    if (stores() || step.extras.clip_example_norm != 0) {
+    if (stores()) {
         step.store_gradient(from, count, &drawing);
         step.update_stored(rule(), options.regularization.clip_norm);
     } else {
@@ -106,27 +185,20 @@ void Trainer<T>::Work::prepare(std::int64_t count, const double* lr, Index lr_st
     step.set_control(control);  // waits, so that what was uploaded may change
 }
 
-// Calls poll() every 20 ms or so.
-class Poller {
-   public:
-    explicit Poller(const std::function<void()>& poll) : poll_(poll) {}
-    void operator()() {
-        const auto now = Clock::now();
-        if (now - last_ < std::chrono::milliseconds(20)) return;
-        poll_();
-        last_ = now;
-    }
-
-   private:
-    using Clock = std::chrono::steady_clock;
-    const std::function<void()>& poll_;
-    Clock::time_point last_ = Clock::now();
-};
-
 template <class T>
 void Trainer<T>::Work::enqueue_epoch(const std::function<void()>& poll) {
     cudaStream_t stream = net.runtime().stream;
     Poller look(poll);
+    if (schedule == Schedule::resident) {
+        const Job<T> own = job(source, rows);
+        upload(jobs.data(), &own, 1, stream);
+        net.runtime().stream.wait();
+        for (; enqueued < steps(); enqueued = std::min<std::int64_t>(enqueued + kStepsInLaunch, steps())) {
+            launch_resident(program, jobs.data(), 1, kStepsInLaunch, stream);
+            wait(look);
+        }
+        return;
+    }
     const auto launch_steps = [&](Index count, Index times) {
         auto found = graphs.find({count, times});
         if (found == graphs.end()) {
@@ -143,10 +215,16 @@ void Trainer<T>::Work::enqueue_epoch(const std::function<void()>& poll) {
     for (Index s = 0; s < whole / kStepsInGraph; ++s) launch_steps(options.batch_size, kStepsInGraph);
     for (Index s = 0; s < whole % kStepsInGraph; ++s) launch_steps(options.batch_size, 1);
     if (rest > 0) launch_steps(rest, 1);
-    done.record(stream);
+    wait(look);
+}
+
+// Until the device has done what it was given.
+template <class T>
+void Trainer<T>::Work::wait(Poller& look) {
+    done.record(net.runtime().stream);
     while (!done.reached()) {
         look();
-        std::this_thread::sleep_for(std::chrono::microseconds(20));
+        std::this_thread::sleep_for(std::chrono::microseconds(5));
     }
 }
 
@@ -216,7 +294,13 @@ double Trainer<T>::step(const Dataset<T>& batch, double lr) {
     work.step.batch.take(work.net, batch, work.net.runtime().stream);
     work.prepare(1, &lr, 1);
     work.net.count_change();
-    work.enqueue(work.step.batch.source(), batch.rows);
+    if (work.schedule == Schedule::resident && batch.rows <= std::min(work.options.batch_size, work.rows)) {
+        const Job<T> own = work.job(work.step.batch.source(), batch.rows);
+        upload(work.jobs.data(), &own, 1, work.net.runtime().stream);
+        launch_resident(work.program, work.jobs.data(), 1, 1, work.net.runtime().stream);
+    } else {
+        work.enqueue(work.step.batch.source(), batch.rows);
+    }
     ++work.optimizer.step_count;
     return work.step.get_control().value;
 }
