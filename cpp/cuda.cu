@@ -60,6 +60,13 @@ int device_of(const void* pointer) {
 
 void force_schedule(Schedule schedule) { forced_schedule.store(schedule); }
 
+void copy(int device, void* to, const void* from, std::size_t bytes) {
+    const OnDevice here(device);
+    const Stream stream;
+    upload(static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), static_cast<Index>(bytes), stream);
+    stream.wait();
+}
+
 void* allocate(int device, std::size_t bytes, const char* what) {
     if (bytes == 0) return nullptr;
     const OnDevice here(device);
@@ -158,9 +165,8 @@ bool Network<T>::all_finite() const {
     const OnDevice here(device_);
     const std::lock_guard<std::mutex> lock(runtime_->mutex);
     const Buffer<double> count(device_, kPieces + 1, "a sum");
-    launch(sum_pieces<NotFinite<T>>, dim3(kPieces), kThreads, kThreads * sizeof(double), runtime_->stream, size(),
-           NotFinite<T>{theta()}, count.data());
-    sum_over(kPieces, Partials{count.data()}, StoreSum{count.data() + kPieces}, runtime_->stream);
+    sum_in_pieces(size(), NotFinite<T>{theta()}, count.data(), runtime_->stream);
+    sum_over(pieces_of(size()), Partials{count.data()}, StoreSum{count.data() + kPieces}, runtime_->stream);
     double result = 0;
     download(&result, count.data() + kPieces, 1, runtime_->stream);
     runtime_->stream.wait();

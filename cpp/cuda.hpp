@@ -27,6 +27,7 @@ std::string device_name(int device);
 void synchronize(int device);
 void force_schedule(Schedule schedule);  // of trainers made from now on
 int device_of(const void* pointer);      // -1: the host's
+void copy(int device, void* to, const void* from, std::size_t bytes);  // either way; waits
 
 // Device memory that is not there is Python's MemoryError.
 class OutOfMemory : public std::bad_alloc {

@@ -3,6 +3,8 @@
 // A map is a small struct with an operator(): what one thread does.
 #pragma once
 
+#include <algorithm>
+
 #include "multiply.cuh"
 #include "program.hpp"
 
@@ -170,7 +172,13 @@ __global__ void __launch_bounds__(kThreads) sum_pieces(Index count, F f, double*
     const double total = block_sum(sum, memory);
     if (threadIdx.x == 0) partial[piece] = total;
 }
-constexpr Index kPieces = 256;
+constexpr Index kPieces = 256;  // the most
+inline Index pieces_of(Index count) { return std::clamp<Index>(count / (16 * kThreads), 1, kPieces); }
+template <class F>
+void sum_in_pieces(Index count, const F& f, double* partial, cudaStream_t stream) {
+    launch(sum_pieces<F>, dim3(static_cast<unsigned>(pieces_of(count))), kThreads, kThreads * sizeof(double), stream,
+           count, f, partial);
+}
 
 struct Partials {
     const double* at;
@@ -198,7 +206,7 @@ struct Control {
     std::int64_t step = 0, first = 0;  // of the epoch; the first row of its batch
     std::int64_t drawn = 0;            // steps that the optimizer has taken, for dropout's masks
     double total = 0, weight = 0;      // of the epoch so far
-    double batch_weight = 0, penalty = 0, scale = 1, clip = 1;
+    double batch_weight = 0, penalty = 0, slopes = 0, scale = 1, clip = 1;
     double value = 0;                  // of the last step
 };
 
@@ -210,6 +218,7 @@ struct Source {  // a data set on the device
     Index target_cols = 0;
     const T* weight = nullptr;
     const T* dy = nullptr;
+    double dy_weight = 0;
     Rows rows = {};
 };
 
@@ -274,7 +283,7 @@ struct EndStep {
     bool mean;
     Index rows;
     CHAINRULE_HD void operator()(double total) const {
-        control->value = total * control->scale + control->penalty;
+        control->value = total * control->scale + control->penalty + control->slopes;
         const double share = mean ? control->batch_weight : 1.0;
         control->total += control->value * share;
         control->weight += share;

@@ -169,7 +169,7 @@ constexpr std::size_t tile_bytes() {
 
 // C (m x n) over k terms; C's element (i, j) goes to epilogue(i, j, sum), then the block ends with epilogue.finish(memory).
 template <class Tile, bool ADownK, bool BDownK, class T, class Epilogue>
-__global__ void __launch_bounds__(Tile::threads)
+__global__ void __launch_bounds__(Tile::threads, 1)
     multiply(int m, int n, int k, Operand<T> a, Operand<T> b, Epilogue epilogue) {
     CHAINRULE_SHARED(T, memory);
     T* const a_tile = memory;

@@ -355,7 +355,7 @@ CHAINRULE_INLINE void resident_step(Block<T>& block, Control& control, const Hyp
 
 // `steps` steps of each job's network, or as many as its epoch still has.
 template <class T>
-__global__ void __launch_bounds__(kResidentThreads)
+__global__ void __launch_bounds__(kResidentThreads, 1)
     train_resident(const __grid_constant__ Program program, const Job<T>* jobs, int steps) {
     CHAINRULE_SHARED(T, memory);
     const Job<T>& job = jobs[blockIdx.x];

@@ -23,7 +23,7 @@ constexpr Index most_tiles(Index m, Index n) { return tiles_across(m, kSmallTile
 
 // Rows in shared memory begin an odd number of 16 bytes of float32 after one another: eight threads that read 16 bytes each,
 // of eight rows or along one, meet no bank twice.
-constexpr Index resident_stride(Index cols) {
+CHAINRULE_HD constexpr Index resident_stride(Index cols) {
     const Index fours = (cols + 3) / 4;
     return 4 * (fours % 2 == 0 ? fours + 1 : fours);
 }

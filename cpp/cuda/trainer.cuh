@@ -57,6 +57,7 @@ struct Trainer<T>::Work {
         choose();
     }
 
+    Index batch() const { return std::min(options.batch_size, rows); }
     Index steps() const { return (rows + options.batch_size - 1) / options.batch_size; }
     bool stores_examples() const { return step.extras.sobolev || step.extras.clip_example_norm != 0; }
     bool stores() const { return options.regularization.clip_norm != 0 || stores_examples(); }
@@ -79,6 +80,8 @@ struct Trainer<T>::Work {
     void prepare(std::int64_t steps, const double* lr, Index lr_stride);
     void enqueue_epoch(const std::function<void()>& poll);
     void wait(Poller& look);
+    void begin_epoch(Index number, const double* lr, Index lr_stride);
+    double end_epoch();
     double epoch(Index number, const double* lr, Index lr_stride, const std::function<void()>& poll);
 
     Network<T>& net;
@@ -107,7 +110,7 @@ void Trainer<T>::Work::choose() {
     const bool plain = !stores_examples() && net.precision() != Precision::tf32 && net.precision() != Precision::bfloat16;
     bool slots[kSlots];
     for (int s = 0; s < kSlots; ++s) slots[s] = optimizer.slots[s].size() > 0;
-    program = plan_resident(net.layers(), net.first_cotangent(), std::min(options.batch_size, rows), slots,
+    program = plan_resident(net.layers(), net.first_cotangent(), batch(), slots,
                             options.regularization.clip_norm != 0);
     const bool fits = plain && program.count > 0 &&
                       program.total * static_cast<Index>(sizeof(T)) <= net.runtime().shared_bytes;
@@ -127,7 +130,7 @@ Job<T> Trainer<T>::Work::job(const Source<T>& from, Index count) const {
     job.hyper = hyper.data();
     job.data = from;
     job.rows = count;
-    job.batch = std::min(options.batch_size, rows);
+    job.batch = batch();
     job.seed = options.seed;
     job.rule = optimizer.settings.rule;
     job.loss = step.loss.op;
@@ -229,23 +232,33 @@ void Trainer<T>::Work::wait(Poller& look) {
 }
 
 template <class T>
-double Trainer<T>::Work::epoch(Index number, const double* lr, Index lr_stride, const std::function<void()>& poll) {
+void Trainer<T>::Work::begin_epoch(Index number, const double* lr, Index lr_stride) {
     if (options.shuffle) {
         permute(rows, options.seed, static_cast<std::uint64_t>(number), host_order.data());
         upload(order.data(), host_order.data(), rows, net.runtime().stream);
     }
     prepare(steps(), lr, lr_stride);
     net.count_change();
+}
+
+template <class T>
+double Trainer<T>::Work::end_epoch() {
+    optimizer.step_count += std::exchange(enqueued, 0);
+    const Control control = step.get_control();
+    return step.loss.mean && control.weight > 0 ? control.total / control.weight : control.total;
+}
+
+template <class T>
+double Trainer<T>::Work::epoch(Index number, const double* lr, Index lr_stride, const std::function<void()>& poll) {
+    begin_epoch(number, lr, lr_stride);
     try {
         enqueue_epoch(poll);
     } catch (...) {
         (void)cudaStreamSynchronize(net.runtime().stream);
-        optimizer.step_count += enqueued;
+        optimizer.step_count += std::exchange(enqueued, 0);
         throw;
     }
-    optimizer.step_count += enqueued;
-    const Control control = step.get_control();
-    return step.loss.mean && control.weight > 0 ? control.total / control.weight : control.total;
+    return end_epoch();
 }
 
 template <class T>
@@ -294,7 +307,7 @@ double Trainer<T>::step(const Dataset<T>& batch, double lr) {
     work.step.batch.take(work.net, batch, work.net.runtime().stream);
     work.prepare(1, &lr, 1);
     work.net.count_change();
-    if (work.schedule == Schedule::resident && batch.rows <= std::min(work.options.batch_size, work.rows)) {
+    if (work.schedule == Schedule::resident && batch.rows <= work.batch()) {
         const Job<T> own = work.job(work.step.batch.source(), batch.rows);
         upload(work.jobs.data(), &own, 1, work.net.runtime().stream);
         launch_resident(work.program, work.jobs.data(), 1, 1, work.net.runtime().stream);
@@ -305,13 +318,101 @@ double Trainer<T>::step(const Dataset<T>& batch, double lr) {
     return work.step.get_control().value;
 }
 
+// ---- many networks at once --------------------------------------------------------------------------------------------
+
+template <class T>
+bool same_layers(const std::vector<Layer<T>>& a, const std::vector<Layer<T>>& b) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Layer<T>& x, const Layer<T>& y) {
+        return x.kind == y.kind && x.inputs == y.inputs && x.outputs == y.outputs && x.bias == y.bias &&
+               x.op == y.op && x.param == y.param;
+    });
+}
+
+// Whether all of them take the same path through one launch: each a block of the resident schedule, with one program.
+template <class T>
+bool run_together(const std::vector<Trainer<T>*>& trainers) {
+    const auto& first = trainers.front()->work();
+    for (const Trainer<T>* trainer : trainers) {
+        const auto& work = trainer->work();
+        bool same = work.schedule == Schedule::resident && work.net.device() == first.net.device() &&
+                    same_layers(work.net.layers(), first.net.layers()) && work.batch() == first.batch() &&
+                    work.program.gradient == first.program.gradient;
+        for (int s = 0; s < kSlots; ++s) same = same && work.program.slots[s] == first.program.slots[s];
+        if (!same) return false;
+    }
+    return true;
+}
+
+// The epochs of networks whose epochs have as many launches; one that diverges sits out the rest.
+template <class T>
+class Together {
+   public:
+    using Work = typename Trainer<T>::Work;
+    explicit Together(const std::vector<Trainer<T>*>& trainers)
+        : jobs_(trainers.front()->work().net.device(), static_cast<Index>(trainers.size()), "networks at work") {
+        for (const Trainer<T>* trainer : trainers) all_.push_back(&trainer->work());
+    }
+    template <class Rates>
+    void epoch(Index number, Rates rates, Index lr_stride, Poller& look, std::vector<std::vector<double>>& losses) {
+        Work& first = *all_.front();
+        std::vector<std::size_t> active;
+        std::vector<Job<T>> jobs;
+        std::int64_t most = 0;
+        for (std::size_t k = 0; k < all_.size(); ++k) {
+            if (!losses[k].empty() && !std::isfinite(losses[k].back())) continue;
+            all_[k]->begin_epoch(number, rates(k), lr_stride);
+            active.push_back(k);
+            jobs.push_back(all_[k]->job(all_[k]->source, all_[k]->rows));
+            most = std::max<std::int64_t>(most, all_[k]->steps());
+        }
+        cudaStream_t stream = first.net.runtime().stream;
+        upload(jobs_.data(), jobs.data(), static_cast<Index>(jobs.size()), stream);
+        first.net.runtime().stream.wait();
+        for (std::int64_t done = 0; done < most; done += kStepsInLaunch) {
+            launch_resident(first.program, jobs_.data(), static_cast<Index>(jobs.size()), kStepsInLaunch, stream);
+            for (const std::size_t k : active)
+                all_[k]->enqueued = std::min<std::int64_t>(done + kStepsInLaunch, all_[k]->steps());
+            first.wait(look);
+        }
+        for (const std::size_t k : active) losses[k].push_back(all_[k]->end_epoch());
+    }
+    // After an interruption: what has been enqueued has been done.
+    void abandon() {
+        (void)cudaStreamSynchronize(all_.front()->net.runtime().stream);
+        for (Work* work : all_) work->optimizer.step_count += std::exchange(work->enqueued, 0);
+    }
+
+   private:
+    std::vector<Work*> all_;
+    Buffer<Job<T>> jobs_;
+};
+
 template <class T>
 std::vector<std::vector<double>> run_many(const std::vector<Trainer<T>*>& trainers, Index first_epoch, Index epochs,
                                           const double* lr, Index lr_network, Index lr_stride,
                                           const std::function<void()>& poll) {
-    std::vector<std::vector<double>> losses;
-    for (std::size_t k = 0; k < trainers.size(); ++k)
-        losses.push_back(trainers[k]->run(first_epoch, epochs, lr + static_cast<Index>(k) * lr_network, lr_stride, poll));
+    std::vector<std::vector<double>> losses(trainers.size());
+    const auto rates_of = [&](std::size_t k, Index epoch) {
+        return lr + static_cast<Index>(k) * lr_network + epoch * lr_stride;
+    };
+    if (!run_together(trainers)) {
+        for (std::size_t k = 0; k < trainers.size(); ++k)
+            losses[k] = trainers[k]->run(first_epoch, epochs, rates_of(k, 0), lr_stride, poll);
+        return losses;
+    }
+    const OnDevice here(trainers.front()->work().net.device());
+    std::vector<std::unique_lock<std::mutex>> locks;
+    for (const Trainer<T>* trainer : trainers) locks.emplace_back(trainer->work().net.runtime().mutex);
+    Together<T> together(trainers);
+    Poller look(poll);
+    try {
+        for (Index epoch = 0; epoch < epochs; ++epoch)
+            together.epoch(
+                first_epoch + epoch, [&](std::size_t k) { return rates_of(k, epoch); }, lr_stride, look, losses);
+    } catch (...) {
+        together.abandon();
+        throw;
+    }
     return losses;
 }
 

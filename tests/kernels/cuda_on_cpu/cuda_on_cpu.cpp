@@ -163,15 +163,18 @@ class Block {
 #if defined(__SANITIZE_ADDRESS__)
         __asan_unpoison_memory_region(fiber->stack, kStackBytes);  // frames of threads that have ended
 #endif
-        getcontext(&fiber->context);
-        fiber->context.uc_stack.ss_sp = fiber->stack;
-        fiber->context.uc_stack.ss_size = kStackBytes;
-        fiber->context.uc_link = nullptr;
+        prepare(fiber->context, fiber->stack);
         fiber->fake_stack = nullptr;
-        makecontext(&fiber->context, &Block::begin, 0);
         take(fiber);
         enter(fiber);
         return true;
+    }
+    static void prepare(ucontext_t& context, void* stack) {
+        getcontext(&context);
+        context.uc_stack.ss_sp = stack;
+        context.uc_stack.ss_size = kStackBytes;
+        context.uc_link = nullptr;
+        makecontext(&context, &Block::begin, 0);
     }
     static void begin() {
 #if defined(__SANITIZE_ADDRESS__)
