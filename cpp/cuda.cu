@@ -15,6 +15,25 @@
 namespace chainrule {
 namespace cuda {
 
+namespace {
+
+// A function of cuBLASLt, of the newest one that the loader finds or somebody has loaded already; never closed again.
+void* library_symbol(const char* name) {
+#ifdef CUDA_ON_CPU
+    return cuda_on_cpu::library_symbol(name);
+#else
+    static void* const library = [] {
+        void* handle = nullptr;
+        for (const char* file : {"libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"})
+            if (!handle) handle = dlopen(file, RTLD_NOW | RTLD_LOCAL);
+        return handle;
+    }();
+    return library ? dlsym(library, name) : nullptr;
+#endif
+}
+
+}  // namespace
+
 // ---- devices --------------------------------------------------------------------------------------------------------
 
 std::string state() {
@@ -65,6 +84,32 @@ void copy(int device, void* to, const void* from, std::size_t bytes) {
     const Stream stream;
     upload(static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), static_cast<Index>(bytes), stream);
     stream.wait();
+}
+
+const lt::Functions* lt::functions() {
+    static const std::unique_ptr<const Functions> found = [] {
+        auto table = std::make_unique<Functions>();
+        bool all = true;
+        const auto find = [&](auto& function, const char* name) {
+            void* const symbol = library_symbol(name);
+            std::memcpy(&function, &symbol, sizeof symbol);
+            all = all && symbol;
+        };
+        find(table->Create, "cublasLtCreate");
+        find(table->Destroy, "cublasLtDestroy");
+        find(table->Matmul, "cublasLtMatmul");
+        find(table->MatmulDescCreate, "cublasLtMatmulDescCreate");
+        find(table->MatmulDescDestroy, "cublasLtMatmulDescDestroy");
+        find(table->MatmulDescSetAttribute, "cublasLtMatmulDescSetAttribute");
+        find(table->MatrixLayoutCreate, "cublasLtMatrixLayoutCreate");
+        find(table->MatrixLayoutDestroy, "cublasLtMatrixLayoutDestroy");
+        find(table->MatmulPreferenceCreate, "cublasLtMatmulPreferenceCreate");
+        find(table->MatmulPreferenceDestroy, "cublasLtMatmulPreferenceDestroy");
+        find(table->MatmulPreferenceSetAttribute, "cublasLtMatmulPreferenceSetAttribute");
+        find(table->MatmulAlgoGetHeuristic, "cublasLtMatmulAlgoGetHeuristic");
+        return all ? std::move(table) : nullptr;
+    }();
+    return found.get();
 }
 
 void* allocate(int device, std::size_t bytes, const char* what) {

@@ -333,15 +333,9 @@ void multiply_by(Index m, Index n, Index k, const Operand<T>& a, const Operand<T
            static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), a, b, epilogue);
 }
 
-struct Arithmetic {
-    Precision precision;
-    int processors;
-};
-
 template <bool ADownK, bool BDownK, class T, class Epilogue>
-void multiply_tiles(const Arithmetic& how, Index m, Index n, Index k, const Operand<T>& a, const Operand<T>& b,
+void multiply_tiles(Precision precision, bool large, Index m, Index n, Index k, const Operand<T>& a, const Operand<T>& b,
                     const Epilogue& epilogue, cudaStream_t stream) {
-    const bool large = wants_large_tiles(m, n, how.processors);
     const auto go = [&](auto small_tile, auto large_tile) {
         if (large)
             multiply_by<decltype(large_tile), ADownK, BDownK>(m, n, k, a, b, epilogue, stream);
@@ -349,8 +343,8 @@ void multiply_tiles(const Arithmetic& how, Index m, Index n, Index k, const Oper
             multiply_by<decltype(small_tile), ADownK, BDownK>(m, n, k, a, b, epilogue, stream);
     };
     if constexpr (sizeof(T) == 4) {
-        if (how.precision == Precision::tf32) return go(Tf32Small{}, Tf32Large{});
-        if (how.precision == Precision::bfloat16) return go(Bfloat16Small{}, Bfloat16Large{});
+        if (precision == Precision::tf32) return go(Tf32Small{}, Tf32Large{});
+        if (precision == Precision::bfloat16) return go(Bfloat16Small{}, Bfloat16Large{});
     }
     go(typename Tiles<T>::Small{}, typename Tiles<T>::Large{});
 }

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "maps.cuh"
+#include "library.cuh"
 
 namespace chainrule {
 namespace cuda {
@@ -14,10 +14,10 @@ namespace cuda {
 template <class T>
 struct Network<T>::Runtime {
     explicit Runtime(int device, Precision precision)
-        : how{precision, attribute(cudaDevAttrMultiProcessorCount, device)},
+        : how{precision, attribute(cudaDevAttrMultiProcessorCount, device), nullptr, nullptr, nullptr},
           shared_bytes(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) {}
     std::mutex mutex;  // one caller at a time has the streams
-    Arithmetic how;
+    Arithmetic<T> how;
     Index shared_bytes;
     Stream stream, side;
     Event fork, join;
@@ -36,8 +36,10 @@ class Tape {
 
     // `training`: dropout drops; else it is the identity.
     Tape(const Network<T>& net, bool training)
-        : net_(net), training_(training), views_(static_cast<std::size_t>(kinds * (net.depth() + 1))) {}
+        : net_(net), how_(net.runtime().how), training_(training), views_(static_cast<std::size_t>(kinds * (net.depth() + 1))) {}
 
+    // From now on products are made so.
+    void multiply_by(const Arithmetic<T>& how) { how_ = how; }
     // From now on every φ and every cotangent is there after a sweep.
     void keep_all(bool all) { whole_ = all; }
     // Room for these kinds: rows [first, first + rows) of derivatives, `seeds` for each example.
@@ -90,7 +92,6 @@ class Tape {
     std::size_t place(Kind kind, Index l) const {
         return static_cast<std::size_t>(kind) * static_cast<std::size_t>(net_.depth() + 1) + static_cast<std::size_t>(l);
     }
-    const Arithmetic& how() const { return net_.runtime().how; }
     const T* bias(const Layer<T>& g, const T* flat) const {
         return g.bias ? flat + g.offset + g.outputs * g.inputs : nullptr;
     }
@@ -110,6 +111,7 @@ class Tape {
     void pull_op(Kind kind, Index l, cudaStream_t stream) const;
 
     const Network<T>& net_;
+    Arithmetic<T> how_;
     const bool training_;
     bool whole_ = false;
     Index phase_ = 0, rows_ = 0, seeds_ = 1, examples_ = 0;
@@ -178,8 +180,8 @@ void Tape<T>::product(Index l, const Operand<T>& x, const T* flat, bool with_bia
     const Layer<T>& g = layer(l);
     Activate<T> end = epilogue;
     if (with_bias) end.bias = bias(g, flat);
-    multiply_tiles<false, false>(how(), end.y.rows, g.outputs, g.inputs, x, Operand<T>{flat + g.offset, g.inputs}, end,
-                                 stream);
+    how_.template multiply<false, false>(end.y.rows, g.outputs, g.inputs, x, Operand<T>{flat + g.offset, g.inputs}, end,
+                                         stream);
 }
 
 template <class T>
@@ -287,8 +289,8 @@ void Tape<T>::pull_linear(Kind kind, Index l, Kind to, const T* flat, bool fused
         end.op = layer(l - 1).op;
         end.param = static_cast<T>(layer(l - 1).param);
     }
-    multiply_tiles<false, true>(how(), rows_, g.inputs, g.outputs, operand(kind, l + 1),
-                                Operand<T>{flat + g.offset, g.inputs}, end, stream);
+    how_.template multiply<false, true>(rows_, g.inputs, g.outputs, operand(kind, l + 1),
+                                        Operand<T>{flat + g.offset, g.inputs}, end, stream);
 }
 
 template <class T>
@@ -345,8 +347,8 @@ void Tape<T>::gradient(Index l, Index rows, const Operand<T>& dz, const Operand<
     const Layer<T>& g = layer(l);
     Operand<T> with_ones = x;
     if (g.bias && with_bias) with_ones.ones = static_cast<int>(g.inputs);
-    multiply_tiles<true, true>(how(), g.outputs, g.inputs + (g.bias && with_bias), rows, dz, with_ones, epilogue,
-                               stream);
+    how_.template multiply<true, true>(g.outputs, g.inputs + (g.bias && with_bias), rows, dz, with_ones, epilogue,
+                                       stream);
 }
 
 template <class T>

@@ -75,6 +75,7 @@ struct Trainer<T>::Work {
         return rule;
     }
     void choose();
+    void open_library();
     Job<T> job(const Source<T>& from, Index count) const;
     void enqueue(const Source<T>& from, Index count);
     void prepare(std::int64_t steps, const double* lr, Index lr_stride);
@@ -97,6 +98,7 @@ struct Trainer<T>::Work {
     std::vector<Hyper<T>> host_hyper;
     std::map<std::pair<Index, Index>, Graph> graphs;  // by rows and steps
     Schedule schedule = Schedule::fused;
+    std::unique_ptr<Library<T>> libraries[2];
     Program program;     // of the resident schedule
     Buffer<Job<T>> jobs;
     Event done;
@@ -114,10 +116,32 @@ void Trainer<T>::Work::choose() {
                             options.regularization.clip_norm != 0);
     const bool fits = plain && program.count > 0 &&
                       program.total * static_cast<Index>(sizeof(T)) <= net.runtime().shared_bytes;
+    const bool large = wants_library(net.multiplies_per_row() * static_cast<double>(batch()));
     if (fits && (forced == Schedule::by_size || forced == Schedule::resident)) {
         schedule = Schedule::resident;
         jobs = Buffer<Job<T>>(net.device(), 1, "a network at work");
+    } else if ((forced == Schedule::by_size ? large : forced == Schedule::library) && lt::functions()) {
+        schedule = Schedule::library;
+        open_library();
     }
+    if (!stores()) return;
+    step.gradient();  // now: a graph must not find it elsewhere
+    net.runtime().stream.wait();
+}
+
+// A library for each stream, with room for every product of a step.
+template <class T>
+void Trainer<T>::Work::open_library() {
+    for (auto& library : libraries) {
+        library = std::make_unique<Library<T>>(net.device(), net.precision());
+        for (const Layer<T>& g : net.layers())
+            if (g.kind == Layer<T>::Kind::linear) library->reserve(batch(), g.inputs, g.outputs);
+    }
+    Arithmetic<T> how = net.runtime().how;
+    how.library = libraries[0].get();
+    how.side_library = libraries[1].get();
+    how.side = net.runtime().side;
+    step.tape.multiply_by(how);
 }
 
 template <class T>
@@ -303,6 +327,9 @@ double Trainer<T>::step(const Dataset<T>& batch, double lr) {
         work.graphs.clear();
         work.step.values.grow(work.net.device(), batch.rows, "the values of a loss");
         work.step.capacity = batch.rows;
+        for (auto& library : work.libraries)
+            for (const Layer<T>& g : work.net.layers())
+                if (library && g.kind == Layer<T>::Kind::linear) library->reserve(batch.rows, g.inputs, g.outputs);
     }
     work.step.batch.take(work.net, batch, work.net.runtime().stream);
     work.prepare(1, &lr, 1);

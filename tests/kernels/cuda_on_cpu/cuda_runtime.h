@@ -68,7 +68,7 @@ enum cudaDeviceAttr {
 };
 enum cudaMemcpyKind { cudaMemcpyDefault = 4 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
 enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
 constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
 
@@ -130,6 +130,8 @@ cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) {
 namespace cuda_on_cpu {
 // Now, or as a node of the graph that the stream is making.
 cudaError_t enqueue(cudaStream_t stream, std::function<void()> work);
+// cuBLASLt's function of that name, as cublaslt.cpp beside this file has it.
+void* library_symbol(const char* name);
 constexpr std::size_t kSharedBytes = 227 * 1024;
 }  // namespace cuda_on_cpu
 
