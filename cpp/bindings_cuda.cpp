@@ -96,8 +96,7 @@ void bind_arrays(py::module_& m) {
             },
             py::arg("dtype") = py::none(), py::arg("copy") = py::none())
         .def("__dlpack__", [](const DeviceArray& self, const py::kwargs&) { return self.to_dlpack(); })
-        .def("__dlpack_device__",
-             [](const DeviceArray& self) { return py::make_tuple(dlpack::kCuda, self.device()); });
+        .def("__dlpack_device__", [](const DeviceArray& self) { return py::make_tuple(dlpack::kCuda, self.device()); });
     m.def("upload", &DeviceArray::upload, py::arg("array"), py::arg("device"));
     m.def("from_dlpack", &DeviceArray::from_dlpack, py::arg("source"));
 }
@@ -106,11 +105,11 @@ template <class T>
 void bind_cuda(py::module_& m, const py::module_& core, const std::string& bits) {
     using E = Cuda<T>;
     m.attr(("Snapshot" + bits).c_str()) = core.attr(("Snapshot" + bits).c_str());
-    bind_network<E>(m, bits).def(
-        py::init([](const std::vector<LayerRow>& rows, const std::string& precision, int device) {
-            return std::make_unique<PyNetwork<E>>(make_layers<T>(rows), precision_of<T>(precision), device);
-        }),
-        py::arg("layers"), py::arg("precision"), py::arg("device"))
+    bind_network<E>(m, bits)
+        .def(py::init([](const std::vector<LayerRow>& rows, const std::string& precision, int device) {
+                 return std::make_unique<PyNetwork<E>>(make_layers<T>(rows), precision_of<T>(precision), device);
+             }),
+             py::arg("layers"), py::arg("precision"), py::arg("device"))
         .def("predict_array", &predict_array<T>, py::arg("X"));
     m.def("run_many", &run_many<T>, py::arg("trainers"), py::arg("first_epoch"), py::arg("lr"));
     bind_training<E>(m, bits).def_property_readonly("schedule", [](PyTrainer<E>& self) {
@@ -137,9 +136,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("schedules", [] { return std::vector<std::string>(schedule_names.begin() + 1, schedule_names.end()); });
     m.def(
         "force_schedule",
-        [](const std::string& name) {
-            cuda::force_schedule(lookup<cuda::Schedule>(schedule_names, name, "schedule"));
-        },
+        [](const std::string& name) { cuda::force_schedule(lookup<cuda::Schedule>(schedule_names, name, "schedule")); },
         py::arg("name"));
     bind_arrays(m);
     bind_cuda<float>(m, core, "32");

@@ -136,7 +136,7 @@ py::tuple value_and_grad(PyNetwork<E>& self, const py::object& X, const py::obje
     data.suits(self.net, loss);
     data.add_slopes(self.net, dy, dy_weight);
     typename E::Step step(self.net, loss, std::max<Index>(data.view.rows, 1), data.view.target_cols,
-                 {data.view.dy != nullptr, 0});
+                          {data.view.dy != nullptr, 0});
     double value;
     const T* gradient;
     {
@@ -281,7 +281,7 @@ class PyTrainer {
         PyNetwork<E>& network;
     };
     typename E::Trainer make(PyNetwork<E>& network, PyOptimizer<E>& optimizer, const py::object& dy, double dy_weight,
-                    const TrainerOptions& options) {
+                             const TrainerOptions& options) {
         data_.suits(network.net, loss_);
         data_.add_slopes(network.net, dy, dy_weight);
         if (data_.view.rows < 1) throw py::value_error("[fit] no data: expected at least 1 row, got 0");

@@ -222,7 +222,8 @@ template <class T>
 void Network<T>::predict(Index rows, const T* x, T* f) const {
     const OnDevice here(device_);
     const std::lock_guard<std::mutex> lock(runtime_->mutex);
-    Tape<T> tape(*this, false);
+    if (!runtime_->predictor) runtime_->predictor = std::make_unique<Tape<T>>(*this, false);
+    Tape<T>& tape = *runtime_->predictor;
     const bool here_already = rows > 0 && device_of(x) == device_;
     const Index piece = rows_at_once(*this, 1);
     for (Index first = 0; first < rows; first += piece) {
@@ -347,16 +348,16 @@ double evaluate(Network<T>& net, const Loss<T>& loss, const Dataset<T>& data) {
     return loss.mean ? (control.weight > 0 ? control.total / control.weight : 0) : control.total;
 }
 
-#define CHAINRULE_INSTANTIATE(T)                                                          \
-    template class Network<T>;                                                            \
-    template class Optimizer<T>;                                                          \
-    template class Step<T>;                                                               \
-    template class Direction<T>;                                                          \
-    template class Derivatives<T>;                                                        \
-    template class Trainer<T>;                                                            \
-    template double evaluate<T>(Network<T>&, const Loss<T>&, const Dataset<T>&);          \
-    template std::vector<std::vector<double>> run_many<T>(const std::vector<Trainer<T>*>&, Index, Index, const double*, \
-                                                          Index, Index, const std::function<void()>&);
+#define CHAINRULE_INSTANTIATE(T)                                                                         \
+    template class Network<T>;                                                                           \
+    template class Optimizer<T>;                                                                         \
+    template class Step<T>;                                                                              \
+    template class Direction<T>;                                                                         \
+    template class Derivatives<T>;                                                                       \
+    template class Trainer<T>;                                                                           \
+    template double evaluate<T>(Network<T>&, const Loss<T>&, const Dataset<T>&);                         \
+    template std::vector<std::vector<double>> run_many<T>(const std::vector<Trainer<T>*>&, Index, Index, \
+                                                          const double*, Index, Index, const std::function<void()>&);
 CHAINRULE_INSTANTIATE(float)
 CHAINRULE_INSTANTIATE(double)
 

@@ -25,7 +25,7 @@ struct Pack {
     Operand<T> from;
     Index cols, stride;
     Out* to;
-    CHAINRULE_HD void operator()(Index i, Index j) const {
+    __device__ void operator()(Index i, Index j) const {
         const T value = j < cols ? from.at(static_cast<int>(i), static_cast<int>(j)) : T{0};
         if constexpr (sizeof(Out) == 2)
             to[i * stride + j] = static_cast<Out>(round_to_bfloat16(Vec<float>(static_cast<float>(value)))[0] >> 16);
@@ -82,7 +82,8 @@ class Library {
         run(plan_of(shape), x.data, y.data, direct.bias, c, stream);
         if (direct.to) return;
         launch(finish_product<T, Epilogue>,
-               dim3(static_cast<unsigned>(tiles_across(m, kSmallTile)), static_cast<unsigned>(tiles_across(n, kSmallTile))),
+               dim3(static_cast<unsigned>(tiles_across(m, kSmallTile)),
+                    static_cast<unsigned>(tiles_across(n, kSmallTile))),
                kThreads, kThreads * sizeof(double), stream, static_cast<int>(m), static_cast<int>(n),
                static_cast<const T*>(c), c_stride, epilogue);
     }
@@ -148,7 +149,7 @@ class Library {
         const auto [a_down, b_down, m, n, k, a_stride, b_stride, c_stride, bias] = shape;
         const bool half = precision_ == Precision::bfloat16;
         const int real = sizeof(T) == 8 ? lt::kReal64 : lt::kReal32, type = half ? lt::kBfloat16 : real;
-        const int compute = sizeof(T) == 8                       ? lt::kCompute64
+        const int compute = sizeof(T) == 8                  ? lt::kCompute64
                             : precision_ == Precision::tf32 ? lt::kComputeTf32
                                                             : lt::kCompute32;
         check_library(lt_.MatmulDescCreate(&plan.product, compute, real), "describing a product");
@@ -196,7 +197,8 @@ class Library {
     }
     void destroy(Plan& plan) const {
         if (plan.product) (void)lt_.MatmulDescDestroy(plan.product);
-        for (void* layout : {plan.a, plan.b, plan.c})
+        void* const layouts[] = {plan.a, plan.b, plan.c};
+        for (void* layout : layouts)
             if (layout) (void)lt_.MatrixLayoutDestroy(layout);
     }
 

@@ -11,15 +11,6 @@
 namespace chainrule {
 namespace cuda {
 
-constexpr bool is_rowwise(Op op) {
-    switch (op) {
-#define CHAINRULE_ROWWISE(name, type, saves) \
-    case Op::name: return true;
-#include "../ops/ops.def"
-        default: return false;
-    }
-}
-
 constexpr int kResidentLayers = 24;
 constexpr int kResidentThreads = 256;
 
@@ -30,25 +21,26 @@ struct Program {
         int inputs, outputs;
         bool bias, keeps_z;
         double param, fused_param;
-        int number;           // of the layer, for dropout's key
-        int weights;          // Wᵀ over b
-        int x, z, y;          // φ before, between (where kept) and after
-        int dy, dx;           // cotangents of y, and of x; the same place where they share it
-        int saved;            // what the derivative of op or fused is read off
-        bool pulls;           // whether anybody needs dx
-        bool differentiates;  // whether a linear layer pulls through its fused op itself; else who brings dy has done it
-        Op through;           // the fused op of the layer before, through which dx goes at once
+        int number;   // of the layer, for dropout's key
+        int weights;  // Wᵀ over b
+        int x, z, y;  // φ before, between (where kept) and after
+        int dy, dx;   // cotangents of y, and of x; the same place where they share it
+        int saved;    // what the derivative of op or fused is read off
+        bool pulls;   // whether anybody needs dx
+        bool
+            differentiates;  // whether a linear layer pulls through its fused op itself; else who brings dy has done it
+        Op through;          // the fused op of the layer before, through which dx goes at once
         double through_param;
         int through_saved;
         Index offset;  // of the layer in theta
     };
     Step steps[kResidentLayers];
     int count = 0, inputs = 0, outputs = 0;
-    int f = 0, df = 0;        // φᴸ and its cotangent
-    int slots[kSlots] = {};   // where the rule's slots begin; -1: it has none there
-    int gradient = -1;        // where the gradient lies; -1: no place, it is used up at once
-    int sums = 0;             // a double for each thread
-    Index total = 0;          // elements of T in all
+    int f = 0, df = 0;       // φᴸ and its cotangent
+    int slots[kSlots] = {};  // where the rule's slots begin; -1: it has none there
+    int gradient = -1;       // where the gradient lies; -1: no place, it is used up at once
+    int sums = 0;            // a double for each thread
+    Index total = 0;         // elements of T in all
 };
 
 // Cuts shared memory, in elements; every piece begins at 16 bytes.
@@ -91,7 +83,7 @@ Program parts_of(const std::vector<Layer<T>>& layers, Index first_cotangent) {
         s.op = g.kind == Layer<T>::Kind::op ? g.op : Op::identity;
         s.kind = g.kind == Layer<T>::Kind::linear    ? Step::Kind::linear
                  : g.kind == Layer<T>::Kind::dropout ? Step::Kind::dropout
-                 : is_rowwise(g.op)                    ? Step::Kind::rowwise
+                 : is_rowwise(g.op)                  ? Step::Kind::rowwise
                                                      : Step::Kind::elementwise;
         if (s.kind != Step::Kind::linear || !elementwise_at(layers, l + 1)) continue;
         s.fused = layers[++l].op;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// L2: training of small networks without leaving a processor of the GPU: weights, the rule's state and one batch's activations
+// L3: training of small networks without leaving a processor of the GPU: weights, the rule's state and one batch's activations
 // lie in shared memory, one block has one network, and one launch takes many steps. Many networks are many blocks.
 //
 // In shared memory W lies transposed, with b as its last row: Wᵀ (I + 1, O), and the rule's slots beside it alike. With rows
@@ -7,6 +7,7 @@
 #pragma once
 
 #include "maps.cuh"
+#include "program.hpp"
 
 namespace chainrule {
 namespace cuda {
@@ -32,7 +33,8 @@ struct Job {
 
 // C (m x n) = A B, A (m x k) and B (k x n) with rows padded to fours: two rows and four columns a thread.
 template <class T, class F>
-CHAINRULE_INLINE void block_product(int m, int n, int k, const T* a, int a_stride, const T* b, int b_stride, F each) {
+static __device__ __forceinline__ void block_product(int m, int n, int k, const T* a, int a_stride, const T* b,
+                                                     int b_stride, F each) {
     const int across = (n + 3) / 4, tiles = (m + 1) / 2 * across;
     for (int t = static_cast<int>(threadIdx.x); t < tiles; t += static_cast<int>(blockDim.x)) {
         const int row = t / across * 2, col = t % across * 4, second = row + 1 < m ? row + 1 : row;
@@ -47,18 +49,17 @@ CHAINRULE_INLINE void block_product(int m, int n, int k, const T* a, int a_strid
             }
         }
         CHAINRULE_UNROLL(2)
-        for (int r = 0; r < 2; ++r)
-            CHAINRULE_UNROLL(4)
-            for (int c = 0; c < 4; ++c)
-                if (row + r < m && col + c < n) each(row + r, col + c, sum[r][c]);
+        for (int r = 0; r < 2; ++r) CHAINRULE_UNROLL(4)
+        for (int c = 0; c < 4; ++c)
+            if (row + r < m && col + c < n) each(row + r, col + c, sum[r][c]);
     }
 }
 
 // C (m x n) = A Bᵀ, A (m x k) and B (n x k): two rows, and four columns a quarter of n apart, so that neighbouring threads
 // read neighbouring rows of B.
 template <class T, class F>
-CHAINRULE_INLINE void block_product_transposed(int m, int n, int k, const T* a, int a_stride, const T* b, int b_stride,
-                                               F each) {
+static __device__ __forceinline__ void block_product_transposed(int m, int n, int k, const T* a, int a_stride,
+                                                                const T* b, int b_stride, F each) {
     const int across = (n + 3) / 4, tiles = (m + 1) / 2 * across;
     for (int t = static_cast<int>(threadIdx.x); t < tiles; t += static_cast<int>(blockDim.x)) {
         const int row = t / across * 2, col = t % across, second = row + 1 < m ? row + 1 : row;
@@ -79,22 +80,19 @@ CHAINRULE_INLINE void block_product_transposed(int m, int n, int k, const T* a, 
                 for (int q = 0; q < 4; ++q) add(x0.at[q], x1.at[q], c, y.at[q]);
             }
         }
-        for (; i < k; ++i)
-            CHAINRULE_UNROLL(4)
-            for (int c = 0; c < 4; ++c)
-                add(a[row * a_stride + i], a[second * a_stride + i], c, b[place(c) * b_stride + i]);
+        for (; i < k; ++i) CHAINRULE_UNROLL(4)
+        for (int c = 0; c < 4; ++c) add(a[row * a_stride + i], a[second * a_stride + i], c, b[place(c) * b_stride + i]);
         CHAINRULE_UNROLL(2)
-        for (int r = 0; r < 2; ++r)
-            CHAINRULE_UNROLL(4)
-            for (int c = 0; c < 4; ++c)
-                if (row + r < m && col + c * across < n) each(row + r, col + c * across, sum[r][c]);
+        for (int r = 0; r < 2; ++r) CHAINRULE_UNROLL(4)
+        for (int c = 0; c < 4; ++c)
+            if (row + r < m && col + c * across < n) each(row + r, col + c * across, sum[r][c]);
     }
 }
 
 // C (m x n) = Aᵀ B, A (k x m) and B (k x n), a row of ones below Aᵀ where `ones`: four by four a thread.
 template <class T, class F>
-CHAINRULE_INLINE void block_product_of_rows(int m, int n, int k, bool ones, const T* a, int a_stride, const T* b,
-                                            int b_stride, F each) {
+static __device__ __forceinline__ void block_product_of_rows(int m, int n, int k, bool ones, const T* a, int a_stride,
+                                                             const T* b, int b_stride, F each) {
     const int across = (n + 3) / 4, down = (m + 3) / 4, tiles = (down + ones) * across;
     for (int t = static_cast<int>(threadIdx.x); t < tiles; t += static_cast<int>(blockDim.x)) {
         const int row = t / across * 4, col = t % across * 4;
@@ -105,28 +103,26 @@ CHAINRULE_INLINE void block_product_of_rows(int m, int n, int k, bool ones, cons
             if (!bias) x = *reinterpret_cast<const Four<T>*>(a + i * a_stride + row);
             const Four<T> y = *reinterpret_cast<const Four<T>*>(b + i * b_stride + col);
             CHAINRULE_UNROLL(4)
-            for (int r = 0; r < 4; ++r)
-                CHAINRULE_UNROLL(4)
-                for (int c = 0; c < 4; ++c) sum[r][c] = fma(Vec<T>(x.at[r]), Vec<T>(y.at[c]), Vec<T>(sum[r][c]))[0];
+            for (int r = 0; r < 4; ++r) CHAINRULE_UNROLL(4)
+            for (int c = 0; c < 4; ++c) sum[r][c] = fma(Vec<T>(x.at[r]), Vec<T>(y.at[c]), Vec<T>(sum[r][c]))[0];
         }
         CHAINRULE_UNROLL(4)
-        for (int r = 0; r < 4; ++r)
-            CHAINRULE_UNROLL(4)
-            for (int c = 0; c < 4; ++c) {
-                if (col + c >= n) continue;
-                if (bias && r == 0) each(m, col + c, sum[r][c]);
-                if (!bias && row + r < m) each(row + r, col + c, sum[r][c]);
-            }
+        for (int r = 0; r < 4; ++r) CHAINRULE_UNROLL(4)
+        for (int c = 0; c < 4; ++c) {
+            if (col + c >= n) continue;
+            if (bias && r == 0) each(m, col + c, sum[r][c]);
+            if (!bias && row + r < m) each(row + r, col + c, sum[r][c]);
+        }
     }
 }
 
 // ---- a step's parts ---------------------------------------------------------------------------------------------------
 
 template <class F>
-CHAINRULE_INLINE void block_each(int count, F f) {
+static __device__ __forceinline__ void block_each(int count, F f) {
     for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) f(i);
 }
-CHAINRULE_INLINE int stride_of(int cols) { return static_cast<int>(resident_stride(cols)); }
+static __device__ __forceinline__ int stride_of(int cols) { return static_cast<int>(resident_stride(cols)); }
 
 template <class T>
 struct Block {
@@ -137,11 +133,11 @@ struct Block {
     Source<T> data = {};  // from the batch's first row on
     int rows = 0;
 
-    CHAINRULE_HD T* at(int place) const { return memory + place; }
+    __device__ T* at(int place) const { return memory + place; }
 
     // Between theta's layout and ours, which `ours` begins; copy(theta's element, our element).
     template <class F>
-    CHAINRULE_HD void each_weight(T* theta, int ours, F copy) const {
+    __device__ void each_weight(T* theta, int ours, F copy) const {
         for (int s = 0; s < p.count; ++s) {
             const Program::Step& g = p.steps[s];
             if (g.kind != Program::Step::Kind::linear) continue;
@@ -156,13 +152,13 @@ struct Block {
         }
     }
     template <class F>
-    CHAINRULE_HD void each_parameter(F copy) const {
+    __device__ void each_parameter(F copy) const {
         each_weight(job.theta, 0, copy);
         for (int slot = 0; slot < kSlots; ++slot)
             if (p.slots[slot] >= 0) each_weight(job.slots[slot], p.slots[slot], copy);
     }
 
-    CHAINRULE_HD void begin_batch(Index first) {
+    __device__ void begin_batch(Index first) {
         rows = static_cast<int>(job.rows - first < job.batch ? job.rows - first : job.batch);
         data = job.data;
         if (data.rows.order) {
@@ -174,7 +170,7 @@ struct Block {
         if (data.y) data.y += first * data.target_cols;
         if (data.weight) data.weight += first;
     }
-    CHAINRULE_HD void gather() const {
+    __device__ void gather() const {
         const int stride = stride_of(p.inputs);
         block_each(rows * p.inputs, [&](int e) {
             const int i = e / p.inputs, j = e % p.inputs;
@@ -182,18 +178,19 @@ struct Block {
         });
     }
 
-    CHAINRULE_HD void forward(const Program::Step& g, std::uint64_t drawn) const {
+    __device__ void forward(const Program::Step& g, std::uint64_t drawn) const {
         const int x_stride = stride_of(g.inputs), y_stride = stride_of(g.outputs);
         const T* x = at(g.x);
         T* y = at(g.y);
         switch (g.kind) {
             case Program::Step::Kind::linear: {
                 const T* bias = at(g.weights + g.inputs * y_stride);
-                block_product(rows, g.outputs, g.inputs, x, x_stride, at(g.weights), y_stride, [&](int i, int o, T sum) {
-                    if (g.bias) sum = sum + bias[o];
-                    if (g.keeps_z) at(g.z)[i * y_stride + o] = sum;
-                    y[i * y_stride + o] = op_forward(g.fused, sum, static_cast<T>(g.fused_param));
-                });
+                block_product(rows, g.outputs, g.inputs, x, x_stride, at(g.weights), y_stride,
+                              [&](int i, int o, T sum) {
+                                  if (g.bias) sum = sum + bias[o];
+                                  if (g.keeps_z) at(g.z)[i * y_stride + o] = sum;
+                                  y[i * y_stride + o] = op_forward(g.fused, sum, static_cast<T>(g.fused_param));
+                              });
                 return;
             }
             case Program::Step::Kind::elementwise:
@@ -208,7 +205,7 @@ struct Block {
             case Program::Step::Kind::dropout: drop(g, x, y, drawn);
         }
     }
-    CHAINRULE_HD void drop(const Program::Step& g, const T* from, T* to, std::uint64_t drawn) const {
+    __device__ void drop(const Program::Step& g, const T* from, T* to, std::uint64_t drawn) const {
         const DropoutScale<T> scale(g.param);
         const std::uint64_t key = dropout_key(job.seed, g.number);
         const int stride = stride_of(g.outputs);
@@ -218,14 +215,14 @@ struct Block {
         });
     }
 
-    CHAINRULE_HD double weight_of_batch() const {
+    __device__ double weight_of_batch() const {
         if (!data.weight) return rows;
         double mine = 0;
         block_each(rows, [&](int i) { mine += static_cast<double>(data.weight[data.rows(i)]); });
         return block_sum(mine, sums);
     }
     // The sum of weighted losses, and ∂L/∂f.
-    CHAINRULE_HD double loss(double scale) const {
+    __device__ double loss(double scale) const {
         const int stride = stride_of(p.outputs);
         double mine = 0;
         block_each(rows, [&](int i) {
@@ -240,19 +237,18 @@ struct Block {
         return block_sum(mine, sums);
     }
 
-    CHAINRULE_HD void backward(const Program::Step& g, std::uint64_t drawn) const {
+    __device__ void backward(const Program::Step& g, std::uint64_t drawn) const {
         if (!g.pulls) return;
         const int x_stride = stride_of(g.inputs), y_stride = stride_of(g.outputs);
         const T* dy = at(g.dy);
         T* dx = at(g.dx);
         switch (g.kind) {
             case Program::Step::Kind::linear:
-                block_product_transposed(rows, g.inputs, g.outputs, dy, y_stride, at(g.weights), y_stride,
-                                         [&](int i, int j, T sum) {
-                                             const int place = i * x_stride + j;
-                                             dx[place] = op_vjp(g.through, sum, at(g.through_saved)[place],
-                                                                static_cast<T>(g.through_param));
-                                         });
+                block_product_transposed(
+                    rows, g.inputs, g.outputs, dy, y_stride, at(g.weights), y_stride, [&](int i, int j, T sum) {
+                        const int place = i * x_stride + j;
+                        dx[place] = op_vjp(g.through, sum, at(g.through_saved)[place], static_cast<T>(g.through_param));
+                    });
                 return;
             case Program::Step::Kind::elementwise: return differentiate(g.op, g.param, g, dy, dx);
             case Program::Step::Kind::rowwise:
@@ -263,7 +259,7 @@ struct Block {
             case Program::Step::Kind::dropout: drop(g, dy, dx, drawn);
         }
     }
-    CHAINRULE_HD void differentiate(Op op, double param, const Program::Step& g, const T* dy, T* dx) const {
+    __device__ void differentiate(Op op, double param, const Program::Step& g, const T* dy, T* dx) const {
         const int stride = stride_of(g.outputs);
         const T* saved = at(g.saved);
         block_each(rows * g.outputs, [&](int e) {
@@ -274,19 +270,19 @@ struct Block {
 
     // f(place, gradient, whether it is a weight's) for every weight and bias of a linear layer.
     template <class F>
-    CHAINRULE_HD void each_gradient(const Program::Step& g, F f) const {
+    __device__ void each_gradient(const Program::Step& g, F f) const {
         const int stride = stride_of(g.outputs);
         block_product_of_rows(g.inputs, g.outputs, rows, g.bias, at(g.x), stride_of(g.inputs), at(g.dy), stride,
                               [&](int i, int o, T sum) { f(g.weights + i * stride + o, sum, i < g.inputs); });
     }
 
-    CHAINRULE_HD Rule<T> rule(const Hyper<T>* hyper) const {
+    __device__ Rule<T> rule(const Hyper<T>* hyper) const {
         Rule<T> rule = {job.rule, memory, {}, hyper, nullptr, job.l1, job.l2, job.clip_value};
         for (int slot = 0; slot < kSlots; ++slot) rule.slots[slot] = p.slots[slot] >= 0 ? at(p.slots[slot]) : nullptr;
         return rule;
     }
     // All gradients and updates; returns the penalty.
-    CHAINRULE_HD double update(const Rule<T>& rule) const {
+    __device__ double update(const Rule<T>& rule) const {
         double penalty = 0, squares = 0;
         const bool stored = p.gradient >= 0;
         for (int s = 0; s < p.count; ++s) {
@@ -319,7 +315,7 @@ struct Block {
 
 // One step; `control` has the same value in all threads.
 template <class T>
-CHAINRULE_INLINE void resident_step(Block<T>& block, Control& control, const Hyper<T>* hyper) {
+static __device__ __forceinline__ void resident_step(Block<T>& block, Control& control, const Hyper<T>* hyper) {
     using Kind = Program::Step::Kind;
     const Program& p = block.p;
     block.begin_batch(control.first);

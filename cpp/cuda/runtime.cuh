@@ -9,7 +9,7 @@
 #include <string>
 #include <utility>
 
-#include "../cuda.hpp"
+#include "memory.hpp"
 
 namespace chainrule {
 namespace cuda {

@@ -17,7 +17,7 @@ struct LeaveResiduals {
     Index outputs;
     double lambda;
     double* values;
-    CHAINRULE_HD void operator()(Index n) const {
+    __device__ void operator()(Index n) const {
         const Index row = data.rows(n), inputs = c.cols;
         const double weight = data.weight ? static_cast<double>(data.weight[row]) : 1.0;
         const double omega = lambda * control->scale * weight;
@@ -39,7 +39,7 @@ struct LoadLoss {
     MatrixView<T> to;
     MatrixView<const T> df;
     Index outputs;
-    CHAINRULE_HD void operator()(Index r, Index o) const {
+    __device__ void operator()(Index r, Index o) const {
         to.data[r * to.stride + o] = r % outputs == 0 ? df.data[r / outputs * df.stride + o] : T{0};
     }
 };
@@ -48,7 +48,7 @@ template <class T>
 struct AddOutputs {
     MatrixView<T> dc;
     Index outputs;
-    CHAINRULE_HD void operator()(Index n, Index j) const {
+    __device__ void operator()(Index n, Index j) const {
         T* const to = dc.data + n * outputs * dc.stride + j;
         for (Index o = 1; o < outputs; ++o) *to = *to + to[o * dc.stride];
     }
@@ -64,7 +64,8 @@ class Sobolev {
     void sweep(const Source<T>& data, double lambda, Index rows, MatrixView<const T> df, Control* control, T* flat,
                cudaStream_t stream) {
         const Index outputs = net_.outputs(), depth = net_.depth(), low = net_.first_cotangent();
-        tape_.shape(0, rows * outputs, outputs, {Kind::primal, Kind::tangent, Kind::cotangent, Kind::cotangent_tangent});
+        tape_.shape(0, rows * outputs, outputs,
+                    {Kind::primal, Kind::tangent, Kind::cotangent, Kind::cotangent_tangent});
         values_.grow(net_.device(), rows, "slopes");
         tape_.input(data.x, data.rows, stream);
         tape_.forward(nullptr, stream);
@@ -76,7 +77,8 @@ class Sobolev {
                  stream);
         sum_over(rows, Partials{values_.data()}, StoreSum{&control->slopes}, stream);
         tape_.tangents(0, nullptr, stream);
-        map_elements(rows * outputs, outputs, LoadLoss<T>{tape_.at(Kind::cotangent_tangent, depth), df, outputs}, stream);
+        map_elements(rows * outputs, outputs, LoadLoss<T>{tape_.at(Kind::cotangent_tangent, depth), df, outputs},
+                     stream);
         tape_.cotangent_tangents(low, 0, nullptr, stream);
         for (Index l = 0; l < depth; ++l) differentiate(l, rows, flat, stream);
     }

@@ -88,7 +88,7 @@ struct LinearLayers {
         }
     }
     // |gradient|² of row i: each layer's is the product cᵀ x; see example_clipping.hpp.
-    CHAINRULE_HD double square(Index i) const {
+    __device__ double square(Index i) const {
         double total = 0;
         for (int l = 0; l < count; ++l) {
             double of_x = bias[l], of_c = 0;
@@ -113,7 +113,7 @@ struct ClipExamples {
     Source<T> data;
     const Control* control;
     double limit;
-    CHAINRULE_HD void operator()(Index i) const {
+    __device__ void operator()(Index i) const {
         const double weight = data.weight ? static_cast<double>(data.weight[data.rows(i)]) : 1.0;
         const double norm = ::sqrt(layers.square(i)), most = limit * control->scale * weight;
         if (norm <= most) return;
@@ -133,8 +133,7 @@ struct Step<T>::Work {
     using Kind = typename Tape<T>::Kind;
     using LayerKind = typename Layer<T>::Kind;
 
-    Work(Network<T>& network, const Loss<T>& the_loss, Index rows, Index cols, const Extras& the_extras,
-         bool training)
+    Work(Network<T>& network, const Loss<T>& the_loss, Index rows, Index cols, const Extras& the_extras, bool training)
         : net(network),
           loss(the_loss),
           target_cols(cols),
@@ -266,8 +265,7 @@ void Step<T>::Work::update_at_once(const Rule<T>& rule, Index rows, const typena
                       stream);
         first += most_tiles(g.outputs, g.inputs + g.bias);
     });
-    if (penal)
-        sum_over(blocks, Partials{penalties.data()}, StoreSum{&control.data()->penalty}, net.runtime().stream);
+    if (penal) sum_over(blocks, Partials{penalties.data()}, StoreSum{&control.data()->penalty}, net.runtime().stream);
 }
 
 // From `stored`: penalties, limits, and the rule in a pass of its own.
@@ -277,7 +275,8 @@ void Step<T>::Work::update_stored(const Rule<T>& rule, double clip_norm) {
     T* flat = gradient();
     std::vector<Part> parts;
     for (const Layer<T>& g : net.layers())
-        if (g.kind == LayerKind::linear) parts.push_back({g.offset, g.outputs * g.inputs, g.outputs * (g.inputs + g.bias)});
+        if (g.kind == LayerKind::linear)
+            parts.push_back({g.offset, g.outputs * g.inputs, g.outputs * (g.inputs + g.bias)});
     if (rule.l1 != 0 || rule.l2 != 0 || rule.clip_value != 0) {
         penalties.grow(net.device(), static_cast<Index>(parts.size()) * kPieces, "penalties");
         Index pieces = 0;

@@ -6,10 +6,14 @@
 
 #include <algorithm>
 
+#include "../cuda.hpp"
 #include "library.cuh"
 
 namespace chainrule {
 namespace cuda {
+
+template <class T>
+class Tape;
 
 template <class T>
 struct Network<T>::Runtime {
@@ -21,6 +25,7 @@ struct Network<T>::Runtime {
     Index shared_bytes;
     Stream stream, side;
     Event fork, join;
+    std::unique_ptr<Tape<T>> predictor;  // with the memory of the largest prediction so far
 };
 
 template <class T>
@@ -36,7 +41,10 @@ class Tape {
 
     // `training`: dropout drops; else it is the identity.
     Tape(const Network<T>& net, bool training)
-        : net_(net), how_(net.runtime().how), training_(training), views_(static_cast<std::size_t>(kinds * (net.depth() + 1))) {}
+        : net_(net),
+          how_(net.runtime().how),
+          training_(training),
+          views_(static_cast<std::size_t>(kinds * (net.depth() + 1))) {}
 
     // From now on products are made so.
     void multiply_by(const Arithmetic<T>& how) { how_ = how; }
@@ -90,7 +98,8 @@ class Tape {
 
    private:
     std::size_t place(Kind kind, Index l) const {
-        return static_cast<std::size_t>(kind) * static_cast<std::size_t>(net_.depth() + 1) + static_cast<std::size_t>(l);
+        return static_cast<std::size_t>(kind) * static_cast<std::size_t>(net_.depth() + 1) +
+               static_cast<std::size_t>(l);
     }
     const T* bias(const Layer<T>& g, const T* flat) const {
         return g.bias ? flat + g.offset + g.outputs * g.inputs : nullptr;
@@ -187,10 +196,10 @@ void Tape<T>::product(Index l, const Operand<T>& x, const T* flat, bool with_bia
 template <class T>
 void Tape<T>::drop(Kind kind, Index from, Index to, Index l, const Drawing* drawing, cudaStream_t stream) const {
     const MatrixView<T> x = at(kind, from), y = at(kind, to);
-    map_elements(y.rows, y.cols,
-                 DropoutMap<T>{constant(x), y, DropoutScale<T>(layer(l).param), dropout_key(drawing->seed, l),
-                               drawing->drawn},
-                 stream);
+    map_elements(
+        y.rows, y.cols,
+        DropoutMap<T>{constant(x), y, DropoutScale<T>(layer(l).param), dropout_key(drawing->seed, l), drawing->drawn},
+        stream);
 }
 
 template <class T>
@@ -222,8 +231,8 @@ template <class T>
 void Tape<T>::push_op(Kind kind, Index l, cudaStream_t stream) const {
     const Layer<T>& g = layer(l);
     const MatrixView<T> y = at(kind, l + 1);
-    map_op(g.op, y,
-           OpDerivative<T>{true, constant(at(kind, l)), saved(saved_at(l)), y, g.op, static_cast<T>(g.param)}, stream);
+    map_op(g.op, y, OpDerivative<T>{true, constant(at(kind, l)), saved(saved_at(l)), y, g.op, static_cast<T>(g.param)},
+           stream);
 }
 
 template <class T>
@@ -244,7 +253,7 @@ struct Column {
     MatrixView<T> to;
     const T* from;
     Index stride;
-    CHAINRULE_HD void operator()(Index i, Index j) const { to.data[i * to.stride + j] = from[j * stride]; }
+    __device__ void operator()(Index i, Index j) const { to.data[i * to.stride + j] = from[j * stride]; }
 };
 
 template <class T>
@@ -272,8 +281,8 @@ void Tape<T>::second_tangents(cudaStream_t stream) const {
         if (g.kind != LayerKind::op) continue;
         const MatrixView<const T> dx = constant(at(tangent, l)), ddx = constant(at(second_tangent, l));
         const MatrixView<T> out = at(second_tangent, l + 1);
-        map_op(g.op, out,
-               OpSecond<T>{true, dx, dx, ddx, saved(saved_at(l)), out, g.op, static_cast<T>(g.param)}, stream);
+        map_op(g.op, out, OpSecond<T>{true, dx, dx, ddx, saved(saved_at(l)), out, g.op, static_cast<T>(g.param)},
+               stream);
     }
 }
 

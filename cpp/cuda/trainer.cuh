@@ -93,13 +93,14 @@ struct Trainer<T>::Work {
     Resident<T> data;
     Source<T> source;
     Buffer<std::int64_t> order;
-    std::vector<std::int64_t> host_order;
+    std::vector<std::int64_t> host_order, next_order;
+    Index upcoming = -1, next_number = -1;  // the epoch to draw an order for; the one that next_order is of
     Buffer<Hyper<T>> hyper;
     std::vector<Hyper<T>> host_hyper;
     std::map<std::pair<Index, Index>, Graph> graphs;  // by rows and steps
     Schedule schedule = Schedule::fused;
     std::unique_ptr<Library<T>> libraries[2];
-    Program program;     // of the resident schedule
+    Program program;  // of the resident schedule
     Buffer<Job<T>> jobs;
     Event done;
     std::int64_t enqueued = 0;  // steps of the epoch
@@ -109,13 +110,13 @@ struct Trainer<T>::Work {
 template <class T>
 void Trainer<T>::Work::choose() {
     const Schedule forced = forced_schedule.load();
-    const bool plain = !stores_examples() && net.precision() != Precision::tf32 && net.precision() != Precision::bfloat16;
+    const bool plain =
+        !stores_examples() && net.precision() != Precision::tf32 && net.precision() != Precision::bfloat16;
     bool slots[kSlots];
     for (int s = 0; s < kSlots; ++s) slots[s] = optimizer.slots[s].size() > 0;
-    program = plan_resident(net.layers(), net.first_cotangent(), batch(), slots,
-                            options.regularization.clip_norm != 0);
-    const bool fits = plain && program.count > 0 &&
-                      program.total * static_cast<Index>(sizeof(T)) <= net.runtime().shared_bytes;
+    program = plan_resident(net.layers(), net.first_cotangent(), batch(), slots, options.regularization.clip_norm != 0);
+    const bool fits =
+        plain && program.count > 0 && program.total * static_cast<Index>(sizeof(T)) <= net.runtime().shared_bytes;
     const bool large = wants_library(net.multiplies_per_row() * static_cast<double>(batch()));
     if (fits && (forced == Schedule::by_size || forced == Schedule::resident)) {
         schedule = Schedule::resident;
@@ -245,20 +246,33 @@ void Trainer<T>::Work::enqueue_epoch(const std::function<void()>& poll) {
     wait(look);
 }
 
-// Until the device has done what it was given.
+// Until the device has done what it was given; meanwhile the next epoch's order is drawn.
 template <class T>
 void Trainer<T>::Work::wait(Poller& look) {
     done.record(net.runtime().stream);
+    if (upcoming >= 0 && options.shuffle) {
+        next_order.resize(static_cast<std::size_t>(rows));
+        permute(rows, options.seed, static_cast<std::uint64_t>(upcoming), next_order.data());
+        next_number = std::exchange(upcoming, -1);
+    }
+    // A short wait must not end a scheduler's turn too late, a long one must not take a processor.
+    const auto patience = std::chrono::steady_clock::now() + std::chrono::milliseconds(1);
     while (!done.reached()) {
         look();
-        std::this_thread::sleep_for(std::chrono::microseconds(5));
+        if (std::chrono::steady_clock::now() < patience)
+            std::this_thread::yield();
+        else
+            std::this_thread::sleep_for(std::chrono::microseconds(50));
     }
 }
 
 template <class T>
 void Trainer<T>::Work::begin_epoch(Index number, const double* lr, Index lr_stride) {
     if (options.shuffle) {
-        permute(rows, options.seed, static_cast<std::uint64_t>(number), host_order.data());
+        if (next_number == number)
+            host_order.swap(next_order);
+        else
+            permute(rows, options.seed, static_cast<std::uint64_t>(number), host_order.data());
         upload(order.data(), host_order.data(), rows, net.runtime().stream);
     }
     prepare(steps(), lr, lr_stride);
@@ -310,6 +324,7 @@ std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const doubl
     const std::lock_guard<std::mutex> lock(work_->net.runtime().mutex);
     std::vector<double> losses;
     for (Index epoch = 0; epoch < epochs; ++epoch) {
+        work_->upcoming = epoch + 1 < epochs ? first_epoch + epoch + 1 : -1;
         losses.push_back(work_->epoch(first_epoch + epoch, lr + epoch * lr_stride, lr_stride, poll));
         if (!std::isfinite(losses.back())) break;
     }
@@ -350,8 +365,8 @@ double Trainer<T>::step(const Dataset<T>& batch, double lr) {
 template <class T>
 bool same_layers(const std::vector<Layer<T>>& a, const std::vector<Layer<T>>& b) {
     return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Layer<T>& x, const Layer<T>& y) {
-        return x.kind == y.kind && x.inputs == y.inputs && x.outputs == y.outputs && x.bias == y.bias &&
-               x.op == y.op && x.param == y.param;
+        return x.kind == y.kind && x.inputs == y.inputs && x.outputs == y.outputs && x.bias == y.bias && x.op == y.op &&
+               x.param == y.param;
     });
 }
 

@@ -95,8 +95,9 @@ int layout_destroy(void* layout) { return delete static_cast<Layout*>(layout), 0
 int preference_create(void** preference) { return create(preference); }
 int preference_destroy(void* preference) { return destroy(preference); }
 int preference_set(void*, int attribute, const void*, std::size_t size) {
-    return (attribute == lt::kWorkspaceBytes && size == 8) || (attribute == lt::kReductionSchemes && size == 4) ? 0
-                                                                                                                : kInvalid;
+    return (attribute == lt::kWorkspaceBytes && size == 8) || (attribute == lt::kReductionSchemes && size == 4)
+               ? 0
+               : kInvalid;
 }
 int heuristic(void*, void*, void*, void*, void*, void*, void*, int, lt::Heuristic* found, int* count) {
     return *found = lt::Heuristic{}, *count = 1, 0;

@@ -113,7 +113,8 @@ class Block {
             warp.arrived = 0;
             warp.turn ^= 1;
             for (unsigned t = first; t < first + lanes; ++t)
-                if (fibers_[t] && fibers_[t]->state == Fiber::State::at_exchange) fibers_[t]->state = Fiber::State::running;
+                if (fibers_[t] && fibers_[t]->state == Fiber::State::at_exchange)
+                    fibers_[t]->state = Fiber::State::running;
         } else {
             leave(Fiber::State::at_exchange);
         }
@@ -157,7 +158,8 @@ class Block {
         if (!fiber) {
             pool().push_back(std::make_unique<Fiber>());
             fiber = pool().back().get();
-            fiber->stack = ::mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+            fiber->stack = ::mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
             if (fiber->stack == MAP_FAILED) die("no memory for a fiber");
         }
 #if defined(__SANITIZE_ADDRESS__)
@@ -198,7 +200,8 @@ class Block {
         fiber->state = state;
         fiber->waited = true;
 #if defined(__SANITIZE_ADDRESS__)
-        __sanitizer_start_switch_fiber(state == Fiber::State::done ? nullptr : &fiber->fake_stack, host_stack_, host_stack_size_);
+        __sanitizer_start_switch_fiber(state == Fiber::State::done ? nullptr : &fiber->fake_stack, host_stack_,
+                                       host_stack_size_);
 #endif
         swapcontext(&fiber->context, &host_);
 #if defined(__SANITIZE_ADDRESS__)

@@ -50,7 +50,8 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 template <class T>
 T __shfl_down_sync(unsigned, T value, int delta) {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    return reinterpret_cast<const T*>(cuda_on_cpu::exchange(&value, sizeof(T)))[lane + delta < 32 ? lane + delta : lane];
+    return reinterpret_cast<const T*>(
+        cuda_on_cpu::exchange(&value, sizeof(T)))[lane + delta < 32 ? lane + delta : lane];
 }
 inline void __syncwarp() {
     const char nothing = 0;
