@@ -21,7 +21,8 @@ const T* matrix(const py::object& object, Index& rows, Index cols) {
 
 // New arrays for all parameters by name, each with `lead` dimensions before its own, and where their numbers begin.
 template <class E>
-py::dict parameter_arrays(const PyNetwork<E>& self, std::initializer_list<Index> lead, std::vector<typename E::Real*>& data) {
+py::dict parameter_arrays(const PyNetwork<E>& self, std::initializer_list<Index> lead,
+                          std::vector<typename E::Real*>& data) {
     using T = typename E::Real;
     py::dict arrays;
     for (std::size_t k = 0; k < self.names.size(); ++k) {
@@ -71,8 +72,8 @@ template <class T>
 class Examples {
    public:
     template <class Net>
-    Examples(const Net& net, const py::object& X, const py::object& y, const py::object& weight,
-             const LossSpec& spec, std::pair<double, double> domain)
+    Examples(const Net& net, const py::object& X, const py::object& y, const py::object& weight, const LossSpec& spec,
+             std::pair<double, double> domain)
         : loss(spec.build<T>()) {
         Index rows = -1;
         const T* x = matrix<T>(X, rows, net.inputs());
@@ -281,14 +282,13 @@ template <class E>
 py::object input_gradient(PyNetwork<E>& self, const py::object& X, const py::object& y, const py::object& weight,
                           const LossSpec& spec, std::pair<double, double> domain) {
     using T = typename E::Real;
-    return of_loss(self, X, y, weight, spec, domain,
-                      [&](auto& lease, const auto& examples, double work) -> py::object {
-                          const NumpyArray<T> dx = new_array<T>({examples.data.rows, self.net.inputs()});
-                          T* data = const_cast<T*>(dx.data());
-                          const Unlocked unlocked(2 * work);
-                          lease->input_gradient(examples.data, examples.loss, data);
-                          return dx;
-                      });
+    return of_loss(self, X, y, weight, spec, domain, [&](auto& lease, const auto& examples, double work) -> py::object {
+        const NumpyArray<T> dx = new_array<T>({examples.data.rows, self.net.inputs()});
+        T* data = const_cast<T*>(dx.data());
+        const Unlocked unlocked(2 * work);
+        lease->input_gradient(examples.data, examples.loss, data);
+        return dx;
+    });
 }
 
 // H v, or Jᵀ H_L J v.
@@ -296,18 +296,17 @@ template <class E>
 py::object hvp(PyNetwork<E>& self, const py::object& X, const py::object& y, const py::object& weight,
                const LossSpec& spec, std::pair<double, double> domain, const py::object& v, bool gauss_newton) {
     using T = typename E::Real;
-    return of_loss(self, X, y, weight, spec, domain,
-                      [&](auto& lease, const auto& examples, double work) -> py::object {
-                          if (!take_direction(self, v, lease->direction())) return py::none();
-                          if (self.names.empty()) return py::dict();
-                          const T* flat;
-                          {
-                              const Unlocked unlocked(6 * work);
-                              flat = gauss_newton ? lease->gauss_newton(examples.data, examples.loss)
-                                                  : lease->hvp(examples.data, examples.loss);
-                          }
-                          return named_gradient(self, flat);
-                      });
+    return of_loss(self, X, y, weight, spec, domain, [&](auto& lease, const auto& examples, double work) -> py::object {
+        if (!take_direction(self, v, lease->direction())) return py::none();
+        if (self.names.empty()) return py::dict();
+        const T* flat;
+        {
+            const Unlocked unlocked(6 * work);
+            flat = gauss_newton ? lease->gauss_newton(examples.data, examples.loss)
+                                : lease->hvp(examples.data, examples.loss);
+        }
+        return named_gradient(self, flat);
+    });
 }
 
 template <class E>
@@ -315,13 +314,13 @@ py::object example_gradients(PyNetwork<E>& self, const py::object& X, const py::
                              std::pair<double, double> domain) {
     using T = typename E::Real;
     return of_loss(self, X, y, py::none(), spec, domain,
-                      [&](auto& lease, const auto& examples, double work) -> py::object {
-                          std::vector<T*> data;
-                          const py::dict arrays = parameter_arrays(self, {examples.data.rows}, data);
-                          const Unlocked unlocked(3 * work);
-                          lease->example_gradients(examples.data, examples.loss, data.data());
-                          return arrays;
-                      });
+                   [&](auto& lease, const auto& examples, double work) -> py::object {
+                       std::vector<T*> data;
+                       const py::dict arrays = parameter_arrays(self, {examples.data.rows}, data);
+                       const Unlocked unlocked(3 * work);
+                       lease->example_gradients(examples.data, examples.loss, data.data());
+                       return arrays;
+                   });
 }
 
 template <class E>
@@ -329,13 +328,13 @@ py::object example_norms(PyNetwork<E>& self, const py::object& X, const py::obje
                          std::pair<double, double> domain) {
     using T = typename E::Real;
     return of_loss(self, X, y, py::none(), spec, domain,
-                      [&](auto& lease, const auto& examples, double work) -> py::object {
-                          const NumpyArray<T> norms = new_array<T>({examples.data.rows});
-                          T* data = const_cast<T*>(norms.data());
-                          const Unlocked unlocked(2 * work);
-                          lease->example_norms(examples.data, examples.loss, data);
-                          return norms;
-                      });
+                   [&](auto& lease, const auto& examples, double work) -> py::object {
+                       const NumpyArray<T> norms = new_array<T>({examples.data.rows});
+                       T* data = const_cast<T*>(norms.data());
+                       const Unlocked unlocked(2 * work);
+                       lease->example_norms(examples.data, examples.loss, data);
+                       return norms;
+                   });
 }
 
 }  // namespace calculus
@@ -352,12 +351,14 @@ void bind_calculus(py::class_<PyNetwork<E>>& network) {
         .def("second", &calculus::second<E>, py::arg("X"), py::arg("sum"))
         .def("value_and_grad_as_is", &calculus::value_and_grad_as_is<E>, py::arg("X"), py::arg("y"), py::arg("loss"),
              py::arg("domain"))
-        .def("input_gradient", &calculus::input_gradient<E>, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("loss"),
+        .def("input_gradient", &calculus::input_gradient<E>, py::arg("X"), py::arg("y"), py::arg("weight"),
+             py::arg("loss"), py::arg("domain"))
+        .def("hvp", &calculus::hvp<E>, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("loss"),
+             py::arg("domain"), py::arg("v"), py::arg("gauss_newton"))
+        .def("example_gradients", &calculus::example_gradients<E>, py::arg("X"), py::arg("y"), py::arg("loss"),
              py::arg("domain"))
-        .def("hvp", &calculus::hvp<E>, py::arg("X"), py::arg("y"), py::arg("weight"), py::arg("loss"), py::arg("domain"),
-             py::arg("v"), py::arg("gauss_newton"))
-        .def("example_gradients", &calculus::example_gradients<E>, py::arg("X"), py::arg("y"), py::arg("loss"), py::arg("domain"))
-        .def("example_norms", &calculus::example_norms<E>, py::arg("X"), py::arg("y"), py::arg("loss"), py::arg("domain"));
+        .def("example_norms", &calculus::example_norms<E>, py::arg("X"), py::arg("y"), py::arg("loss"),
+             py::arg("domain"));
 }
 
 }  // namespace chainrule

@@ -131,12 +131,12 @@ template <class E>
 py::tuple value_and_grad(PyNetwork<E>& self, const py::object& X, const py::object& y, const py::object& weight,
                          const LossSpec& spec, const py::object& dy, double dy_weight) {
     using T = typename E::Real;
-    Data<T> data(self.net, X, y, weight);
+    typename E::Data data(self.net, X, y, weight);
     const Loss<T> loss = spec.build<T>();
     data.suits(self.net, loss);
     data.add_slopes(self.net, dy, dy_weight);
     typename E::Step step(self.net, loss, std::max<Index>(data.view.rows, 1), data.view.target_cols,
-                 {data.view.dy != nullptr, 0});
+                          {data.view.dy != nullptr, 0});
     double value;
     const T* gradient;
     {
@@ -151,7 +151,7 @@ template <class E>
 double evaluate_loss(PyNetwork<E>& self, const py::object& X, const py::object& y, const py::object& weight,
                      const LossSpec& spec) {
     using T = typename E::Real;
-    const Data<T> data(self.net, X, y, weight);
+    const typename E::Data data(self.net, X, y, weight);
     const Loss<T> loss = spec.build<T>();
     data.suits(self.net, loss);
     const Unlocked unlocked;
@@ -194,6 +194,12 @@ struct PyOptimizer {
     typename E::Optimizer optimizer;
 };
 
+// Ctrl-C, asked for now and then while the interpreter's lock is away.
+inline void poll_signals() {
+    const Locked locked;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 template <class E>
 class PyTrainer {
    public:
@@ -206,23 +212,26 @@ class PyTrainer {
           loss_(loss.build<T>()),
           trainer_(make(network, optimizer, dy, dy_weight, options)) {}
 
-    NumpyArray<double> run(Index first_epoch, const py::object& lr) {
-        const auto rates = require<double>(lr, "lr", py::cast<py::array>(lr).ndim() == 2 ? 2 : 1);
-        const Index epochs = rates.shape(0), stride = rates.ndim() == 2 ? rates.shape(1) : 1;
-        if (rates.ndim() == 2 && stride != trainer_.steps_per_epoch())
+    // Rates (epochs) or (epochs, steps), from dimension `first` of lr on.
+    std::pair<Index, Index> rates_of(const py::array& lr, int first) const {
+        const Index epochs = lr.shape(first), stride = lr.ndim() == first + 2 ? lr.shape(first + 1) : 1;
+        if (lr.ndim() == first + 2 && stride != trainer_.steps_per_epoch())
             throw py::value_error("[_core] lr needs one rate per step: expected " +
                                   std::to_string(trainer_.steps_per_epoch()) + " columns, got " +
                                   std::to_string(stride));
+        return {epochs, stride};
+    }
+
+    NumpyArray<double> run(Index first_epoch, const py::object& lr) {
+        const auto rates = require<double>(lr, "lr", py::cast<py::array>(lr).ndim() == 2 ? 2 : 1);
+        const auto [epochs, stride] = rates_of(rates, 0);
         const TrainingLock<E> lock(network_);
         lock.demand();
         std::vector<double> losses;
         {
             const Published published(network_);
             const Unlocked unlocked;
-            losses = trainer_.run(first_epoch, epochs, rates.data(), stride, [] {
-                const Locked locked;
-                if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-            });
+            losses = trainer_.run(first_epoch, epochs, rates.data(), stride, poll_signals);
         }
         NumpyArray<double> result(static_cast<Index>(losses.size()));
         std::copy(losses.begin(), losses.end(), result.mutable_data());
@@ -230,7 +239,7 @@ class PyTrainer {
     }
 
     double step(const py::object& X, const py::object& y, const py::object& weight, double lr) {
-        const Data<T> batch(network_.net, X, y, weight);
+        const typename E::Data batch(network_.net, X, y, weight);
         batch.suits(network_.net, loss_);
         const TrainingLock<E> lock(network_);
         lock.demand();
@@ -260,7 +269,8 @@ class PyTrainer {
         return py::float_(loss);
     }
 
-    const typename E::Trainer& trainer() const { return trainer_; }
+    typename E::Trainer& trainer() { return trainer_; }
+    PyNetwork<E>& network() { return network_; }
     std::pair<double, double> domain{1, 0};  // where step_as_is takes targets: nowhere, until Python says so
 
    private:
@@ -271,7 +281,7 @@ class PyTrainer {
         PyNetwork<E>& network;
     };
     typename E::Trainer make(PyNetwork<E>& network, PyOptimizer<E>& optimizer, const py::object& dy, double dy_weight,
-                    const TrainerOptions& options) {
+                             const TrainerOptions& options) {
         data_.suits(network.net, loss_);
         data_.add_slopes(network.net, dy, dy_weight);
         if (data_.view.rows < 1) throw py::value_error("[fit] no data: expected at least 1 row, got 0");
@@ -281,7 +291,7 @@ class PyTrainer {
         return typename E::Trainer(network.net, optimizer.optimizer, loss_, data_.view, options);
     }
     PyNetwork<E>& network_;
-    Data<T> data_;
+    typename E::Data data_;
     Loss<T> loss_;
     typename E::Trainer trainer_;
     Array<std::int64_t> labels_;  // of the batch that step_as_is has in hand

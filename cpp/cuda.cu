@@ -15,6 +15,25 @@
 namespace chainrule {
 namespace cuda {
 
+namespace {
+
+// A function of cuBLASLt, of the newest one that the loader finds or somebody has loaded already; never closed again.
+void* library_symbol(const char* name) {
+#ifdef CUDA_ON_CPU
+    return cuda_on_cpu::library_symbol(name);
+#else
+    static void* const library = [] {
+        void* handle = nullptr;
+        for (const char* file : {"libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"})
+            if (!handle) handle = dlopen(file, RTLD_NOW | RTLD_LOCAL);
+        return handle;
+    }();
+    return library ? dlsym(library, name) : nullptr;
+#endif
+}
+
+}  // namespace
+
 // ---- devices --------------------------------------------------------------------------------------------------------
 
 std::string state() {
@@ -58,10 +77,40 @@ int device_of(const void* pointer) {
     return attributes.type == cudaMemoryTypeDevice ? attributes.device : -1;
 }
 
-namespace {
-std::atomic<Schedule> forced_schedule{Schedule::by_size};
-}
 void force_schedule(Schedule schedule) { forced_schedule.store(schedule); }
+
+void copy(int device, void* to, const void* from, std::size_t bytes) {
+    const OnDevice here(device);
+    const Stream stream;
+    upload(static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), static_cast<Index>(bytes), stream);
+    stream.wait();
+}
+
+const lt::Functions* lt::functions() {
+    static const std::unique_ptr<const Functions> found = [] {
+        auto table = std::make_unique<Functions>();
+        bool all = true;
+        const auto find = [&](auto& function, const char* name) {
+            void* const symbol = library_symbol(name);
+            std::memcpy(&function, &symbol, sizeof symbol);
+            all = all && symbol;
+        };
+        find(table->Create, "cublasLtCreate");
+        find(table->Destroy, "cublasLtDestroy");
+        find(table->Matmul, "cublasLtMatmul");
+        find(table->MatmulDescCreate, "cublasLtMatmulDescCreate");
+        find(table->MatmulDescDestroy, "cublasLtMatmulDescDestroy");
+        find(table->MatmulDescSetAttribute, "cublasLtMatmulDescSetAttribute");
+        find(table->MatrixLayoutCreate, "cublasLtMatrixLayoutCreate");
+        find(table->MatrixLayoutDestroy, "cublasLtMatrixLayoutDestroy");
+        find(table->MatmulPreferenceCreate, "cublasLtMatmulPreferenceCreate");
+        find(table->MatmulPreferenceDestroy, "cublasLtMatmulPreferenceDestroy");
+        find(table->MatmulPreferenceSetAttribute, "cublasLtMatmulPreferenceSetAttribute");
+        find(table->MatmulAlgoGetHeuristic, "cublasLtMatmulAlgoGetHeuristic");
+        return all ? std::move(table) : nullptr;
+    }();
+    return found.get();
+}
 
 void* allocate(int device, std::size_t bytes, const char* what) {
     if (bytes == 0) return nullptr;
@@ -161,9 +210,8 @@ bool Network<T>::all_finite() const {
     const OnDevice here(device_);
     const std::lock_guard<std::mutex> lock(runtime_->mutex);
     const Buffer<double> count(device_, kPieces + 1, "a sum");
-    launch(sum_pieces<NotFinite<T>>, dim3(kPieces), kThreads, kThreads * sizeof(double), runtime_->stream, size(),
-           NotFinite<T>{theta()}, count.data());
-    sum_over(kPieces, Partials{count.data()}, StoreSum{count.data() + kPieces}, runtime_->stream);
+    sum_in_pieces(size(), NotFinite<T>{theta()}, count.data(), runtime_->stream);
+    sum_over(pieces_of(size()), Partials{count.data()}, StoreSum{count.data() + kPieces}, runtime_->stream);
     double result = 0;
     download(&result, count.data() + kPieces, 1, runtime_->stream);
     runtime_->stream.wait();
@@ -174,7 +222,8 @@ template <class T>
 void Network<T>::predict(Index rows, const T* x, T* f) const {
     const OnDevice here(device_);
     const std::lock_guard<std::mutex> lock(runtime_->mutex);
-    Tape<T> tape(*this, false);
+    if (!runtime_->predictor) runtime_->predictor = std::make_unique<Tape<T>>(*this, false);
+    Tape<T>& tape = *runtime_->predictor;
     const bool here_already = rows > 0 && device_of(x) == device_;
     const Index piece = rows_at_once(*this, 1);
     for (Index first = 0; first < rows; first += piece) {
@@ -299,16 +348,16 @@ double evaluate(Network<T>& net, const Loss<T>& loss, const Dataset<T>& data) {
     return loss.mean ? (control.weight > 0 ? control.total / control.weight : 0) : control.total;
 }
 
-#define CHAINRULE_INSTANTIATE(T)                                                          \
-    template class Network<T>;                                                            \
-    template class Optimizer<T>;                                                          \
-    template class Step<T>;                                                               \
-    template class Direction<T>;                                                          \
-    template class Derivatives<T>;                                                        \
-    template class Trainer<T>;                                                            \
-    template double evaluate<T>(Network<T>&, const Loss<T>&, const Dataset<T>&);          \
-    template std::vector<std::vector<double>> run_many<T>(const std::vector<Trainer<T>*>&, Index, Index, const double*, \
-                                                          Index, Index, const std::function<void()>&);
+#define CHAINRULE_INSTANTIATE(T)                                                                         \
+    template class Network<T>;                                                                           \
+    template class Optimizer<T>;                                                                         \
+    template class Step<T>;                                                                              \
+    template class Direction<T>;                                                                         \
+    template class Derivatives<T>;                                                                       \
+    template class Trainer<T>;                                                                           \
+    template double evaluate<T>(Network<T>&, const Loss<T>&, const Dataset<T>&);                         \
+    template std::vector<std::vector<double>> run_many<T>(const std::vector<Trainer<T>*>&, Index, Index, \
+                                                          const double*, Index, Index, const std::function<void()>&);
 CHAINRULE_INSTANTIATE(float)
 CHAINRULE_INSTANTIATE(double)
 

@@ -4,13 +4,13 @@
 // buffers of the engine's own, laid out like theta, lie on the device. Nothing here needs CUDA's headers.
 #pragma once
 
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
+#include "cuda/memory.hpp"
 #include "loss.hpp"
 #include "network.hpp"
 #include "train.hpp"
@@ -18,7 +18,6 @@
 namespace chainrule {
 namespace cuda {
 
-enum class Precision { float32, tf32, bfloat16, float64 };
 enum class Schedule { by_size, resident, fused, library };
 
 std::string state();  // "" if there is a usable GPU, else what is missing
@@ -26,48 +25,6 @@ int device_count();   // 0 where there is none
 std::string device_name(int device);
 void synchronize(int device);
 void force_schedule(Schedule schedule);  // of trainers made from now on
-int device_of(const void* pointer);      // -1: the host's
-
-// Device memory that is not there is Python's MemoryError.
-class OutOfMemory : public std::bad_alloc {
-   public:
-    explicit OutOfMemory(std::string text) : text_(std::move(text)) {}
-    const char* what() const noexcept override { return text_.c_str(); }
-
-   private:
-    std::string text_;
-};
-
-void* allocate(int device, std::size_t bytes, const char* what);
-void release(void* memory) noexcept;
-
-// Owns an array on a device; contents undefined.
-template <class T>
-class Buffer {
-   public:
-    Buffer() = default;
-    Buffer(int device, Index size, const char* what)
-        : data_(static_cast<T*>(allocate(device, static_cast<std::size_t>(size) * sizeof(T), what))), size_(size) {}
-    Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-    Buffer& operator=(Buffer&& other) noexcept {
-        std::swap(data_, other.data_);
-        std::swap(size_, other.size_);
-        return *this;
-    }
-    ~Buffer() { release(data_); }
-    T* data() const { return data_; }
-    Index size() const { return size_; }
-    // At least so large; contents undefined.
-    void grow(int device, Index size, const char* what) {
-        if (size_ >= size) return;
-        *this = Buffer();  // first, so that both need not fit
-        *this = Buffer(device, size, what);
-    }
-
-   private:
-    T* data_ = nullptr;
-    Index size_ = 0;
-};
 
 // A network's parameters on a device: for each linear layer W (O, I), then b (O), as in a state dict.
 template <class T>
@@ -221,22 +178,37 @@ class Derivatives {
     std::unique_ptr<Work> work_;
 };
 
-// A network's derivatives for one caller after the other; see chainrule::DerivativesOf.
+// The derivatives that a network keeps for its next caller; a second one at the same time makes its own.
 template <class T>
 class DerivativesOf {
    public:
     explicit DerivativesOf(const Network<T>& net) : net_(net) {}
     class Lease {
        public:
-        explicit Lease(DerivativesOf& owner) : held_(owner.net_) {}
-        Derivatives<T>* operator->() { return &held_; }
+        explicit Lease(DerivativesOf& owner)
+            : owner_(owner), borrowed_(!owner.taken_.exchange(true, std::memory_order_acquire)) {
+            if (borrowed_) held_ = std::move(owner.kept_);
+            if (!held_) held_ = std::make_unique<Derivatives<T>>(owner.net_);
+        }
+        ~Lease() {
+            if (!borrowed_) return;
+            owner_.kept_ = std::move(held_);
+            owner_.taken_.store(false, std::memory_order_release);
+        }
+        Lease(const Lease&) = delete;
+        Lease& operator=(const Lease&) = delete;
+        Derivatives<T>* operator->() { return held_.get(); }
 
        private:
-        Derivatives<T> held_;
+        DerivativesOf& owner_;
+        const bool borrowed_;
+        std::unique_ptr<Derivatives<T>> held_;
     };
 
    private:
     const Network<T>& net_;
+    std::atomic<bool> taken_{false};
+    std::unique_ptr<Derivatives<T>> kept_;
 };
 
 }  // namespace cuda

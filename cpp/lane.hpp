@@ -79,10 +79,10 @@ using Mask = Lane<typename Lanes<T>::Integer>;
 template <class T>
 constexpr int kWidth = 1;
 
-#define CHAINRULE_COMPARISON(op)                                                                   \
-    template <class T>                                                                             \
-    CHAINRULE_INLINE Mask<T> operator op(Lane<T> a, Lane<T> b) {                                   \
-        return static_cast<typename Lanes<T>::Integer>(-static_cast<int>(a.value op b.value));     \
+#define CHAINRULE_COMPARISON(op)                                                               \
+    template <class T>                                                                         \
+    CHAINRULE_INLINE Mask<T> operator op(Lane<T> a, Lane<T> b) {                               \
+        return static_cast<typename Lanes<T>::Integer>(-static_cast<int>(a.value op b.value)); \
     }
 CHAINRULE_COMPARISON(<)
 CHAINRULE_COMPARISON(>)
@@ -99,9 +99,7 @@ template <class T>
 CHAINRULE_INLINE void store(T* p, Vec<T> v) {
     *p = v.value;
 }
-CHAINRULE_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
-    return ::fmaf(a.value, b.value, c.value);
-}
+CHAINRULE_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return ::fmaf(a.value, b.value, c.value); }
 CHAINRULE_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
     return ::fma(a.value, b.value, c.value);
 }

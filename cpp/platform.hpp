@@ -38,7 +38,9 @@ constexpr Index kPanel = 4 * kLine<T>;
 // Sums of products are taken in blocks of this many terms; see gemm.hpp.
 constexpr Index kDepth = 512;
 
-CHAINRULE_HD static constexpr Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
+CHAINRULE_HD static constexpr Index round_up(Index n, Index multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
 
 // Width of the panel that begins at column `start`.
 template <class T>

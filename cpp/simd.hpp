@@ -200,7 +200,7 @@ CHAINRULE_INLINE V copysign(V magnitude, V sign) {
 template <class V, int N>
 CHAINRULE_INLINE V polynomial(V x, const double (&c)[N]) {
     V p = splat<V>(c[N - 1]);
-CHAINRULE_UNROLL(32)
+    CHAINRULE_UNROLL(32)
     for (int i = N - 2; i >= 0; --i) p = fma(p, x, c[i]);
     return p;
 }

@@ -15,7 +15,7 @@ struct PlaceColumns {
     T* to;
     MatrixView<const T> from;
     Index inputs;
-    CHAINRULE_HD void operator()(Index r, Index o) const {
+    __device__ void operator()(Index r, Index o) const {
         to[(r / inputs * from.cols + o) * inputs + r % inputs] = from.data[r * from.stride + o];
     }
 };
@@ -25,7 +25,7 @@ struct SumSeeds {
     T* to;
     MatrixView<const T> from;
     Index seeds;
-    CHAINRULE_HD void operator()(Index n, Index o) const {
+    __device__ void operator()(Index n, Index o) const {
         T sum = 0;
         for (Index i = 0; i < seeds; ++i) sum = sum + from.data[(n * seeds + i) * from.stride + o];
         to[n * from.cols + o] = sum;
@@ -38,7 +38,7 @@ struct OuterProducts {
     MatrixView<const T> c;
     Operand<T> x;
     Index first, inputs, seeds;
-    CHAINRULE_HD void operator()(Index r, Index place) const {
+    __device__ void operator()(Index r, Index place) const {
         const Index row = first + r;
         const T factor = x.data ? x.at(static_cast<int>(row / seeds), static_cast<int>(place % inputs)) : T{1};
         to[r * c.cols * inputs + place] = c.data[row * c.stride + place / inputs] * factor;
@@ -48,7 +48,7 @@ template <class T>
 struct ExampleNorms {
     LinearLayers<T> layers;
     T* norms;
-    CHAINRULE_HD void operator()(Index i) const { norms[i] = static_cast<T>(::sqrt(layers.square(i))); }
+    __device__ void operator()(Index i) const { norms[i] = static_cast<T>(::sqrt(layers.square(i))); }
 };
 
 // ---- directions -----------------------------------------------------------------------------------------------------
@@ -79,8 +79,7 @@ void Direction<T>::set(const Parameter& parameter, const T* from) {
 template <class T>
 struct Derivatives<T>::Work {
     using Kind = typename Tape<T>::Kind;
-    explicit Work(const Network<T>& network)
-        : net(network), tape(net, false), control(net.device(), 1, "a loss") {}
+    explicit Work(const Network<T>& network) : net(network), tape(net, false), control(net.device(), 1, "a loss") {}
 
     // f(first, rows) for pieces of whole examples, `seeds` rows of derivatives each, in so many kinds of matrices.
     template <class F>
@@ -214,7 +213,8 @@ const T* Derivatives<T>::vjp(Index rows, const T* x, const T* c, T* f, T* const*
         w.tape.cotangents(to, w.stream());
         if (f) w.tape.store(Kind::primal, depth, f + first * w.net.outputs(), w.stream());
         for (Index l = 0; l <= depth; ++l)
-            if (dphi[l]) w.tape.store(Kind::cotangent, l, dphi[l] + first * w.tape.at(Kind::cotangent, l).cols, w.stream());
+            if (dphi[l])
+                w.tape.store(Kind::cotangent, l, dphi[l] + first * w.tape.at(Kind::cotangent, l).cols, w.stream());
         if (parameters) w.tape.gradients(Kind::cotangent, depth, flat, first > 0, w.stream());
     });
     w.tape.keep_all(false);
@@ -236,8 +236,8 @@ void Derivatives<T>::jacobian(Index rows, const T* x, bool reverse, T* j) {
         }
         w.tape.tangents(0, nullptr, w.stream());
         T* memory = w.room(count * outputs * inputs);
-        map_elements(count * inputs, outputs,
-                     PlaceColumns<T>{memory, constant(w.tape.at(kind, w.net.depth())), inputs}, w.stream());
+        map_elements(count * inputs, outputs, PlaceColumns<T>{memory, constant(w.tape.at(kind, w.net.depth())), inputs},
+                     w.stream());
         download(j + first * outputs * inputs, memory, count * outputs * inputs, w.stream());
     });
 }
@@ -320,9 +320,10 @@ const T* Derivatives<T>::gauss_newton(const Dataset<T>& data, const Loss<T>& los
     w.of_loss(data, loss, {Kind::primal, Kind::tangent, Kind::cotangent},
               [&](Index first, Index count, const LossRows<T>& rows) {
                   w.tape.tangents(low, direction_.data(), w.stream());
-                  map_each(count,
-                           LossHvp<T>{rows, constant(w.tape.at(Kind::tangent, depth)), w.tape.at(Kind::cotangent, depth)},
-                           w.stream());
+                  map_each(
+                      count,
+                      LossHvp<T>{rows, constant(w.tape.at(Kind::tangent, depth)), w.tape.at(Kind::cotangent, depth)},
+                      w.stream());
                   w.tape.cotangents(low, w.stream());
                   w.tape.gradients(Kind::cotangent, depth, flat, first > 0, w.stream());
               });

@@ -3,6 +3,8 @@
 // that a switch costs a jump, and one kernel serves all ops instead of one kernel for each.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include "../ops/cross_entropy.hpp"
 #include "../ops/dropout.hpp"
 #include "../ops/elu.hpp"
@@ -29,19 +31,10 @@
 namespace chainrule {
 namespace CHAINRULE_ISA {
 
-constexpr bool is_rowwise(Op op) {
-    switch (op) {
-#define CHAINRULE_ROWWISE(name, type, saves) \
-    case Op::name: return true;
-#include "../ops/ops.def"
-        default: return false;
-    }
-}
-
 // ---- elementwise ----------------------------------------------------------------------------------------------------
 
 template <class T>
-CHAINRULE_INLINE T op_forward(Op op, T x, T param) {
+static __device__ __forceinline__ T op_forward(Op op, T x, T param) {
     const Vec<T> v = x, p = param;
     switch (op) {
 #define CHAINRULE_ELEMENTWISE(name, type, saves) \
@@ -52,7 +45,7 @@ CHAINRULE_INLINE T op_forward(Op op, T x, T param) {
 }
 // jvp as well: the Jacobian is diagonal.
 template <class T>
-CHAINRULE_INLINE T op_vjp(Op op, T dy, T saved, T param) {
+static __device__ __forceinline__ T op_vjp(Op op, T dy, T saved, T param) {
     const Vec<T> d = dy, s = saved, p = param;
     switch (op) {
 #define CHAINRULE_ELEMENTWISE(name, type, saves) \
@@ -63,7 +56,7 @@ CHAINRULE_INLINE T op_vjp(Op op, T dy, T saved, T param) {
 }
 // dv g' + v dx g''
 template <class T>
-CHAINRULE_INLINE T op_second(Op op, T v, T dx, T dv, T saved, T param) {
+static __device__ __forceinline__ T op_second(Op op, T v, T dx, T dv, T saved, T param) {
     const Vec<T> along = dv, s = saved, p = param, both = Vec<T>(v) * Vec<T>(dx);
     switch (op) {
 #define CHAINRULE_ELEMENTWISE(name, type, saves) \
@@ -76,7 +69,7 @@ CHAINRULE_INLINE T op_second(Op op, T v, T dx, T dv, T saved, T param) {
 // ---- a row a thread -------------------------------------------------------------------------------------------------
 
 template <class T>
-CHAINRULE_INLINE void row_forward(Op op, Index n, const T* x, T* y) {
+static __device__ __forceinline__ void row_forward(Op op, Index n, const T* x, T* y) {
     switch (op) {
 #define CHAINRULE_ROWWISE(name, type, saves) \
     case Op::name: return type::forward(n, x, y);
@@ -85,7 +78,7 @@ CHAINRULE_INLINE void row_forward(Op op, Index n, const T* x, T* y) {
     }
 }
 template <class T>
-CHAINRULE_INLINE void row_vjp(Op op, Index n, const T* dy, const T* saved, T* dx) {
+static __device__ __forceinline__ void row_vjp(Op op, Index n, const T* dy, const T* saved, T* dx) {
     switch (op) {
 #define CHAINRULE_ROWWISE(name, type, saves) \
     case Op::name: return type::vjp(n, dy, saved, dx);
@@ -94,7 +87,7 @@ CHAINRULE_INLINE void row_vjp(Op op, Index n, const T* dy, const T* saved, T* dx
     }
 }
 template <class T>
-CHAINRULE_INLINE void row_jvp(Op op, Index n, const T* dx, const T* saved, T* dy) {
+static __device__ __forceinline__ void row_jvp(Op op, Index n, const T* dx, const T* saved, T* dy) {
     switch (op) {
 #define CHAINRULE_ROWWISE(name, type, saves) \
     case Op::name: return type::jvp(n, dx, saved, dy);
@@ -103,7 +96,8 @@ CHAINRULE_INLINE void row_jvp(Op op, Index n, const T* dx, const T* saved, T* dy
     }
 }
 template <class T>
-CHAINRULE_INLINE void row_vjp_jvp(Op op, Index n, const T* v, const T* dx, const T* dv, const T* saved, T* out) {
+static __device__ __forceinline__ void row_vjp_jvp(Op op, Index n, const T* v, const T* dx, const T* dv, const T* saved,
+                                                   T* out) {
     switch (op) {
 #define CHAINRULE_ROWWISE(name, type, saves) \
     case Op::name: return type::vjp_jvp(n, v, dx, dv, saved, out);
@@ -112,7 +106,7 @@ CHAINRULE_INLINE void row_vjp_jvp(Op op, Index n, const T* v, const T* dx, const
     }
 }
 template <class T>
-CHAINRULE_INLINE void row_jvp_jvp(Op op, Index n, const T* dx, const T* ddx, const T* saved, T* out) {
+static __device__ __forceinline__ void row_jvp_jvp(Op op, Index n, const T* dx, const T* ddx, const T* saved, T* out) {
     switch (op) {
 #define CHAINRULE_ROWWISE(name, type, saves) \
     case Op::name: return type::jvp_jvp(n, dx, ddx, saved, out);
@@ -123,14 +117,12 @@ CHAINRULE_INLINE void row_jvp_jvp(Op op, Index n, const T* dx, const T* ddx, con
 
 // The loss of one row, and ∂L/∂f; weight may be null.
 template <class T>
-CHAINRULE_INLINE T row_loss(LossOp op, Index n, const T* f, const Targets<T>& y, const T* weight, T scale, T* df,
-                            T param) {
+static __device__ __forceinline__ T row_loss(LossOp op, Index n, const T* f, const Targets<T>& y, const T* weight,
+                                             T scale, T* df, T param) {
     T value = 0;
     switch (op) {
-#define CHAINRULE_LOSS(name, type)                                            \
-    case LossOp::name:                                                        \
-        type::run(1, n, f, n, y, weight, scale, &value, df, n, param); \
-        break;
+#define CHAINRULE_LOSS(name, type) \
+    case LossOp::name: type::run(1, n, f, n, y, weight, scale, &value, df, n, param); break;
 #include "../ops/ops.def"
         default: break;
     }
@@ -138,11 +130,11 @@ CHAINRULE_INLINE T row_loss(LossOp op, Index n, const T* f, const Targets<T>& y,
 }
 // out = weight * scale * H t
 template <class T>
-CHAINRULE_INLINE void row_loss_hvp(LossOp op, Index n, const T* f, const Targets<T>& y, const T* weight, T scale,
-                                   const T* t, T* out, T param) {
+static __device__ __forceinline__ void row_loss_hvp(LossOp op, Index n, const T* f, const Targets<T>& y,
+                                                    const T* weight, T scale, const T* t, T* out, T param) {
     switch (op) {
-#define CHAINRULE_LOSS(name, type)                                                                     \
-    case LossOp::name:                                                                                 \
+#define CHAINRULE_LOSS(name, type)                                                                           \
+    case LossOp::name:                                                                                       \
         return type::hvp(MatrixView<const T>{f, 1, n, n}, y, weight, scale, MatrixView<const T>{t, 1, n, n}, \
                          MatrixView<T>{out, 1, n, n}, param);
 #include "../ops/ops.def"
@@ -154,7 +146,8 @@ CHAINRULE_INLINE void row_loss_hvp(LossOp op, Index n, const T* f, const Targets
 
 // The new w of weight number i, whose slots are written.
 template <class T>
-CHAINRULE_INLINE T rule_update(OptimizerOp rule, Index i, T w, T g, const State<T>& slots, const Hyper<T>& hyper) {
+static __device__ __forceinline__ T rule_update(OptimizerOp rule, Index i, T w, T g, const State<T>& slots,
+                                                const Hyper<T>& hyper) {
     const Vec<T> old = w, gradient = g;
     switch (rule) {
 #define CHAINRULE_OPTIMIZER(name, type) \

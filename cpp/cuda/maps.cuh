@@ -3,6 +3,8 @@
 // A map is a small struct with an operator(): what one thread does.
 #pragma once
 
+#include <algorithm>
+
 #include "multiply.cuh"
 
 namespace chainrule {
@@ -40,7 +42,7 @@ template <class T>
 struct Shared {
     MatrixView<const T> m;
     Index phase = 0, seeds = 1;
-    CHAINRULE_HD const T* row(Index i) const { return m.data + (seeds == 1 ? i : (phase + i) / seeds) * m.stride; }
+    __device__ const T* row(Index i) const { return m.data + (seeds == 1 ? i : (phase + i) / seeds) * m.stride; }
 };
 
 template <class T>
@@ -48,7 +50,7 @@ struct CopyRows {
     MatrixView<T> to;
     MatrixView<const T> from;
     Rows rows = {};
-    CHAINRULE_HD void operator()(Index i, Index j) const {
+    __device__ void operator()(Index i, Index j) const {
         to.data[i * to.stride + j] = from.data[rows(i) * from.stride + j];
     }
 };
@@ -56,7 +58,7 @@ template <class T>
 struct AddTo {
     MatrixView<T> to;
     MatrixView<const T> from;
-    CHAINRULE_HD void operator()(Index i, Index j) const {
+    __device__ void operator()(Index i, Index j) const {
         to.data[i * to.stride + j] = to.data[i * to.stride + j] + from.data[i * from.stride + j];
     }
 };
@@ -65,7 +67,7 @@ template <class T>
 struct Unit {
     MatrixView<T> to;
     Index phase, seeds;
-    CHAINRULE_HD void operator()(Index i, Index j) const {
+    __device__ void operator()(Index i, Index j) const {
         to.data[i * to.stride + j] = (phase + i) % seeds == j ? T{1} : T{0};
     }
 };
@@ -74,7 +76,7 @@ template <class T>
 struct AllUnit {
     MatrixView<T> to;
     Index one;
-    CHAINRULE_HD void operator()(Index i, Index j) const { to.data[i * to.stride + j] = j == one ? T{1} : T{0}; }
+    __device__ void operator()(Index i, Index j) const { to.data[i * to.stride + j] = j == one ? T{1} : T{0}; }
 };
 template <class T>
 struct OpForward {
@@ -82,10 +84,10 @@ struct OpForward {
     MatrixView<T> y;
     Op op;
     T param;
-    CHAINRULE_HD void operator()(Index i, Index j) const {
+    __device__ void operator()(Index i, Index j) const {
         y.data[i * y.stride + j] = op_forward(op, x.data[i * x.stride + j], param);
     }
-    CHAINRULE_HD void operator()(Index i) const { row_forward(op, y.cols, x.data + i * x.stride, y.data + i * y.stride); }
+    __device__ void operator()(Index i) const { row_forward(op, y.cols, x.data + i * x.stride, y.data + i * y.stride); }
 };
 // dy J, or with `forward` J dx.
 template <class T>
@@ -96,10 +98,10 @@ struct OpDerivative {
     MatrixView<T> out;
     Op op;
     T param;
-    CHAINRULE_HD void operator()(Index i, Index j) const {
+    __device__ void operator()(Index i, Index j) const {
         out.data[i * out.stride + j] = op_vjp(op, in.data[i * in.stride + j], saved.row(i)[j], param);
     }
-    CHAINRULE_HD void operator()(Index i) const {
+    __device__ void operator()(Index i) const {
         const T* from = in.data + i * in.stride;
         T* to = out.data + i * out.stride;
         forward ? row_jvp(op, out.cols, from, saved.row(i), to) : row_vjp(op, out.cols, from, saved.row(i), to);
@@ -114,11 +116,11 @@ struct OpSecond {
     MatrixView<T> out;
     Op op;
     T param;
-    CHAINRULE_HD void operator()(Index i, Index j) const {
+    __device__ void operator()(Index i, Index j) const {
         out.data[i * out.stride + j] = op_second(op, v.data[i * v.stride + j], dx.data[i * dx.stride + j],
                                                  dv.data[i * dv.stride + j], saved.row(i)[j], param);
     }
-    CHAINRULE_HD void operator()(Index i) const {
+    __device__ void operator()(Index i) const {
         const T *at_v = v.data + i * v.stride, *at_dx = dx.data + i * dx.stride, *at_dv = dv.data + i * dv.stride;
         T* to = out.data + i * out.stride;
         forward ? row_jvp_jvp(op, out.cols, at_dx, at_dv, saved.row(i), to)
@@ -132,9 +134,9 @@ struct DropoutMap {
     DropoutScale<T> scale;
     std::uint64_t key;
     const std::int64_t* drawn;  // steps before this one
-    CHAINRULE_HD void operator()(Index i, Index j) const {
-        y.data[i * y.stride + j] = dropout(x.data[i * x.stride + j], scale, key,
-                                           static_cast<std::uint64_t>(*drawn), i, j);
+    __device__ void operator()(Index i, Index j) const {
+        y.data[i * y.stride + j] =
+            dropout(x.data[i * x.stride + j], scale, key, static_cast<std::uint64_t>(*drawn), i, j);
     }
 };
 
@@ -169,25 +171,31 @@ __global__ void __launch_bounds__(kThreads) sum_pieces(Index count, F f, double*
     const double total = block_sum(sum, memory);
     if (threadIdx.x == 0) partial[piece] = total;
 }
-constexpr Index kPieces = 256;
+constexpr Index kPieces = 256;  // the most
+inline Index pieces_of(Index count) { return std::clamp<Index>(count / (16 * kThreads), 1, kPieces); }
+template <class F>
+void sum_in_pieces(Index count, const F& f, double* partial, cudaStream_t stream) {
+    launch(sum_pieces<F>, dim3(static_cast<unsigned>(pieces_of(count))), kThreads, kThreads * sizeof(double), stream,
+           count, f, partial);
+}
 
 struct Partials {
     const double* at;
-    CHAINRULE_HD double operator()(Index i) const { return at[i]; }
+    __device__ double operator()(Index i) const { return at[i]; }
 };
 struct StoreSum {
     double* to;
-    CHAINRULE_HD void operator()(double sum) const { *to = sum; }
+    __device__ void operator()(double sum) const { *to = sum; }
 };
 template <class T>
 struct Squares {
     const T* at;
-    CHAINRULE_HD double operator()(Index i) const { return static_cast<double>(at[i]) * static_cast<double>(at[i]); }
+    __device__ double operator()(Index i) const { return static_cast<double>(at[i]) * static_cast<double>(at[i]); }
 };
 template <class T>
 struct NotFinite {
     const T* at;
-    CHAINRULE_HD double operator()(Index i) const { return at[i] - at[i] == 0 ? 0 : 1; }
+    __device__ double operator()(Index i) const { return at[i] - at[i] == 0 ? 0 : 1; }
 };
 
 // ---- the loss and the book-keeping of a step --------------------------------------------------------------------------
@@ -197,8 +205,8 @@ struct Control {
     std::int64_t step = 0, first = 0;  // of the epoch; the first row of its batch
     std::int64_t drawn = 0;            // steps that the optimizer has taken, for dropout's masks
     double total = 0, weight = 0;      // of the epoch so far
-    double batch_weight = 0, penalty = 0, scale = 1, clip = 1;
-    double value = 0;                  // of the last step
+    double batch_weight = 0, penalty = 0, slopes = 0, scale = 1, clip = 1;
+    double value = 0;  // of the last step
 };
 
 template <class T>
@@ -209,6 +217,7 @@ struct Source {  // a data set on the device
     Index target_cols = 0;
     const T* weight = nullptr;
     const T* dy = nullptr;
+    double dy_weight = 0;
     Rows rows = {};
 };
 
@@ -216,13 +225,15 @@ struct Source {  // a data set on the device
 template <class T>
 struct BatchWeight {
     Source<T> data;
-    CHAINRULE_HD double operator()(Index i) const { return data.weight ? static_cast<double>(data.weight[data.rows(i)]) : 1.0; }
+    __device__ double operator()(Index i) const {
+        return data.weight ? static_cast<double>(data.weight[data.rows(i)]) : 1.0;
+    }
 };
 template <class T>
 struct SetScale {
     Control* control;
     bool mean;
-    CHAINRULE_HD void operator()(double total) const {
+    __device__ void operator()(double total) const {
         control->batch_weight = total;
         control->scale = static_cast<double>(static_cast<T>(!mean ? 1.0 : (total > 0 ? 1 / total : 0.0)));
     }
@@ -236,11 +247,11 @@ struct LossRows {
     MatrixView<T> f, df;
     const Control* control;
     T* values;
-    CHAINRULE_HD Targets<T> targets(Index row) const {
+    __device__ Targets<T> targets(Index row) const {
         return {data.labels ? data.labels + row : nullptr, data.labels ? nullptr : data.y + row * data.target_cols,
                 data.target_cols};
     }
-    CHAINRULE_HD void operator()(Index i) const {
+    __device__ void operator()(Index i) const {
         const Index row = data.rows(i);
         values[i] = row_loss(op, f.cols, f.data + i * f.stride, targets(row), data.weight ? data.weight + row : nullptr,
                              static_cast<T>(control->scale), df.data + i * df.stride, param);
@@ -251,7 +262,7 @@ struct LossHvp {
     LossRows<T> loss;
     MatrixView<const T> t;
     MatrixView<T> out;
-    CHAINRULE_HD void operator()(Index i) const {
+    __device__ void operator()(Index i) const {
         const Index row = loss.data.rows(i);
         row_loss_hvp(loss.op, loss.f.cols, loss.f.data + i * loss.f.stride, loss.targets(row),
                      loss.data.weight ? loss.data.weight + row : nullptr, static_cast<T>(loss.control->scale),
@@ -263,7 +274,7 @@ template <class T>
 struct WeightedValue {
     const T* values;
     Source<T> data;
-    CHAINRULE_HD double operator()(Index i) const {
+    __device__ double operator()(Index i) const {
         return static_cast<double>(values[i]) * (data.weight ? static_cast<double>(data.weight[data.rows(i)]) : 1.0);
     }
 };
@@ -272,8 +283,8 @@ struct EndStep {
     Control* control;
     bool mean;
     Index rows;
-    CHAINRULE_HD void operator()(double total) const {
-        control->value = total * control->scale + control->penalty;
+    __device__ void operator()(double total) const {
+        control->value = total * control->scale + control->penalty + control->slopes;
         const double share = mean ? control->batch_weight : 1.0;
         control->total += control->value * share;
         control->weight += share;
@@ -295,7 +306,7 @@ struct Regularize {
     Rule<T> rule;
     Part part;
     T* gradient;
-    CHAINRULE_HD double operator()(Index i) const {
+    __device__ double operator()(Index i) const {
         double penalty = 0;
         T* g = gradient + part.offset + i;
         *g = rule.regularized(part.offset + i, *g, i < part.weights, penalty);
@@ -305,7 +316,7 @@ struct Regularize {
 struct SetClip {
     Control* control;
     double limit;
-    CHAINRULE_HD void operator()(double squares) const {
+    __device__ void operator()(double squares) const {
         const double factor = limit / (::sqrt(squares) + 1e-6);  // PyTorch's clip_grad_norm_
         control->clip = factor < 1 ? factor : 1.0;
     }
@@ -315,7 +326,7 @@ struct Apply {
     Rule<T> rule;
     const T* gradient;
     const Control* control;
-    CHAINRULE_HD void operator()(Index i) const { rule.apply(i, gradient[i] * static_cast<T>(control->clip)); }
+    __device__ void operator()(Index i) const { rule.apply(i, gradient[i] * static_cast<T>(control->clip)); }
 };
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// L1: products of a warp on tensor cores, D += A B with A 16 x k and B k x 8, and the roundings of their operands.
+// L2: products of a warp on tensor cores, D += A B with A 16 x k and B k x 8, and the roundings of their operands.
 // Lane 4 g + t holds, of A, rows g and g + 8; of B, column g; of D, rows g and g + 8 and columns 2 t and 2 t + 1.
 // Source: PTX ISA, "Matrix fragments for mma.m16n8k8" and "mma.m16n8k16".
 #pragma once
@@ -13,12 +13,12 @@ namespace cuda {
 using namespace CHAINRULE_ISA;
 
 // To the 10 bits of mantissa that tf32 has; to nearest, ties away from zero, as cvt.rna does.
-CHAINRULE_INLINE std::uint32_t round_to_tf32(float x) {
+static __device__ __forceinline__ std::uint32_t round_to_tf32(float x) {
     const Vec<float> v = x;
     const Vec<Pair> bits = (Vec<Pair>)v, rounded = (bits + 0x1000u) & 0xffffe000u;
     return select(v == v, rounded, Vec<Pair>(0x7fc00000u))[0];
 }
-CHAINRULE_INLINE std::uint32_t bfloat16_pair(float first, float second) {
+static __device__ __forceinline__ std::uint32_t bfloat16_pair(float first, float second) {
     return pair_up(Vec<float>(first), Vec<float>(second))[0];
 }
 
@@ -49,7 +49,8 @@ inline void multiply_bfloat16(float (&d)[4], const std::uint32_t (&a)[4], const 
     });
 }
 #else
-CHAINRULE_INLINE void multiply_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+static __device__ __forceinline__ void multiply_tf32(float (&d)[4], const std::uint32_t (&a)[4],
+                                                     const std::uint32_t (&b)[2]) {
 #ifdef __CUDA_ARCH__
     asm volatile(
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -57,7 +58,8 @@ CHAINRULE_INLINE void multiply_tf32(float (&d)[4], const std::uint32_t (&a)[4], 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
-CHAINRULE_INLINE void multiply_bfloat16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+static __device__ __forceinline__ void multiply_bfloat16(float (&d)[4], const std::uint32_t (&a)[4],
+                                                         const std::uint32_t (&b)[2]) {
 #ifdef __CUDA_ARCH__
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

@@ -16,7 +16,7 @@ namespace cuda {
 struct Rows {
     const std::int64_t* order = nullptr;  // null: as they come
     const std::int64_t* first = nullptr;  // null: 0
-    CHAINRULE_HD std::int64_t operator()(std::int64_t i) const {
+    __device__ std::int64_t operator()(std::int64_t i) const {
         const std::int64_t at = first ? *first + i : i;
         return order ? order[at] : at;
     }
@@ -29,9 +29,7 @@ struct Operand {
     Index stride;
     Rows rows = {};
     int ones = -1;
-    CHAINRULE_HD T at(int row, int col) const {
-        return col == ones ? T{1} : data[rows(row) * stride + col];
-    }
+    __device__ T at(int row, int col) const { return col == ones ? T{1} : data[rows(row) * stride + col]; }
 };
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
@@ -49,10 +47,14 @@ struct Simt {
     static constexpr int across = Cols / PerCol, threads = Rows / PerRow * across;
     T sum[PerRow][PerCol] = {};
 
-    static CHAINRULE_HD int row_of(int r) { return r / 4 * (4 * Rows / PerRow) + static_cast<int>(threadIdx.x) / across * 4 + r % 4; }
-    static CHAINRULE_HD int col_of(int c) { return c / 4 * (4 * across) + static_cast<int>(threadIdx.x) % across * 4 + c % 4; }
+    static __device__ int row_of(int r) {
+        return r / 4 * (4 * Rows / PerRow) + static_cast<int>(threadIdx.x) / across * 4 + r % 4;
+    }
+    static __device__ int col_of(int c) {
+        return c / 4 * (4 * across) + static_cast<int>(threadIdx.x) % across * 4 + c % 4;
+    }
 
-    CHAINRULE_HD void add(const T* a, const T* b) {
+    __device__ void add(const T* a, const T* b) {
         CHAINRULE_UNROLL(16)
         for (int k = 0; k < Depth; ++k) {
             Four<T> x[PerRow / 4], y[PerCol / 4];
@@ -63,18 +65,16 @@ struct Simt {
             for (int c = 0; c < PerCol / 4; ++c)
                 y[c] = *reinterpret_cast<const Four<T>*>(b + k * (Cols + padding) + col_of(4 * c));
             CHAINRULE_UNROLL(8)
-            for (int r = 0; r < PerRow; ++r)
-                CHAINRULE_UNROLL(8)
-                for (int c = 0; c < PerCol; ++c)
-                    sum[r][c] = fma(Vec<T>(x[r / 4].at[r % 4]), Vec<T>(y[c / 4].at[c % 4]), Vec<T>(sum[r][c]))[0];
+            for (int r = 0; r < PerRow; ++r) CHAINRULE_UNROLL(8)
+            for (int c = 0; c < PerCol; ++c)
+                sum[r][c] = fma(Vec<T>(x[r / 4].at[r % 4]), Vec<T>(y[c / 4].at[c % 4]), Vec<T>(sum[r][c]))[0];
         }
     }
     template <class F>
-    CHAINRULE_HD void each(F f) const {
+    __device__ void each(F f) const {
         CHAINRULE_UNROLL(8)
-        for (int r = 0; r < PerRow; ++r)
-            CHAINRULE_UNROLL(8)
-            for (int c = 0; c < PerCol; ++c) f(row_of(r), col_of(c), sum[r][c]);
+        for (int r = 0; r < PerRow; ++r) CHAINRULE_UNROLL(8)
+        for (int c = 0; c < PerCol; ++c) f(row_of(r), col_of(c), sum[r][c]);
     }
 };
 
@@ -87,52 +87,46 @@ struct TensorCores {
     static constexpr int step = Bfloat16 ? 16 : 8;
     float sum[Down][Across][4] = {};
 
-    static CHAINRULE_HD int group() { return static_cast<int>(threadIdx.x) % 32 / 4; }
-    static CHAINRULE_HD int turn() { return static_cast<int>(threadIdx.x) % 4; }
-    static CHAINRULE_HD int first_row() { return static_cast<int>(threadIdx.x) / 32 / warps_across * 16 * Down; }
-    static CHAINRULE_HD int first_col() { return static_cast<int>(threadIdx.x) / 32 % warps_across * 8 * Across; }
+    static __device__ int group() { return static_cast<int>(threadIdx.x) % 32 / 4; }
+    static __device__ int turn() { return static_cast<int>(threadIdx.x) % 4; }
+    static __device__ int first_row() { return static_cast<int>(threadIdx.x) / 32 / warps_across * 16 * Down; }
+    static __device__ int first_col() { return static_cast<int>(threadIdx.x) / 32 % warps_across * 8 * Across; }
 
     // Part `part` (0: the lower terms, 1: the higher) of what a lane holds at `place`, whose terms are `stride` apart.
-    static CHAINRULE_HD std::uint32_t operand(const float* place, int stride, int part) {
+    static __device__ std::uint32_t operand(const float* place, int stride, int part) {
         if (!Bfloat16) return round_to_tf32(place[(turn() + 4 * part) * stride]);
         const float* pair = place + (2 * turn() + 8 * part) * stride;
         return bfloat16_pair(pair[0], pair[stride]);
     }
-    CHAINRULE_HD void add(const float* a, const float* b) {
+    __device__ void add(const float* a, const float* b) {
         constexpr int a_stride = Rows + padding, b_stride = Cols + padding;
         CHAINRULE_UNROLL(4)
         for (int k = 0; k < Depth; k += step) {
             std::uint32_t x[Down][4], y[Across][2];
             CHAINRULE_UNROLL(4)
-            for (int i = 0; i < Down; ++i)
-                CHAINRULE_UNROLL(4)
-                for (int p = 0; p < 4; ++p)
-                    x[i][p] = operand(a + k * a_stride + first_row() + 16 * i + group() + p % 2 * 8, a_stride, p / 2);
+            for (int i = 0; i < Down; ++i) CHAINRULE_UNROLL(4)
+            for (int p = 0; p < 4; ++p)
+                x[i][p] = operand(a + k * a_stride + first_row() + 16 * i + group() + p % 2 * 8, a_stride, p / 2);
             CHAINRULE_UNROLL(4)
+            for (int j = 0; j < Across; ++j) CHAINRULE_UNROLL(2)
+            for (int p = 0; p < 2; ++p)
+                y[j][p] = operand(b + k * b_stride + first_col() + 8 * j + group(), b_stride, p);
+            CHAINRULE_UNROLL(4)
+            for (int i = 0; i < Down; ++i) CHAINRULE_UNROLL(4)
             for (int j = 0; j < Across; ++j)
-                CHAINRULE_UNROLL(2)
-                for (int p = 0; p < 2; ++p)
-                    y[j][p] = operand(b + k * b_stride + first_col() + 8 * j + group(), b_stride, p);
-            CHAINRULE_UNROLL(4)
-            for (int i = 0; i < Down; ++i)
-                CHAINRULE_UNROLL(4)
-                for (int j = 0; j < Across; ++j)
-                    if (Bfloat16)
-                        multiply_bfloat16(sum[i][j], x[i], y[j]);
-                    else
-                        multiply_tf32(sum[i][j], x[i], y[j]);
+                if (Bfloat16)
+                    multiply_bfloat16(sum[i][j], x[i], y[j]);
+                else
+                    multiply_tf32(sum[i][j], x[i], y[j]);
         }
     }
     template <class F>
-    CHAINRULE_HD void each(F f) const {
+    __device__ void each(F f) const {
         CHAINRULE_UNROLL(4)
-        for (int i = 0; i < Down; ++i)
-            CHAINRULE_UNROLL(4)
-            for (int j = 0; j < Across; ++j)
-                CHAINRULE_UNROLL(4)
-                for (int c = 0; c < 4; ++c)
-                    f(first_row() + 16 * i + group() + c / 2 * 8, first_col() + 8 * j + 2 * turn() + c % 2,
-                      sum[i][j][c]);
+        for (int i = 0; i < Down; ++i) CHAINRULE_UNROLL(4)
+        for (int j = 0; j < Across; ++j) CHAINRULE_UNROLL(4)
+        for (int c = 0; c < 4; ++c)
+            f(first_row() + 16 * i + group() + c / 2 * 8, first_col() + 8 * j + 2 * turn() + c % 2, sum[i][j][c]);
     }
 };
 
@@ -144,18 +138,18 @@ struct Carrier {
     static_assert(count * Threads == Extent * Depth, "every thread brings as much");
     T value[count];
 
-    static CHAINRULE_HD int number(int s) { return static_cast<int>(threadIdx.x) + s * Threads; }
-    static CHAINRULE_HD int place(int s) { return DownK ? number(s) % Extent : number(s) / Depth; }
-    static CHAINRULE_HD int term(int s) { return DownK ? number(s) / Extent : number(s) % Depth; }
+    static __device__ int number(int s) { return static_cast<int>(threadIdx.x) + s * Threads; }
+    static __device__ int place(int s) { return DownK ? number(s) % Extent : number(s) / Depth; }
+    static __device__ int term(int s) { return DownK ? number(s) / Extent : number(s) % Depth; }
 
-    CHAINRULE_HD void fetch(const Operand<T>& from, int start, int end, int k, int k_end) {
+    __device__ void fetch(const Operand<T>& from, int start, int end, int k, int k_end) {
         CHAINRULE_UNROLL(16)
         for (int s = 0; s < count; ++s) {
             const int i = start + place(s), t = k + term(s);
             value[s] = i < end && t < k_end ? (DownK ? from.at(t, i) : from.at(i, t)) : T{0};
         }
     }
-    CHAINRULE_HD void put(T* to) const {
+    __device__ void put(T* to) const {
         CHAINRULE_UNROLL(16)
         for (int s = 0; s < count; ++s) to[term(s) * (Extent + Padding) + place(s)] = value[s];
     }
@@ -169,7 +163,7 @@ constexpr std::size_t tile_bytes() {
 
 // C (m x n) over k terms; C's element (i, j) goes to epilogue(i, j, sum), then the block ends with epilogue.finish(memory).
 template <class Tile, bool ADownK, bool BDownK, class T, class Epilogue>
-__global__ void __launch_bounds__(Tile::threads)
+__global__ void __launch_bounds__(Tile::threads, 1)
     multiply(int m, int n, int k, Operand<T> a, Operand<T> b, Epilogue epilogue) {
     CHAINRULE_SHARED(T, memory);
     T* const a_tile = memory;
@@ -202,19 +196,19 @@ __global__ void __launch_bounds__(Tile::threads)
 // Z = X Wᵀ + b, z kept where somebody needs it, and y = op(z). With `add`, to what is in y.
 template <class T>
 struct Activate {
-    const T* bias;  // null: none
+    const T* bias;       // null: none
     MatrixView<T> z, y;  // z.data null: not kept
     Op op;
     T param;
     bool add;
-    CHAINRULE_HD void operator()(int i, int j, T sum) {
+    __device__ void operator()(int i, int j, T sum) {
         T* const to = y.data + i * y.stride + j;
         if (bias) sum = sum + bias[j];
         if (add) sum = sum + *to;
         if (z.data) z.data[i * z.stride + j] = sum;
         *to = op_forward(op, sum, param);
     }
-    CHAINRULE_HD void finish(T*) {}
+    __device__ void finish(T*) {}
 };
 
 // dX = dZ W, and the cotangent before the op that made X: dX g'. With `add`, dX is added to what is there.
@@ -225,12 +219,12 @@ struct Differentiate {
     Op op;
     T param;
     bool add;
-    CHAINRULE_HD void operator()(int i, int j, T sum) {
+    __device__ void operator()(int i, int j, T sum) {
         T* const to = dx.data + i * dx.stride + j;
         if (add) sum = sum + *to;
         *to = saved.data ? op_vjp(op, sum, saved.data[i * saved.stride + j], param) : sum;
     }
-    CHAINRULE_HD void finish(T*) {}
+    __device__ void finish(T*) {}
 };
 
 // dW beside db, into a gradient laid out like theta: W (outputs, inputs), then b.
@@ -239,15 +233,16 @@ struct StoreGradient {
     T* to;
     int outputs, inputs;
     bool add;
-    CHAINRULE_HD void operator()(int o, int i, T sum) {
-        T* const place = to + (i < inputs ? static_cast<Index>(o) * inputs + i : static_cast<Index>(outputs) * inputs + o);
+    __device__ void operator()(int o, int i, T sum) {
+        T* const place =
+            to + (i < inputs ? static_cast<Index>(o) * inputs + i : static_cast<Index>(outputs) * inputs + o);
         *place = add ? *place + sum : sum;
     }
-    CHAINRULE_HD void finish(T*) {}
+    __device__ void finish(T*) {}
 };
 
 // The sum over a block's threads, at thread 0; always in the same order. `memory` has a double for each thread.
-CHAINRULE_INLINE double block_sum(double mine, double* memory) {
+static __device__ __forceinline__ double block_sum(double mine, double* memory) {
     const unsigned t = threadIdx.x;
     memory[t] = mine;
     for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {  // a power of two
@@ -255,7 +250,9 @@ CHAINRULE_INLINE double block_sum(double mine, double* memory) {
         if (t < half) memory[t] = memory[t] + memory[t + half];
     }
     __syncthreads();
-    return memory[0];
+    const double total = memory[0];
+    __syncthreads();  // before anybody writes there again
+    return total;
 }
 
 // What an update rule needs of the step in hand, for weights that lie from `offset` of theta on.
@@ -264,22 +261,23 @@ struct Rule {
     OptimizerOp rule;
     T* theta;
     T* slots[kSlots];
-    const Hyper<T>* hyper;           // of each step of the run
-    const std::int64_t* step;        // the present one
+    const Hyper<T>* hyper;     // of each step of the epoch
+    const std::int64_t* step;  // the present one; null: `hyper` is its
     T l1, l2, clip_value;
 
     // The gradient with the penalty's part, clipped; adds the penalty itself to `penalty`.
-    CHAINRULE_HD T regularized(Index place, T gradient, bool weight, double& penalty) const {
+    __device__ T regularized(Index place, T gradient, bool weight, double& penalty) const {
         const T w = theta[place];
         if (weight && (l1 != 0 || l2 != 0)) {
             gradient = gradient + penalty_gradient(Vec<T>(w), l1, l2)[0];
-            penalty += static_cast<double>(chainrule::CHAINRULE_ISA::penalty(Vec<T>(w), l1, Vec<T>(l2 * static_cast<T>(0.5)))[0]);
+            penalty += static_cast<double>(
+                chainrule::CHAINRULE_ISA::penalty(Vec<T>(w), l1, Vec<T>(l2 * static_cast<T>(0.5)))[0]);
         }
         return clip_value != 0 ? clamped(Vec<T>(gradient), Vec<T>(clip_value))[0] : gradient;
     }
-    CHAINRULE_HD void apply(Index place, T gradient) const {
+    __device__ void apply(Index place, T gradient) const {
         const State<T> state = {{slots[0], slots[1], slots[2]}};
-        theta[place] = rule_update(rule, place, theta[place], gradient, state, hyper[*step]);
+        theta[place] = rule_update(rule, place, theta[place], gradient, state, hyper[step ? *step : 0]);
     }
 };
 
@@ -291,13 +289,13 @@ struct Update {
     int outputs, inputs;
     double* penalties;  // of each block
     double penalty = 0;
-    CHAINRULE_HD void operator()(int o, int i, T sum) {
+    __device__ void operator()(int o, int i, T sum) {
         const bool weight = i < inputs;
         const Index place =
             offset + (weight ? static_cast<Index>(o) * inputs + i : static_cast<Index>(outputs) * inputs + o);
         rule.apply(place, rule.regularized(place, sum, weight, penalty));
     }
-    CHAINRULE_HD void finish(T* memory) {
+    __device__ void finish(T* memory) {
         if (rule.l1 == 0 && rule.l2 == 0) return;
         const double total = block_sum(penalty, reinterpret_cast<double*>(memory));
         if (threadIdx.x == 0) penalties[blockIdx.y * gridDim.x + blockIdx.x] = total;
@@ -331,15 +329,9 @@ void multiply_by(Index m, Index n, Index k, const Operand<T>& a, const Operand<T
            static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), a, b, epilogue);
 }
 
-struct Arithmetic {
-    Precision precision;
-    int processors;
-};
-
 template <bool ADownK, bool BDownK, class T, class Epilogue>
-void multiply_tiles(const Arithmetic& how, Index m, Index n, Index k, const Operand<T>& a, const Operand<T>& b,
-                    const Epilogue& epilogue, cudaStream_t stream) {
-    const bool large = wants_large_tiles(m, n, how.processors);
+void multiply_tiles(Precision precision, bool large, Index m, Index n, Index k, const Operand<T>& a,
+                    const Operand<T>& b, const Epilogue& epilogue, cudaStream_t stream) {
     const auto go = [&](auto small_tile, auto large_tile) {
         if (large)
             multiply_by<decltype(large_tile), ADownK, BDownK>(m, n, k, a, b, epilogue, stream);
@@ -347,8 +339,8 @@ void multiply_tiles(const Arithmetic& how, Index m, Index n, Index k, const Oper
             multiply_by<decltype(small_tile), ADownK, BDownK>(m, n, k, a, b, epilogue, stream);
     };
     if constexpr (sizeof(T) == 4) {
-        if (how.precision == Precision::tf32) return go(Tf32Small{}, Tf32Large{});
-        if (how.precision == Precision::bfloat16) return go(Bfloat16Small{}, Bfloat16Large{});
+        if (precision == Precision::tf32) return go(Tf32Small{}, Tf32Large{});
+        if (precision == Precision::bfloat16) return go(Bfloat16Small{}, Bfloat16Large{});
     }
     go(typename Tiles<T>::Small{}, typename Tiles<T>::Large{});
 }

@@ -9,7 +9,7 @@
 #include <string>
 #include <utility>
 
-#include "../cuda.hpp"
+#include "memory.hpp"
 
 namespace chainrule {
 namespace cuda {
@@ -84,7 +84,7 @@ class Graph {
     // f() enqueues on `stream` and on streams that it forks from it and joins again.
     template <class F>
     Graph(cudaStream_t stream, F f) {
-        check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "beginning a graph");
+        check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed), "beginning a graph");
         cudaGraph_t graph = nullptr;
         try {
             f();

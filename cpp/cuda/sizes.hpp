@@ -19,11 +19,14 @@ constexpr bool wants_large_tiles(Index m, Index n, int processors) {
 // The most blocks that a product of m x n has, whatever its tiles.
 constexpr Index most_tiles(Index m, Index n) { return tiles_across(m, kSmallTile) * tiles_across(n, kSmallTile); }
 
+// cuBLASLt's products from so many multiplications a step on: below, its launches and ours beside it take longer.
+constexpr bool wants_library(double multiplies) { return multiplies >= 1 << 27; }
+
 // ---- the resident schedule ------------------------------------------------------------------------------------------
 
 // Rows in shared memory begin an odd number of 16 bytes of float32 after one another: eight threads that read 16 bytes each,
 // of eight rows or along one, meet no bank twice.
-constexpr Index resident_stride(Index cols) {
+CHAINRULE_HD constexpr Index resident_stride(Index cols) {
     const Index fours = (cols + 3) / 4;
     return 4 * (fours % 2 == 0 ? fours + 1 : fours);
 }

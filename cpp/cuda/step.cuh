@@ -6,7 +6,7 @@
 #include <cmath>
 #include <optional>
 
-#include "tape.cuh"
+#include "sobolev.cuh"
 
 namespace chainrule {
 namespace cuda {
@@ -24,6 +24,7 @@ class Resident {
         source_.y = take(device, data.y, data.rows * data.target_cols, y_, stream);
         source_.target_cols = data.target_cols;
         source_.weight = take(device, data.weight, data.rows, weight_, stream);
+        source_.dy_weight = data.dy_weight;
         source_.dy = take(device, data.dy, data.rows * net.outputs() * net.inputs(), dy_, stream);
     }
     const Source<T>& source() const { return source_; }
@@ -87,7 +88,7 @@ struct LinearLayers {
         }
     }
     // |gradient|² of row i: each layer's is the product cᵀ x; see example_clipping.hpp.
-    CHAINRULE_HD double square(Index i) const {
+    __device__ double square(Index i) const {
         double total = 0;
         for (int l = 0; l < count; ++l) {
             double of_x = bias[l], of_c = 0;
@@ -112,7 +113,7 @@ struct ClipExamples {
     Source<T> data;
     const Control* control;
     double limit;
-    CHAINRULE_HD void operator()(Index i) const {
+    __device__ void operator()(Index i) const {
         const double weight = data.weight ? static_cast<double>(data.weight[data.rows(i)]) : 1.0;
         const double norm = ::sqrt(layers.square(i)), most = limit * control->scale * weight;
         if (norm <= most) return;
@@ -132,8 +133,7 @@ struct Step<T>::Work {
     using Kind = typename Tape<T>::Kind;
     using LayerKind = typename Layer<T>::Kind;
 
-    Work(Network<T>& network, const Loss<T>& the_loss, Index rows, Index cols, const Extras& the_extras,
-         bool training)
+    Work(Network<T>& network, const Loss<T>& the_loss, Index rows, Index cols, const Extras& the_extras, bool training)
         : net(network),
           loss(the_loss),
           target_cols(cols),
@@ -144,6 +144,7 @@ struct Step<T>::Work {
           partials(net.device(), kPieces, "a step") {
         shape(rows);
         capacity = rows;
+        if (extras.sobolev) sobolev.emplace(net);
     }
     void shape(Index rows) { tape.shape(0, rows, 1, {Kind::primal, Kind::cotangent}); }
 
@@ -187,6 +188,7 @@ struct Step<T>::Work {
     Buffer<T> values, stored;
     Buffer<Control> control;
     Buffer<double> partials, penalties;
+    std::optional<Sobolev<T>> sobolev;
     Resident<T> batch;  // of calls that bring their own
 };
 
@@ -231,6 +233,9 @@ void Step<T>::Work::down(const typename Tape<T>::Drawing* drawing, Weigh weigh) 
 template <class T>
 void Step<T>::Work::store_gradient(const Source<T>& data, Index rows, const typename Tape<T>::Drawing* drawing) {
     T* flat = gradient();
+    if (sobolev)
+        return sobolev->sweep(data, data.dy_weight, rows, constant(tape.at(Kind::cotangent, net.depth())),
+                              control.data(), flat, net.runtime().stream);
     const auto store = [&](Index l, cudaStream_t stream) {
         tape.gradient(l, rows, tape.operand(Kind::cotangent, l + 1), tape.operand(Kind::primal, l), true,
                       tape.into(l, flat, false), stream);
@@ -260,8 +265,7 @@ void Step<T>::Work::update_at_once(const Rule<T>& rule, Index rows, const typena
                       stream);
         first += most_tiles(g.outputs, g.inputs + g.bias);
     });
-    if (penal)
-        sum_over(blocks, Partials{penalties.data()}, StoreSum{&control.data()->penalty}, net.runtime().stream);
+    if (penal) sum_over(blocks, Partials{penalties.data()}, StoreSum{&control.data()->penalty}, net.runtime().stream);
 }
 
 // From `stored`: penalties, limits, and the rule in a pass of its own.
@@ -271,20 +275,20 @@ void Step<T>::Work::update_stored(const Rule<T>& rule, double clip_norm) {
     T* flat = gradient();
     std::vector<Part> parts;
     for (const Layer<T>& g : net.layers())
-        if (g.kind == LayerKind::linear) parts.push_back({g.offset, g.outputs * g.inputs, g.outputs * (g.inputs + g.bias)});
-    const Index layers = static_cast<Index>(parts.size());
+        if (g.kind == LayerKind::linear)
+            parts.push_back({g.offset, g.outputs * g.inputs, g.outputs * (g.inputs + g.bias)});
     if (rule.l1 != 0 || rule.l2 != 0 || rule.clip_value != 0) {
-        penalties.grow(net.device(), layers * kPieces, "penalties");
-        for (Index p = 0; p < layers; ++p)
-            launch(sum_pieces<Regularize<T>>, dim3(kPieces), kThreads, kThreads * sizeof(double), stream,
-                   parts[static_cast<std::size_t>(p)].size,
-                   Regularize<T>{rule, parts[static_cast<std::size_t>(p)], flat}, penalties.data() + p * kPieces);
-        sum_over(layers * kPieces, Partials{penalties.data()}, StoreSum{&control.data()->penalty}, stream);
+        penalties.grow(net.device(), static_cast<Index>(parts.size()) * kPieces, "penalties");
+        Index pieces = 0;
+        for (const Part& part : parts) {
+            sum_in_pieces(part.size, Regularize<T>{rule, part, flat}, penalties.data() + pieces, stream);
+            pieces += pieces_of(part.size);
+        }
+        sum_over(pieces, Partials{penalties.data()}, StoreSum{&control.data()->penalty}, stream);
     }
     if (clip_norm != 0) {
-        launch(sum_pieces<Squares<T>>, dim3(kPieces), kThreads, kThreads * sizeof(double), stream, net.size(),
-               Squares<T>{flat}, partials.data());
-        sum_over(kPieces, Partials{partials.data()}, SetClip{control.data(), clip_norm}, stream);
+        sum_in_pieces(net.size(), Squares<T>{flat}, partials.data(), stream);
+        sum_over(pieces_of(net.size()), Partials{partials.data()}, SetClip{control.data(), clip_norm}, stream);
     }
     map_each(net.size(), Apply<T>{rule, flat, control.data()}, stream);
 }

@@ -6,21 +6,26 @@
 
 #include <algorithm>
 
-#include "maps.cuh"
+#include "../cuda.hpp"
+#include "library.cuh"
 
 namespace chainrule {
 namespace cuda {
 
 template <class T>
+class Tape;
+
+template <class T>
 struct Network<T>::Runtime {
     explicit Runtime(int device, Precision precision)
-        : how{precision, attribute(cudaDevAttrMultiProcessorCount, device)},
+        : how{precision, attribute(cudaDevAttrMultiProcessorCount, device), nullptr, nullptr, nullptr},
           shared_bytes(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) {}
     std::mutex mutex;  // one caller at a time has the streams
-    Arithmetic how;
+    Arithmetic<T> how;
     Index shared_bytes;
     Stream stream, side;
     Event fork, join;
+    std::unique_ptr<Tape<T>> predictor;  // with the memory of the largest prediction so far
 };
 
 template <class T>
@@ -36,8 +41,13 @@ class Tape {
 
     // `training`: dropout drops; else it is the identity.
     Tape(const Network<T>& net, bool training)
-        : net_(net), training_(training), views_(static_cast<std::size_t>(kinds * (net.depth() + 1))) {}
+        : net_(net),
+          how_(net.runtime().how),
+          training_(training),
+          views_(static_cast<std::size_t>(kinds * (net.depth() + 1))) {}
 
+    // From now on products are made so.
+    void multiply_by(const Arithmetic<T>& how) { how_ = how; }
     // From now on every φ and every cotangent is there after a sweep.
     void keep_all(bool all) { whole_ = all; }
     // Room for these kinds: rows [first, first + rows) of derivatives, `seeds` for each example.
@@ -88,9 +98,9 @@ class Tape {
 
    private:
     std::size_t place(Kind kind, Index l) const {
-        return static_cast<std::size_t>(kind) * static_cast<std::size_t>(net_.depth() + 1) + static_cast<std::size_t>(l);
+        return static_cast<std::size_t>(kind) * static_cast<std::size_t>(net_.depth() + 1) +
+               static_cast<std::size_t>(l);
     }
-    const Arithmetic& how() const { return net_.runtime().how; }
     const T* bias(const Layer<T>& g, const T* flat) const {
         return g.bias ? flat + g.offset + g.outputs * g.inputs : nullptr;
     }
@@ -110,6 +120,7 @@ class Tape {
     void pull_op(Kind kind, Index l, cudaStream_t stream) const;
 
     const Network<T>& net_;
+    Arithmetic<T> how_;
     const bool training_;
     bool whole_ = false;
     Index phase_ = 0, rows_ = 0, seeds_ = 1, examples_ = 0;
@@ -178,17 +189,17 @@ void Tape<T>::product(Index l, const Operand<T>& x, const T* flat, bool with_bia
     const Layer<T>& g = layer(l);
     Activate<T> end = epilogue;
     if (with_bias) end.bias = bias(g, flat);
-    multiply_tiles<false, false>(how(), end.y.rows, g.outputs, g.inputs, x, Operand<T>{flat + g.offset, g.inputs}, end,
-                                 stream);
+    how_.template multiply<false, false>(end.y.rows, g.outputs, g.inputs, x, Operand<T>{flat + g.offset, g.inputs}, end,
+                                         stream);
 }
 
 template <class T>
 void Tape<T>::drop(Kind kind, Index from, Index to, Index l, const Drawing* drawing, cudaStream_t stream) const {
     const MatrixView<T> x = at(kind, from), y = at(kind, to);
-    map_elements(y.rows, y.cols,
-                 DropoutMap<T>{constant(x), y, DropoutScale<T>(layer(l).param), dropout_key(drawing->seed, l),
-                               drawing->drawn},
-                 stream);
+    map_elements(
+        y.rows, y.cols,
+        DropoutMap<T>{constant(x), y, DropoutScale<T>(layer(l).param), dropout_key(drawing->seed, l), drawing->drawn},
+        stream);
 }
 
 template <class T>
@@ -220,8 +231,8 @@ template <class T>
 void Tape<T>::push_op(Kind kind, Index l, cudaStream_t stream) const {
     const Layer<T>& g = layer(l);
     const MatrixView<T> y = at(kind, l + 1);
-    map_op(g.op, y,
-           OpDerivative<T>{true, constant(at(kind, l)), saved(saved_at(l)), y, g.op, static_cast<T>(g.param)}, stream);
+    map_op(g.op, y, OpDerivative<T>{true, constant(at(kind, l)), saved(saved_at(l)), y, g.op, static_cast<T>(g.param)},
+           stream);
 }
 
 template <class T>
@@ -242,7 +253,7 @@ struct Column {
     MatrixView<T> to;
     const T* from;
     Index stride;
-    CHAINRULE_HD void operator()(Index i, Index j) const { to.data[i * to.stride + j] = from[j * stride]; }
+    __device__ void operator()(Index i, Index j) const { to.data[i * to.stride + j] = from[j * stride]; }
 };
 
 template <class T>
@@ -270,8 +281,8 @@ void Tape<T>::second_tangents(cudaStream_t stream) const {
         if (g.kind != LayerKind::op) continue;
         const MatrixView<const T> dx = constant(at(tangent, l)), ddx = constant(at(second_tangent, l));
         const MatrixView<T> out = at(second_tangent, l + 1);
-        map_op(g.op, out,
-               OpSecond<T>{true, dx, dx, ddx, saved(saved_at(l)), out, g.op, static_cast<T>(g.param)}, stream);
+        map_op(g.op, out, OpSecond<T>{true, dx, dx, ddx, saved(saved_at(l)), out, g.op, static_cast<T>(g.param)},
+               stream);
     }
 }
 
@@ -287,8 +298,8 @@ void Tape<T>::pull_linear(Kind kind, Index l, Kind to, const T* flat, bool fused
         end.op = layer(l - 1).op;
         end.param = static_cast<T>(layer(l - 1).param);
     }
-    multiply_tiles<false, true>(how(), rows_, g.inputs, g.outputs, operand(kind, l + 1),
-                                Operand<T>{flat + g.offset, g.inputs}, end, stream);
+    how_.template multiply<false, true>(rows_, g.inputs, g.outputs, operand(kind, l + 1),
+                                        Operand<T>{flat + g.offset, g.inputs}, end, stream);
 }
 
 template <class T>
@@ -345,8 +356,8 @@ void Tape<T>::gradient(Index l, Index rows, const Operand<T>& dz, const Operand<
     const Layer<T>& g = layer(l);
     Operand<T> with_ones = x;
     if (g.bias && with_bias) with_ones.ones = static_cast<int>(g.inputs);
-    multiply_tiles<true, true>(how(), g.outputs, g.inputs + (g.bias && with_bias), rows, dz, with_ones, epilogue,
-                               stream);
+    how_.template multiply<true, true>(g.outputs, g.inputs + (g.bias && with_bias), rows, dz, with_ones, epilogue,
+                                       stream);
 }
 
 template <class T>

@@ -28,7 +28,8 @@ CHAINRULE_HD static inline std::uint64_t dropout_place(Index row, Index block) {
 #if defined(CHAINRULE_DEVICE)
 // One element: the same number, drawn alone.
 template <class T>
-CHAINRULE_INLINE T dropout(T x, const DropoutScale<T>& scale, std::uint64_t key, std::uint64_t step, Index row, Index col) {
+CHAINRULE_INLINE T dropout(T x, const DropoutScale<T>& scale, std::uint64_t key, std::uint64_t step, Index row,
+                           Index col) {
     const std::uint64_t place = dropout_place(row, col / 64 * 64) + static_cast<std::uint64_t>(col % 16);
     const std::uint32_t number = philox(key, place, stream_of(kDropout, step)).word[col % 64 / 16];
     return number < scale.threshold ? T{0} : x * scale.keep;

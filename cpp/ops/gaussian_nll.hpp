@@ -18,8 +18,8 @@ struct GaussianNll {
         return {select(d == V{}, zero, d * dp), dp};
     }
     template <class T>
-    CHAINRULE_HD static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
-                    T* values, T* df, Index df_stride, T) {
+    CHAINRULE_HD static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y,
+                                 const T* weight, T scale, T* values, T* df, Index df_stride, T) {
         const Index k = cols / 2;
         const T share = T{1} / static_cast<T>(k), half = static_cast<T>(0.5);
         for (Index i = 0; i < rows; ++i) {
@@ -44,8 +44,8 @@ struct GaussianNll {
         }
     }
     template <class T>
-    CHAINRULE_HD static void hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale, MatrixView<const T> t,
-                    MatrixView<T> out, T) {
+    CHAINRULE_HD static void hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale,
+                                 MatrixView<const T> t, MatrixView<T> out, T) {
         const Index k = f.cols / 2;
         for (Index i = 0; i < f.rows; ++i) {
             const T *mu = f.data + i * f.stride, *tmu = t.data + i * t.stride;

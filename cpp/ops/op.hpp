@@ -225,7 +225,7 @@ CHAINRULE_INLINE void map_columns(Index rows, Index cols, const Rows<T> (&in)[N]
         Vec<T> columns[N][W];
         for (int n = 0; n < N; ++n) load_columns(rows, cols - start, in[n].data + start, in[n].stride, columns[n]);
         const int width = cols - start == 1 ? 1 : W;
-CHAINRULE_UNROLL(1)  // W copies of every formula would make a third of the package
+        CHAINRULE_UNROLL(1)  // W copies of every formula would make a third of the package
         for (int k = 0; k < width; ++k) {
             Vec<T> column[N];
             for (int n = 0; n < N; ++n) column[n] = columns[n][k];
@@ -291,8 +291,8 @@ struct ValueGrad {
 // Losses that are sums over outputs. A loss's value and gradient come from one function, so that they cannot disagree.
 // values[i] = L_i; df[i] = weight_i * scale * dL_i/df. Losses named "mean" divide by the number of outputs.
 template <class Loss, class T>
-CHAINRULE_HD void elementwise_loss(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
-                      T* values, T* df, Index df_stride, T param) {
+CHAINRULE_HD void elementwise_loss(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y,
+                                   const T* weight, T scale, T* values, T* df, Index df_stride, T param) {
     const Vec<T> p = Vec<T>{} + param;
     const T share = Loss::mean_over_outputs ? T{1} / static_cast<T>(cols) : T{1};
     row_blocks(rows, weight, scale, [&](Index i, Index count, Vec<T> factor) {
@@ -310,8 +310,8 @@ CHAINRULE_HD void elementwise_loss(Index rows, Index cols, const T* f, Index f_s
 
 // out = weight_i * scale * t H, H the Hessian of L_i in f: diagonal, with Loss::second on it. Zeros go to out's padding.
 template <class Loss, class T>
-CHAINRULE_HD void elementwise_hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale, MatrixView<const T> t,
-                     MatrixView<T> out, T param) {
+CHAINRULE_HD void elementwise_hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale,
+                                  MatrixView<const T> t, MatrixView<T> out, T param) {
     const Vec<T> p = Vec<T>{} + param;
     const T share = Loss::mean_over_outputs ? T{1} / static_cast<T>(f.cols) : T{1};
     for (Index i = 0; i < f.rows; ++i) {

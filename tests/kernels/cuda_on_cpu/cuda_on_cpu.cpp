@@ -113,7 +113,8 @@ class Block {
             warp.arrived = 0;
             warp.turn ^= 1;
             for (unsigned t = first; t < first + lanes; ++t)
-                if (fibers_[t] && fibers_[t]->state == Fiber::State::at_exchange) fibers_[t]->state = Fiber::State::running;
+                if (fibers_[t] && fibers_[t]->state == Fiber::State::at_exchange)
+                    fibers_[t]->state = Fiber::State::running;
         } else {
             leave(Fiber::State::at_exchange);
         }
@@ -157,21 +158,25 @@ class Block {
         if (!fiber) {
             pool().push_back(std::make_unique<Fiber>());
             fiber = pool().back().get();
-            fiber->stack = ::mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+            fiber->stack = ::mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
             if (fiber->stack == MAP_FAILED) die("no memory for a fiber");
         }
 #if defined(__SANITIZE_ADDRESS__)
         __asan_unpoison_memory_region(fiber->stack, kStackBytes);  // frames of threads that have ended
 #endif
-        getcontext(&fiber->context);
-        fiber->context.uc_stack.ss_sp = fiber->stack;
-        fiber->context.uc_stack.ss_size = kStackBytes;
-        fiber->context.uc_link = nullptr;
+        prepare(fiber->context, fiber->stack);
         fiber->fake_stack = nullptr;
-        makecontext(&fiber->context, &Block::begin, 0);
         take(fiber);
         enter(fiber);
         return true;
+    }
+    static void prepare(ucontext_t& context, void* stack) {
+        getcontext(&context);
+        context.uc_stack.ss_sp = stack;
+        context.uc_stack.ss_size = kStackBytes;
+        context.uc_link = nullptr;
+        makecontext(&context, &Block::begin, 0);
     }
     static void begin() {
 #if defined(__SANITIZE_ADDRESS__)
@@ -195,7 +200,8 @@ class Block {
         fiber->state = state;
         fiber->waited = true;
 #if defined(__SANITIZE_ADDRESS__)
-        __sanitizer_start_switch_fiber(state == Fiber::State::done ? nullptr : &fiber->fake_stack, host_stack_, host_stack_size_);
+        __sanitizer_start_switch_fiber(state == Fiber::State::done ? nullptr : &fiber->fake_stack, host_stack_,
+                                       host_stack_size_);
 #endif
         swapcontext(&fiber->context, &host_);
 #if defined(__SANITIZE_ADDRESS__)

@@ -14,6 +14,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __restrict__ __restrict
 
 #include <cstddef>
@@ -49,7 +50,8 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 template <class T>
 T __shfl_down_sync(unsigned, T value, int delta) {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    return reinterpret_cast<const T*>(cuda_on_cpu::exchange(&value, sizeof(T)))[lane + delta < 32 ? lane + delta : lane];
+    return reinterpret_cast<const T*>(
+        cuda_on_cpu::exchange(&value, sizeof(T)))[lane + delta < 32 ? lane + delta : lane];
 }
 inline void __syncwarp() {
     const char nothing = 0;
@@ -67,7 +69,7 @@ enum cudaDeviceAttr {
 };
 enum cudaMemcpyKind { cudaMemcpyDefault = 4 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
 enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
 constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
 
@@ -129,6 +131,8 @@ cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) {
 namespace cuda_on_cpu {
 // Now, or as a node of the graph that the stream is making.
 cudaError_t enqueue(cudaStream_t stream, std::function<void()> work);
+// cuBLASLt's function of that name, as cublaslt.cpp beside this file has it.
+void* library_symbol(const char* name);
 constexpr std::size_t kSharedBytes = 227 * 1024;
 }  // namespace cuda_on_cpu
 
