@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -12,11 +13,6 @@ from . import devices, optim, training
 from .checks import listed, short
 from .model import Sequential
 from .wholebatch import RUNS
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Array = NDArray[Any]
 
 
 def fit_many(
@@ -48,19 +44,24 @@ def fit_many(
         >>> [len(history["loss"]) for history in cr.fit_many(nets, X, X**2, loss="mse", epochs=2)]
         [2, 2, 2]
     """
-    nets = _alike(nets)
-    _refuse_watching(options)
+    _check(nets := list(nets), options)
     plans = _plans(nets, X, y, optimizer, seed, {"loss": loss, **options})
-    if nets[0].device == "cpu" or type(plans[0].optimizer) in RUNS:
-        return _histories([_alone(net, plan) for net, plan in zip(nets, plans, strict=True)])
-    return _histories(_at_once(nets, plans))
+    alone = nets[0].device == "cpu" or type(plans[0].optimizer) in RUNS
+    histories, errors = (_one_by_one if alone else _at_once)(nets, plans)
+    if errors:
+        error = FloatingPointError(
+            f"[fit_many] losses must stay finite: expected numbers, got others in networks {sorted(errors)}, "
+            f"which have their weights from before; the first: {errors[min(errors)]}"
+        )
+        error.histories = histories  # type: ignore[attr-defined]
+        raise error
+    return histories
 
 
 # ------------------------------------------------------------ arguments
 
 
-def _alike(given: Sequence[Sequential]) -> list[Sequential]:
-    nets = list(given)
+def _check(nets: Sequence[Any], options: dict[str, Any]) -> None:
     for net in nets:
         if not isinstance(net, Sequential):
             raise TypeError(f"[fit_many] nets must be networks: expected Sequentials, got {short(net)}")
@@ -68,10 +69,6 @@ def _alike(given: Sequence[Sequential]) -> list[Sequential]:
     if len(kinds) != 1 or len(set(map(id, nets))) != len(nets):
         got = "one of them twice" if len(kinds) == 1 else f"{len(kinds)} kinds"
         raise ValueError(f"[fit_many] nets must be different networks: expected all of one kind, got {got}")
-    return nets
-
-
-def _refuse_watching(options: dict[str, Any]) -> None:
     watching = {"callbacks", "validation_data", "validation_split", "verbose"} & options.keys()
     if isinstance(options.get("schedule"), optim.ReduceLROnPlateau):
         watching |= {"ReduceLROnPlateau"}
@@ -94,20 +91,18 @@ def _plans(
     nets: list[Sequential], X: Any, y: Any, optimizer: Any, seed: Any, options: dict[str, Any]
 ) -> list[training.Plan]:
     """A plan for each network; what they share is one array."""
-    count = len(nets)
-    shared = np.ndim(X) != 3
+    count, shared = len(nets), np.ndim(X) != 3
     if not shared and not len(X) == len(y) == count:
         raise ValueError(
             f"[fit_many] X and y must have rows for each network: expected {count} times some, "
             f"got {len(X)} and {len(y)}"
         )
-    hows, seeds = _each("optimizer", optimizer, count), _each("seed", seed, count)
     plans: list[training.Plan] = []
-    for k, net in enumerate(nets):
+    given = zip(nets, _each("optimizer", optimizer, count), _each("seed", seed, count), strict=True)
+    for k, (net, how, number) in enumerate(given):
         rows = (X, y) if shared else (X[k], y[k])
-        plans.append(training.plan(net, *rows, optimizer=hows[k], seed=seeds[k], **options))
-        if shared:
-            plans[k] = plans[k]._replace(data=plans[0].data)
+        plan = training.plan(net, *rows, optimizer=how, seed=number, **options)
+        plans.append(plan._replace(data=plans[0].data) if k and shared else plan)
     kinds = sorted({type(plan.optimizer).__name__ for plan in plans})
     if len(kinds) > 1:
         raise ValueError(f"[fit_many] optimizers must be alike: expected one class, got {listed(kinds)}")
@@ -116,62 +111,52 @@ def _plans(
 
 # ------------------------------------------------------------ training
 
-
-class Outcome(NamedTuple):
-    """Of one network's training; the error if it has diverged."""
-
-    history: training.History
-    error: FloatingPointError | None
+Errors = dict[int, FloatingPointError]  # of networks that diverged, by their place
 
 
-def _alone(net: Sequential, plan: training.Plan) -> Outcome:
-    run = RUNS.get(type(plan.optimizer), training.EngineRun)(net, plan)
-    return Outcome(run.history, _error(run.run))
-
-
-def _error(act: Any, *arguments: Any) -> FloatingPointError | None:
+@contextmanager
+def _kept(errors: Errors, place: int) -> Iterator[None]:
     try:
-        act(*arguments)
+        yield
     except FloatingPointError as error:
-        return error
-    return None
+        errors[place] = error
 
 
-def _at_once(nets: list[Sequential], plans: list[training.Plan]) -> list[Outcome]:
-    """All networks by the same calls of the GPU's engine."""
+def _one_by_one(nets: list[Sequential], plans: list[training.Plan]) -> tuple[list[training.History], Errors]:
+    histories: list[training.History] = []
+    errors: Errors = {}
+    for k, (net, plan) in enumerate(zip(nets, plans, strict=True)):
+        run = RUNS.get(type(plan.optimizer), training.EngineRun)(net, plan)
+        histories.append(run.history)
+        with _kept(errors, k):
+            run.run()
+    return histories, errors
+
+
+def _at_once(nets: list[Sequential], plans: list[training.Plan]) -> tuple[list[training.History], Errors]:
+    """By calls of the GPU's engine that train all networks."""
     uploaded: dict[int, training.Data] = {}  # by id: data that are shared lie there once
-    runs, errors = [], {}
-    for net, plan in zip(nets, plans, strict=True):
-        key = id(plan.data)
-        if key not in uploaded:
-            uploaded[key] = training.Data(*(devices.upload(part, net.device) for part in plan.data))
-        runs.append(training.EngineRun(net, plan, uploaded[key]))
+    for plan in plans:
+        if id(plan.data) not in uploaded:
+            uploaded[id(plan.data)] = training.Data(
+                *(devices.upload(part, nets[0].device) for part in plan.data)
+            )
+    runs = [
+        training.EngineRun(net, plan, uploaded[id(plan.data)]) for net, plan in zip(nets, plans, strict=True)
+    ]
     chunks = [run.chunks() for run in runs]
+    errors: Errors = {}
     live = list(range(len(runs)))
     while live:
         rates = np.stack([next(chunks[k]) for k in live])
-        first = runs[live[0]].history.epochs
-        values = devices.run_many([runs[k].trainer for k in live], first, rates)
-        for k, row, rate in zip(live, values, rates, strict=True):
-            errors[k] = _error(_record, runs[k], row, rate)
-        live = [k for k in live if errors[k] is None and runs[k].history.epochs < runs[k].plan.epochs]
-    return [Outcome(run.history, errors[k] or _error(run.check_parameters)) for k, run in enumerate(runs)]
-
-
-def _record(run: training.EngineRun, losses: Array, rates: Array) -> None:
-    """As `fit` does, which ends with the first epoch whose loss is not finite."""
-    bad = np.flatnonzero(~np.isfinite(losses))
-    run.record(*run.paced(losses[: bad[0] + 1] if bad.size else losses, rates))
-
-
-def _histories(outcomes: list[Outcome]) -> list[training.History]:
-    histories = [history for history, _ in outcomes]
-    diverged = [k for k, outcome in enumerate(outcomes) if outcome.error]
-    if diverged:
-        error = FloatingPointError(
-            f"[fit_many] losses must stay finite: expected numbers, got others in networks {diverged}, which "
-            f"have their weights from before; the first: {outcomes[diverged[0]].error}"
-        )
-        error.histories = histories  # type: ignore[attr-defined]
-        raise error
-    return histories
+        values = devices.run_many([runs[k].trainer for k in live], runs[live[0]].history.epochs, rates)
+        for k, losses, rate in zip(live, values, rates, strict=True):
+            bad = np.flatnonzero(~np.isfinite(losses))  # the first of these ends a fit
+            with _kept(errors, k):
+                runs[k].record(*runs[k].paced(losses[: bad[0] + 1] if bad.size else losses, rate))
+        live = [k for k in live if k not in errors and runs[k].history.epochs < plans[k].epochs]
+    for k, run in enumerate(runs):
+        if k not in errors:
+            with _kept(errors, k):
+                run.check_parameters()
+    return [run.history for run in runs], errors
