@@ -13,7 +13,7 @@
 #define CHAINRULE_PRAGMA(text) _Pragma(#text)
 #ifdef __CUDACC__
 #define CHAINRULE_INLINE static __host__ __device__ __forceinline__
-#define CHAINRULE_UNROLL(times) CHAINRULE_PRAGMA(unroll)
+#define CHAINRULE_UNROLL(times) CHAINRULE_PRAGMA(unroll times)
 #else
 #define CHAINRULE_INLINE static inline __attribute__((always_inline))
 #define CHAINRULE_UNROLL(times) CHAINRULE_PRAGMA(GCC unroll times)
