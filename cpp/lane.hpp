@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "platform.hpp"
 
@@ -68,7 +69,9 @@ struct Lane {
     friend CHAINRULE_HD Lane operator~(Lane a) { return ~a.value; }
     friend CHAINRULE_HD Lane operator&(Lane a, Lane b) { return a.value & b.value; }
     friend CHAINRULE_HD Lane operator|(Lane a, Lane b) { return a.value | b.value; }
-    friend CHAINRULE_HD Lane operator<<(Lane a, int n) { return a.value << n; }
+    friend CHAINRULE_HD Lane operator<<(Lane a, int n) {  // as a vector's, which has no overflow
+        return static_cast<T>(static_cast<std::make_unsigned_t<T>>(a.value) << n);
+    }
     friend CHAINRULE_HD Lane operator>>(Lane a, int n) { return a.value >> n; }
 };
 
