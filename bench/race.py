@@ -31,7 +31,7 @@ class Contestant:
 
     process: Process
     variant: str
-    kind: str = "variants"  # of what a worker offers: "variants" train, "predictors" predict, "derivatives"
+    kind: str = "variants"  # of what a worker offers: "variants", "mixed", "predictors" or "derivatives"
     facts: dict[str, Any] = field(default_factory=dict)  # form, note, differences from float64
     epochs: int = 0
     seconds: list[float] = field(default_factory=list)  # per step, one entry a round

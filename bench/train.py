@@ -5,6 +5,7 @@
     python bench/train.py                                    # everything: 10 to 20 minutes on two cores
     python bench/train.py --quick                            # a smoke test; its numbers are not for quoting
     python bench/train.py --workloads tiny,mnist --peers chainrule,jax --rounds 15
+    python bench/train.py --mixed                            # bfloat16 products on the two largest
 
 First each contestant's losses and weights are compared with a float64 trajectory, and one that computes
 something else is not timed; then the rounds go A B C A B C, so that a slow spell of the machine hits
@@ -23,6 +24,13 @@ from report import about, add_workload, align
 from timing import Peak
 
 QUICK_WORKLOADS = "tiny,small,digits,mnist"
+MIXED_WORKLOADS = ["mid", "large"]
+
+
+class MixedRace(Race):
+    """Products in bfloat16, beside our own float32."""
+
+    kind = "mixed"
 
 
 def summary(races: list[Race]) -> str:
@@ -47,10 +55,10 @@ def run(options: argparse.Namespace, workers: Workers) -> list[Race]:
     races = []
     for name in options.workloads:
         head = about(workers.versions, workers.missing)
-        race = Race(problem.WORKLOADS[name], workers)
+        race = (MixedRace if options.mixed else Race)(problem.WORKLOADS[name], workers)
         race.run(options, peak)
         if options.output:
-            add_workload(options.output, name, race.record() | head)
+            add_workload(options.output, name + " bfloat16" * options.mixed, race.record() | head)
         races.append(race)
     return races
 
@@ -61,7 +69,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_workloads(parser, problem.WORKLOADS, ",".join(problem.WORKLOADS), QUICK_WORKLOADS)
     command.add_peers(parser, PEERS)
     command.add_sampling(parser)
-    return command.parse(parser, "", arguments)
+    parser.add_argument(
+        "--mixed", action="store_true", help="bfloat16 mixed precision (default workloads: mid,large)"
+    )
+    options = command.parse(parser, "", arguments)
+    if options.mixed and options.workloads == list(problem.WORKLOADS):
+        options.workloads = MIXED_WORKLOADS
+    return options
 
 
 def main() -> int:

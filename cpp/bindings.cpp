@@ -241,16 +241,16 @@ void bind_kernels(py::module_& m) {
     m.def("gemm", &gemm, py::arg("form"), py::arg("a"), py::arg("b"), py::arg("bias"));
     m.def(
         "random_uniform",
-        [](Index n, std::uint64_t seed, std::uint64_t stream) {
-            return random_numbers(n, [&](Index i) { return uniform(seed, stream, i); });
+        [](Index n, std::uint64_t seed, std::uint64_t stream, Index first) {
+            return random_numbers(n, [&](Index i) { return uniform(seed, stream, first + i); });
         },
-        py::arg("n"), py::arg("seed"), py::arg("stream"));
+        py::arg("n"), py::arg("seed"), py::arg("stream"), py::arg("first") = 0);
     m.def(
         "random_normal",
-        [](Index n, std::uint64_t seed, std::uint64_t stream) {
-            return random_numbers(n, [&](Index i) { return normal(seed, stream, i); });
+        [](Index n, std::uint64_t seed, std::uint64_t stream, Index first) {
+            return random_numbers(n, [&](Index i) { return normal(seed, stream, first + i); });
         },
-        py::arg("n"), py::arg("seed"), py::arg("stream"));
+        py::arg("n"), py::arg("seed"), py::arg("stream"), py::arg("first") = 0);
     m.def(
         "permutation",
         [](Index n, std::uint64_t seed, std::uint64_t epoch) {

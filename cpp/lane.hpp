@@ -7,13 +7,14 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "platform.hpp"
 
 #define CHAINRULE_PRAGMA(text) _Pragma(#text)
 #ifdef __CUDACC__
 #define CHAINRULE_INLINE static __host__ __device__ __forceinline__
-#define CHAINRULE_UNROLL(times) CHAINRULE_PRAGMA(unroll)
+#define CHAINRULE_UNROLL(times) CHAINRULE_PRAGMA(unroll times)
 #else
 #define CHAINRULE_INLINE static inline __attribute__((always_inline))
 #define CHAINRULE_UNROLL(times) CHAINRULE_PRAGMA(GCC unroll times)
@@ -68,7 +69,9 @@ struct Lane {
     friend CHAINRULE_HD Lane operator~(Lane a) { return ~a.value; }
     friend CHAINRULE_HD Lane operator&(Lane a, Lane b) { return a.value & b.value; }
     friend CHAINRULE_HD Lane operator|(Lane a, Lane b) { return a.value | b.value; }
-    friend CHAINRULE_HD Lane operator<<(Lane a, int n) { return a.value << n; }
+    friend CHAINRULE_HD Lane operator<<(Lane a, int n) {  // as a vector's, which has no overflow
+        return static_cast<T>(static_cast<std::make_unsigned_t<T>>(a.value) << n);
+    }
     friend CHAINRULE_HD Lane operator>>(Lane a, int n) { return a.value >> n; }
 };
 

@@ -293,6 +293,19 @@ void Network<T>::forward(const Activations<T>& a, Index from, Index to, Index be
     }
 }
 
+// The number of the activation from which an op's derivative is read.
+template <class T>
+Index Network<T>::saved_by(Index l) const {
+    return saves_of(layers_[static_cast<std::size_t>(l)]) == Saves::input ? l : l + 1;
+}
+
+template <class T>
+void Network<T>::backward_op(Index l, MatrixView<T> dy, MatrixView<T> dx, MatrixView<T> saved) const {
+    const Layer<T>& layer = layers_[static_cast<std::size_t>(l)];
+    kernels<T>().vjp[static_cast<int>(layer.op)](dx.rows, dx.cols, dy.data, dy.stride, saved.data, saved.stride,
+                                                 dx.data, dx.stride, static_cast<T>(layer.param));
+}
+
 template <class T>
 void Network<T>::backward(const Activations<T>& a, Index to, Index from, Index begin, Index end,
                           const Noise& noise) const {
@@ -309,9 +322,7 @@ void Network<T>::backward(const Activations<T>& a, Index to, Index from, Index b
             k.linear_vjp_input(dx.rows, layer.inputs, layer.outputs, dy.data, dy.stride, backward_weights(layer),
                                dx.data, dx.stride, false);
         } else if (layer.kind == Kind<T>::op) {
-            const MatrixView<T> saved = rows_of(a.phi(saves_of(layer.op) == Saves::input ? l : l + 1), begin, end);
-            k.vjp[static_cast<int>(layer.op)](dx.rows, dx.cols, dy.data, dy.stride, saved.data, saved.stride, dx.data,
-                                              dx.stride, static_cast<T>(layer.param));
+            backward_op(l, dy, dx, rows_of(a.phi(saved_by(l)), begin, end));
         } else if (noise.active) {
             k.dropout(dx.rows, dx.cols, dy.data, dy.stride, dx.data, dx.stride, layer.param, dropout_key(noise.seed, l),
                       noise.step, begin);

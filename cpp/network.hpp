@@ -136,14 +136,16 @@ class Activations {
 // 2048-2048-2048-2048 at batch 2048 on two cores: 829 ms with 96, 725 ms with 192, 776 ms with 384.
 constexpr Index kBlockRows = 192;
 
-// How many threads so many multiplications are worth.
+// How many threads so many multiplications are worth; and of so many rows, which they share.
 int parts_for(double multiplies);
+inline int parts_for(double multiplies, Index rows) {
+    return std::min(parts_for(multiplies), static_cast<int>(std::clamp<Index>(rows / 4, 1, 1 << 20)));
+}
 
 // f(begin, end) over blocks of rows, on several threads where it pays.
 template <class F>
 void over_rows(Index rows, double multiplies, F f) {
-    const int most = static_cast<int>(std::clamp<Index>(rows / 4, 1, 1 << 20));
-    parallel(std::min(parts_for(multiplies), most), [&](int part, int parts) {
+    parallel(parts_for(multiplies, rows), [&](int part, int parts) {
         const Index begin = rows * part / parts, count = rows * (part + 1) / parts - begin;
         const Index blocks = (count + kBlockRows - 1) / kBlockRows;  // of even height
         for (Index block = 0; block < blocks; ++block)
@@ -215,6 +217,9 @@ class Network {
     void forward_layer(Index layer, MatrixView<T> x, MatrixView<T> y, Pair* pairs) const;
     // dphi(to) to dphi(from), same rows.
     void backward(const Activations<T>& a, Index to, Index from, Index begin, Index end, const Noise& noise) const;
+    // An op's vjp on matrices of the caller's; `saved` are rows and columns of φ with the number saved_by(layer).
+    void backward_op(Index layer, MatrixView<T> dy, MatrixView<T> dx, MatrixView<T> saved) const;
+    Index saved_by(Index layer) const;
     void append_ones(const Activations<T>& a, Index layer, Index begin, Index end) const;
 
     // The same for the first `rows` rows of a whole batch, on several threads, with external layers between. `gradient` is

@@ -3,6 +3,8 @@
 
 #include <type_traits>
 
+#include "columns.hpp"
+
 namespace chainrule {
 namespace {
 
@@ -31,22 +33,40 @@ Tiles<T>::Tiles(const Network<T>& net, Index rows)
         has_bfloat16_ |= layer.bfloat16;
         if (layer.kind == Kind<T>::linear) layer.narrow() ? plan_narrow(l, layer) : plan_wide(l, layer);
     }
-    for (const Tile& tile : tiles_) {
-        middles_.push_back(work_ + static_cast<double>(tile.size()) / 2);
-        work_ += static_cast<double>(tile.size());
+    for (std::size_t n = 0; n < tiles_.size(); ++n) {
+        const bool same_run = n > 0 && (tiles_[n].layer == tiles_[n - 1].layer ||
+                                        !(by_columns(tiles_[n].layer) || by_columns(tiles_[n - 1].layer)));
+        if (!same_run) runs_.push_back({n, n, 0});
+        Run& run = runs_.back();
+        const double size = static_cast<double>(tiles_[n].size());
+        middles_.push_back(run.work + size / 2);
+        run.work += size;
+        run.end = n + 1;
+        work_ += size;
     }
+}
+
+// Does phase 1 share the layer by columns, given a suitable number of threads (columns.hpp)? Then everybody's columns follow
+// each other here, in a run of the layer's own: who reads a weight there updates it here.
+template <class T>
+bool Tiles<T>::by_columns(Index l) const {
+    const Layer<T>& layer = net_->layers()[static_cast<std::size_t>(l)];
+    return layer.kind == Kind<T>::linear && capacity_ <= Columns<T>::kMostRows && layer.outputs % (2 * kPanel<T>) == 0;
 }
 
 template <class T>
 void Tiles<T>::plan_wide(Index l, const Layer<T>& layer) {
-    for (Index first = 0, count; first < layer.weight_rows(); first += count) {
-        const Index rest = layer.weight_rows() - first;
-        count = rest <= inputs_ + 1 ? rest : inputs_;  // a bias alone would be one chain of waiting additions
-        for (Index column = 0; column < layer.outputs; column += kPanel<T>) {
-            const Index width = panel_width<T>(layer.outputs, column);
-            tiles_.push_back({Tile::Kind::wide, l, column, width, first, count,
-                              layer.offset + column * layer.weight_rows() + first * width});
-        }
+    const Index rows = layer.weight_rows();
+    const Index heights =
+        std::max<Index>(1, (rows - 1 + inputs_ - 1) / inputs_);        // a bias alone makes no tile: it would
+    const Index panels = (layer.outputs + kPanel<T> - 1) / kPanel<T>;  // be one chain of waiting additions
+    for (Index n = 0; n < heights * panels; ++n) {
+        const Index first = (by_columns(l) ? n % heights : n / panels) * inputs_;
+        const Index column = (by_columns(l) ? n / heights : n % panels) * kPanel<T>;
+        const Index count = rows - first <= inputs_ + 1 ? rows - first : inputs_;
+        const Index width = panel_width<T>(layer.outputs, column);
+        tiles_.push_back(
+            {Tile::Kind::wide, l, column, width, first, count, layer.offset + column * rows + first * width});
     }
 }
 

@@ -28,8 +28,8 @@ class Tiles {
     Tiles(const Network<T>& net, Index rows);
     std::size_t count() const { return tiles_.size(); }
 
-    // f(tile, its number, its thread's scratch) for every tile, on several threads where it pays; each thread takes a run
-    // of neighbours with its share of the work, which is `cost` multiplications for one weight.
+    // f(tile, its number, its thread's scratch) for every tile, on several threads where it pays; of each run of tiles a
+    // thread takes neighbours with its share of the work, which is `cost` multiplications for one weight.
     template <class F>
     void over(double cost, F f);
 
@@ -39,6 +39,12 @@ class Tiles {
                        bool add = false) const;
 
    private:
+    struct Run {
+        std::size_t begin, end;
+        double work;  // elements of its tiles
+    };
+
+    bool by_columns(Index l) const;
     void plan_wide(Index l, const Layer<T>& layer);
     void plan_narrow(Index l, const Layer<T>& layer);
     void differentiate_paired(const Tile& tile, Index rows, MatrixView<float> x, MatrixView<float> dz, Scratch& scratch,
@@ -48,8 +54,9 @@ class Tiles {
     Index capacity_, inputs_;  // rows of a batch; input rows of a tile, and a bias
     bool has_bfloat16_ = false;
     std::vector<Tile> tiles_;
+    std::vector<Run> runs_;
     double work_ = 0;              // elements of all tiles
-    std::vector<double> middles_;  // elements before the middle of each: where it lies decides who does it
+    std::vector<double> middles_;  // elements of its run before the middle of each: where it lies decides who does it
     Array<T> memory_;
     Array<Pair> pairs_;
 };
@@ -68,11 +75,14 @@ void Tiles<T>::over(double cost, F f) {
         T* const tile = memory_.data() + part * size;
         Pair* const x = pairs_.data() + part * pairs;
         Scratch scratch = {tile, tile + tile_size, x, x + x_pairs, nullptr};
-        const auto start_of = [&](int p) {
-            return std::lower_bound(middles_.begin(), middles_.end(), work_ * p / count) - middles_.begin();
-        };
-        for (Index n = start_of(part), end = start_of(part + 1); n < end; ++n)
-            f(tiles_[static_cast<std::size_t>(n)], static_cast<std::size_t>(n), scratch);
+        for (const Run& run : runs_) {
+            const double* const middles = middles_.data();
+            const auto start_of = [&](int p) {
+                return static_cast<std::size_t>(
+                    std::lower_bound(middles + run.begin, middles + run.end, run.work * p / count) - middles);
+            };
+            for (std::size_t n = start_of(part), end = start_of(part + 1); n < end; ++n) f(tiles_[n], n, scratch);
+        }
     });
 }
 

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "columns.hpp"
 #include "example_clipping.hpp"
 #include "random.hpp"
 
@@ -126,14 +127,22 @@ double Step<T>::sweep(const Dataset<T>& data, const std::int64_t* order, Index r
     const Index depth = net_->depth();
     const double multiplies = net_->multiplies_per_row() * static_cast<double>(rows);
     if (!net_->has_external() && !loss_.external) {
+        // Each example's own gradient is clipped where its row has gone all the way.
+        const Columns<T> columns(*net_, clip_example_norm_ == 0 ? rows : 0, 2 * multiplies);
+        if (columns.layers() > 0) {
+            over_rows(rows, 2 * multiplies, [&](Index begin, Index end) { gather(data, order, begin, end); });
+            columns.forward(activations_, backward);
+        }
         over_rows(rows, 2 * multiplies, [&](Index begin, Index end) {
-            gather(data, order, begin, end);
-            net_->forward(activations_, 0, depth, begin, end, noise, backward);
+            if (columns.layers() == 0) gather(data, order, begin, end);
+            net_->forward(activations_, columns.layers(), depth, begin, end, noise, backward);
             run_loss(begin, end);
             if (!backward) return;
-            net_->backward(activations_, depth, net_->first_cotangent(), begin, end, noise);
+            net_->backward(activations_, depth, std::max(columns.handover(), net_->first_cotangent()), begin, end,
+                           noise);
             if (clip_example_norm_ != 0) clip_examples(begin, end);
         });
+        if (backward) columns.backward(activations_);
         return total_loss();
     }
     over_rows(rows, multiplies, [&](Index begin, Index end) { gather(data, order, begin, end); });

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // L3: training. One step has two phases and two barriers, and no reduction of gradients:
-//   1. over rows:  gather the batch, forward through all layers, the loss, all cotangents back to the input;
+//   1. over rows:  gather the batch, forward through all layers, the loss, all cotangents back to the input (the first wide
+//                  layers of a small batch over columns instead: columns.hpp);
 //   2. over tiles: each tile of a weight's gradient is summed over the batch by one thread in fixed order, and the update
 //                  rule is applied while the tile is in the cache; the transposed copy of the weights is written too.
 // Where the whole gradient must be seen first (clipping by norm, a caller who asks for it), phase 2 stores it and the rule

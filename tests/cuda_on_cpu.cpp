@@ -99,10 +99,18 @@ void dies(F f, const char* rule) {
 
 // ---- tiles ------------------------------------------------------------------------------------------------------------
 
+// The tile's parts, by way of shared memory, as an epilogue meets them.
 template <class Tile>
 __global__ void count_elements(int* counts) {
+    CHAINRULE_SHARED(typename Tile::Real, memory);
     Tile tile;
-    tile.each([&](int i, int j, typename Tile::Real) { ++counts[i * Tile::cols + j]; });
+    for (int part = 0; part < Tile::parts; ++part) {
+        tile.put(part, memory);
+        __syncthreads();
+        for (int e = static_cast<int>(threadIdx.x); e < Tile::part_rows * Tile::cols; e += Tile::threads)
+            if (memory[e] == 0) ++counts[Tile::row_in_tile(part, e / Tile::cols) * Tile::cols + e % Tile::cols];
+        __syncthreads();
+    }
 }
 template <class Tile, bool DownK>
 __global__ void count_places(int* counts) {
@@ -117,7 +125,7 @@ void covers(const char* rule) {
         std::fill(counts.begin(), counts.end(), 0);
     };
     std::vector<int> elements(Tile::rows * Tile::cols), places(Tile::rows * Tile::depth);
-    run(count_elements<Tile>, 1, Tile::threads, 0, elements.data());
+    run(count_elements<Tile>, 1, Tile::threads, tile_bytes<Tile>(), elements.data());
     ones(elements);
     run(count_places<Tile, true>, 1, Tile::threads, 0, places.data());
     ones(places);

@@ -43,6 +43,7 @@ CPP_LEVELS = {
     "kernels": 2,
     "dispatch": 2,
     "network": 3,
+    "columns": 3,
     "loss": 3,
     "tiles": 3,
     "tape": 3,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The GPU engine without a GPU: nvcc takes it for every target, and its hot kernels keep their numbers in registers."""
+"""The GPU engine without a GPU: nvcc takes it for every target, and its hot kernels spill no register."""
 
 import re
 import shutil

@@ -177,6 +177,37 @@ def test_large_batches_do_not_depend_on_threads(isa, dtype, rng, on_threads):
             assert_same_bits(a, b)
 
 
+WIDE = [70, 384, 256, 256]  # whole panels, which 2, 3 and 4 threads share by columns
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        layers_of(WIDE, "tanh", "relu"),
+        layers_of([*WIDE, 10], "gelu", "silu", "sigmoid"),
+        layers_of([*WIDE, 3], "relu", "softmax", "relu"),
+        layers_of([70, 100, 256, 10], "relu", "relu"),
+        [("relu", 70, 70, 0.0, False, None), *layers_of([*WIDE, 10], "relu", "relu")],
+        layers_of(WIDE, "tanh", "relu", "relu", bias=False),
+    ],
+    ids=["nothing by rows", "by columns, then rows", "row-wise op", "uneven first", "op first", "no bias"],
+)
+def test_threads_that_share_columns(layers, dtype, rng, on_threads):
+    """Columns taken twice or by nobody, a bias's ones forgotten, a cotangent read before it is whole."""
+    net = engine(layers, dtype, rng)
+    x, y = data(rng, layers, 131, dtype)
+    how = _core.Loss("least_squares", 0.0, "mean", None)
+
+    def run():
+        value, grads = net.value_and_grad(x, y, None, how)
+        return [np.array([value, net.evaluate(x, y, None, how)]), *grads]
+
+    first, *others = on_threads(run)
+    for count, other in zip((2, 3, 4, 7), others, strict=True):
+        for k, (a, b) in enumerate(zip(first, other, strict=True)):
+            assert_same_bits(a, b, f"{count} threads, array {k}")
+
+
 def test_parameters_come_back_as_they_went_in(dtype, rng):
     """Weights packed or unpacked wrongly, at widths around the panels; snapshots that alias the network."""
     for n_in, n_out in [(1, 1), (3, 2), (17, 65), (65, 17), (130, 129)]:

@@ -321,11 +321,12 @@ def test_random_numbers_have_their_distribution(stream):
 
 
 def test_random_numbers_are_counter_based():
-    """A longer draw begins with the shorter one; another seed or stream shares nothing."""
+    """A longer draw holds the shorter ones; another seed or stream shares nothing."""
     for draw in (_core.random_uniform, _core.random_normal):
         long = draw(1001, 7, 3)
         for n in (0, 1, 2, 3, 500):
             assert_same_bits(draw(n, 7, 3), long[:n])
+            assert_same_bits(draw(n, 7, 3, 501), long[501 : 501 + n])
         for other in (draw(1001, 8, 3), draw(1001, 7, 4)):
             assert not np.intersect1d(long, other).size
             assert abs(np.corrcoef(long, other)[0, 1]) < 5 / math.sqrt(1001)

@@ -40,8 +40,8 @@ class Fit(chainrule_peer.Fit):
     device = "cuda"
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        self.dtype, self.tolerance = work.precision, ROUNDED[work.precision]
         super().__init__(work, problem)
-        self.tolerance = ROUNDED[work.precision]
 
 
 class TrainStep(chainrule_peer.TrainStep):
@@ -50,8 +50,8 @@ class TrainStep(chainrule_peer.TrainStep):
     device = "cuda"
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        self.dtype, self.tolerance = work.precision, ROUNDED[work.precision]
         super().__init__(work, problem)
-        self.tolerance = ROUNDED[work.precision]
 
 
 class FitMany(chainrule_peer.Fit):
@@ -61,6 +61,7 @@ class FitMany(chainrule_peer.Fit):
     device = "cuda"
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        self.dtype, self.tolerance = work.precision, ROUNDED[work.precision]
         super().__init__(work, problem)
         self.nets = [self.net, *(self.net.to(self.device) for _ in range(work.networks - 1))]
 
@@ -112,4 +113,3 @@ class Predict(chainrule_peer.Predict):
 
 VARIANTS = {"chainrule fit": Fit, "chainrule fit_many": FitMany, "chainrule train_step": TrainStep}
 PREDICTORS = {"chainrule": Predict}
-DERIVATIVES: dict[str, object] = {}

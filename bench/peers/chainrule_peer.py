@@ -12,7 +12,7 @@ import numpy as np
 import chainrule as cr
 
 from . import derivatives
-from .problem import ADAM, DERIVATIVE_ROUNDING, PREDICTION_ROUNDING, ROUNDING, Workload
+from .problem import ADAM, DERIVATIVE_ROUNDING, MIXED_ROUNDING, PREDICTION_ROUNDING, ROUNDING, Workload
 
 
 def configure(threads: int) -> None:
@@ -31,6 +31,7 @@ class _Chainrule:
     note = ""
     device = "cpu"
     tolerance: tuple[float, ...] = ROUNDING
+    dtype = "float32"
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
         self.work = work
@@ -39,7 +40,7 @@ class _Chainrule:
         layers: list[Any] = []
         for i, o in zip(work.sizes, work.sizes[1:], strict=False):
             layers += [cr.Linear(i, o), activation()]
-        self.net = cr.Sequential(*layers[:-1], seed=0, dtype=work.precision, device=self.device)
+        self.net = cr.Sequential(*layers[:-1], seed=0, dtype=self.dtype, device=self.device)
         self.names = [f"{2 * k}.{kind}" for k in range(len(work.sizes) - 1) for kind in ("weight", "bias")]
         values = (problem[f"{kind}{k}"] for k in range(len(work.sizes) - 1) for kind in "Wb")
         self.initial = dict(zip(self.names, values, strict=True))
@@ -85,6 +86,14 @@ class Fit(_Chainrule):
     def losses(self, epochs: int) -> list[float]:
         """One mean per epoch."""
         return [float(v) for v in self._fit(epochs)["loss"]]
+
+
+class MixedFit(Fit):
+    """The same in mixed precision."""
+
+    form = 'dtype="bfloat16", ' + Fit.form
+    tolerance = MIXED_ROUNDING
+    dtype = "bfloat16"
 
 
 class TrainStep(_Chainrule):
@@ -181,6 +190,7 @@ class Derivative(_Chainrule):
 
 
 VARIANTS: dict[str, Any] = {"chainrule fit": Fit, "chainrule train_step": TrainStep}
+MIXED: dict[str, Any] = {"chainrule bfloat16": MixedFit, "chainrule float32": Fit}
 PREDICTORS: dict[str, Any] = {"chainrule": Predict}
 DERIVATIVES: dict[str, Any] = {
     f"{what}: chainrule": partial(Derivative, what=what) for what in derivatives.NAMES

@@ -12,7 +12,7 @@ from . import jax_peer
 from .jax_peer import versions
 from .problem import Workload
 
-__all__ = ["DERIVATIVES", "PREDICTORS", "VARIANTS", "configure", "versions"]
+__all__ = ["PREDICTORS", "VARIANTS", "configure", "versions"]
 
 
 def configure(threads: int) -> None:
@@ -52,4 +52,3 @@ class Predict(jax_peer.Predict):
 
 VARIANTS = {"jax.jit": Jit, "jax lax.scan": Scan}
 PREDICTORS = {"jax.jit": Predict}
-DERIVATIVES: dict[str, object] = {}

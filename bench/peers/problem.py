@@ -17,6 +17,7 @@ import numpy as np
 # enough to have caught an Adam whose 1 - beta2 was rounded in float32 (1.3e-5 off): 2.4e-3 in the weights of
 # "mnist".
 ROUNDING = (1e-4, 2e-3)
+MIXED_ROUNDING = (1e-2, 0.2)  # the same of bfloat16 products: each operand is rounded by up to 2⁻⁹ = 2e-3
 PREDICTION_ROUNDING = (1e-5,)  # the same for outputs
 DERIVATIVE_ROUNDING = (1e-5,)  # and for derivatives
 # And what rounded operands of products may: Adam's first steps are of the size lr whatever the gradient's, so

@@ -103,4 +103,3 @@ class PredictCompiled(Predict):
 
 VARIANTS = {"torch eager": Eager, "torch.compile": Compiled}
 PREDICTORS = {"torch eager": Predict, "torch.compile": PredictCompiled}
-DERIVATIVES: dict[str, object] = {}

@@ -16,7 +16,7 @@ from . import torch_gpu_peer
 from .problem import ADAM, ROUNDED, Workload
 from .torch_gpu_peer import DEVICE, configure, versions, wait
 
-__all__ = ["DERIVATIVES", "PREDICTORS", "VARIANTS", "configure", "versions"]
+__all__ = ["VARIANTS", "configure", "versions"]
 
 
 class Unrecorded:
@@ -168,5 +168,3 @@ VARIANTS = {
     "torch vmap graph": Vmap,
     "torch compiled vmap graph": CompiledVmap,
 }
-PREDICTORS: dict[str, object] = {}
-DERIVATIVES: dict[str, object] = {}

@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
 from . import derivatives
-from .problem import ADAM, DERIVATIVE_ROUNDING, PREDICTION_ROUNDING, ROUNDING, Workload
+from .problem import ADAM, DERIVATIVE_ROUNDING, MIXED_ROUNDING, PREDICTION_ROUNDING, ROUNDING, Workload
 
 
 def configure(threads: int) -> None:
@@ -118,6 +118,28 @@ class Compiled(Eager):
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
         super().__init__(work, problem)
         self.forward = torch.compile(self._forward, dynamic=False)
+
+
+class _Autocast(Eager):
+    """Model and loss under torch.autocast: products in bfloat16, weights and their gradients in float32."""
+
+    tolerance = MIXED_ROUNDING
+
+    def _forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super()._forward(x, y)
+
+
+class AutocastEager(_Autocast):
+    """PyTorch's mixed precision, as its documentation shows it."""
+
+    form = 'torch.autocast("cpu", dtype=torch.bfloat16), ' + Eager.form
+
+
+class AutocastCompiled(_Autocast, Compiled):
+    """The same through torch.compile."""
+
+    form = 'torch.autocast("cpu", dtype=torch.bfloat16), ' + Compiled.form
 
 
 class Predict(Eager):
@@ -226,6 +248,7 @@ def _norms(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 VARIANTS: dict[str, Any] = {"torch eager": Eager, "torch.compile": Compiled}
+MIXED: dict[str, Any] = {"autocast eager": AutocastEager, "autocast compile": AutocastCompiled}
 PREDICTORS: dict[str, Any] = {"torch eager": Predict, "torch.compile": PredictCompiled}
 DERIVATIVES: dict[str, Any] = {
     f"{what}: torch.func": partial(Derivative, what=what) for what in derivatives.COMPARED

@@ -111,7 +111,12 @@ def relative_errors(contender: Contender, work: Workload, problem: dict[str, np.
     }
 
 
-ERRORS = {"variants": relative_errors, "predictors": output_error, "derivatives": derivative_error}
+ERRORS = {
+    "variants": relative_errors,
+    "mixed": relative_errors,
+    "predictors": output_error,
+    "derivatives": derivative_error,
+}
 
 
 def sample(contender: Runner, epochs: int) -> dict[str, float]:
@@ -155,8 +160,8 @@ class Worker:
         return {"versions": versions} | {kind: list(self._offered(kind)) for kind in ERRORS}
 
     def _offered(self, kind: str) -> dict[str, Any]:
-        """The module's VARIANTS, PREDICTORS or DERIVATIVES."""
-        return dict(getattr(self.module, kind.upper()))
+        """The module's VARIANTS, MIXED, PREDICTORS or DERIVATIVES; what it has none of, it does not offer."""
+        return dict(getattr(self.module, kind.upper(), {}))
 
     def load(self, workload: dict[str, Any], path: str) -> dict[str, Any]:
         """Read a problem and forget the previous one."""

@@ -45,6 +45,7 @@ struct Simt {
     using Real = T;
     static constexpr int rows = Rows, cols = Cols, depth = Depth, padding = 4;
     static constexpr int across = Cols / PerCol, threads = Rows / PerRow * across;
+    static constexpr int parts = PerRow, part_rows = Rows / PerRow;
     T sum[PerRow][PerCol] = {};
 
     static __device__ int row_of(int r) {
@@ -65,16 +66,25 @@ struct Simt {
             for (int c = 0; c < PerCol / 4; ++c)
                 y[c] = *reinterpret_cast<const Four<T>*>(b + k * (Cols + padding) + col_of(4 * c));
             CHAINRULE_UNROLL(8)
-            for (int r = 0; r < PerRow; ++r) CHAINRULE_UNROLL(8)
-            for (int c = 0; c < PerCol; ++c)
-                sum[r][c] = fma(Vec<T>(x[r / 4].at[r % 4]), Vec<T>(y[c / 4].at[c % 4]), Vec<T>(sum[r][c]))[0];
+            for (int r = 0; r < PerRow; ++r) {
+                CHAINRULE_UNROLL(8)
+                for (int c = 0; c < PerCol; ++c)
+                    sum[r][c] = fma(Vec<T>(x[r / 4].at[r % 4]), Vec<T>(y[c / 4].at[c % 4]), Vec<T>(sum[r][c]))[0];
+            }
         }
     }
-    template <class F>
-    __device__ void each(F f) const {
+    __device__ void put(int part, T* to) const {
+        T* const row = to + static_cast<int>(threadIdx.x) / across * Cols;
         CHAINRULE_UNROLL(8)
-        for (int r = 0; r < PerRow; ++r) CHAINRULE_UNROLL(8)
-        for (int c = 0; c < PerCol; ++c) f(row_of(r), col_of(c), sum[r][c]);
+        for (int r = 0; r < PerRow; ++r) {
+            if (r != part) continue;
+            CHAINRULE_UNROLL(8)
+            for (int c = 0; c < PerCol; ++c) row[col_of(c)] = sum[r][c];
+        }
+    }
+    // Of the tile, the row that lies in row `slot` of part `part`.
+    static __device__ int row_in_tile(int part, int slot) {
+        return part / 4 * (4 * Rows / PerRow) + slot * 4 + part % 4;
     }
 };
 
@@ -85,6 +95,7 @@ struct TensorCores {
     static constexpr int rows = Rows, cols = Cols, depth = Depth, padding = 8;
     static constexpr int warps_across = Cols / (8 * Across), threads = 32 * (Rows / (16 * Down)) * warps_across;
     static constexpr int step = Bfloat16 ? 16 : 8;
+    static constexpr int parts = 2 * Down, part_rows = Rows / parts;
     float sum[Down][Across][4] = {};
 
     static __device__ int group() { return static_cast<int>(threadIdx.x) % 32 / 4; }
@@ -104,29 +115,45 @@ struct TensorCores {
         for (int k = 0; k < Depth; k += step) {
             std::uint32_t x[Down][4], y[Across][2];
             CHAINRULE_UNROLL(4)
-            for (int i = 0; i < Down; ++i) CHAINRULE_UNROLL(4)
-            for (int p = 0; p < 4; ++p)
-                x[i][p] = operand(a + k * a_stride + first_row() + 16 * i + group() + p % 2 * 8, a_stride, p / 2);
+            for (int i = 0; i < Down; ++i) {
+                CHAINRULE_UNROLL(4)
+                for (int p = 0; p < 4; ++p)
+                    x[i][p] = operand(a + k * a_stride + first_row() + 16 * i + group() + p % 2 * 8, a_stride, p / 2);
+            }
             CHAINRULE_UNROLL(4)
-            for (int j = 0; j < Across; ++j) CHAINRULE_UNROLL(2)
-            for (int p = 0; p < 2; ++p)
-                y[j][p] = operand(b + k * b_stride + first_col() + 8 * j + group(), b_stride, p);
+            for (int j = 0; j < Across; ++j) {
+                CHAINRULE_UNROLL(2)
+                for (int p = 0; p < 2; ++p)
+                    y[j][p] = operand(b + k * b_stride + first_col() + 8 * j + group(), b_stride, p);
+            }
             CHAINRULE_UNROLL(4)
-            for (int i = 0; i < Down; ++i) CHAINRULE_UNROLL(4)
-            for (int j = 0; j < Across; ++j)
-                if (Bfloat16)
-                    multiply_bfloat16(sum[i][j], x[i], y[j]);
-                else
-                    multiply_tf32(sum[i][j], x[i], y[j]);
+            for (int i = 0; i < Down; ++i) {
+                CHAINRULE_UNROLL(4)
+                for (int j = 0; j < Across; ++j)
+                    if (Bfloat16)
+                        multiply_bfloat16(sum[i][j], x[i], y[j]);
+                    else
+                        multiply_tf32(sum[i][j], x[i], y[j]);
+            }
         }
     }
-    template <class F>
-    __device__ void each(F f) const {
+    __device__ void put(int part, float* to) const {
+        float* const row = to + (static_cast<int>(threadIdx.x) / 32 / warps_across * 8 + group()) * Cols;
         CHAINRULE_UNROLL(4)
-        for (int i = 0; i < Down; ++i) CHAINRULE_UNROLL(4)
-        for (int j = 0; j < Across; ++j) CHAINRULE_UNROLL(4)
-        for (int c = 0; c < 4; ++c)
-            f(first_row() + 16 * i + group() + c / 2 * 8, first_col() + 8 * j + 2 * turn() + c % 2, sum[i][j][c]);
+        for (int i = 0; i < Down; ++i) {
+            CHAINRULE_UNROLL(2)
+            for (int half = 0; half < 2; ++half) {
+                if (2 * i + half != part) continue;
+                CHAINRULE_UNROLL(4)
+                for (int j = 0; j < Across; ++j) {
+                    row[first_col() + 8 * j + 2 * turn()] = sum[i][j][2 * half];
+                    row[first_col() + 8 * j + 2 * turn() + 1] = sum[i][j][2 * half + 1];
+                }
+            }
+        }
+    }
+    static __device__ int row_in_tile(int part, int slot) {
+        return slot / 8 * 16 * Down + part / 2 * 16 + part % 2 * 8 + slot % 8;
     }
 };
 
@@ -185,9 +212,17 @@ __global__ void __launch_bounds__(Tile::threads, 1)
         tile.add(a_tile, b_tile);
         __syncthreads();
     }
-    tile.each([&](int i, int j, T sum) {
-        if (row + i < m && col + j < n) epilogue(row + i, col + j, sum);
-    });
+    // Part by part through shared memory: one text of the epilogue instead of one for each element of a thread's, and
+    // neighbouring threads write neighbouring columns.
+    for (int part = 0; part < Tile::parts; ++part) {
+        tile.put(part, memory);
+        __syncthreads();
+        for (int e = static_cast<int>(threadIdx.x); e < Tile::part_rows * Tile::cols; e += Tile::threads) {
+            const int i = row + Tile::row_in_tile(part, e / Tile::cols), j = col + e % Tile::cols;
+            if (i < m && j < n) epilogue(i, j, memory[e]);
+        }
+        __syncthreads();
+    }
     epilogue.finish(memory);
 }
 

@@ -31,10 +31,11 @@ struct Job {
 
 // ---- products of a block ----------------------------------------------------------------------------------------------
 
-// C (m x n) = A B, A (m x k) and B (k x n) with rows padded to fours: two rows and four columns a thread.
-template <class T, class F>
+// C (m x n) = A B, A (m x k) and B (k x n) with rows padded to fours: two rows and four columns a thread,
+// which puts its sums somewhere and then finishes each of them.
+template <class T, class Put, class Finish>
 static __device__ __forceinline__ void block_product(int m, int n, int k, const T* a, int a_stride, const T* b,
-                                                     int b_stride, F each) {
+                                                     int b_stride, Put put, Finish finish) {
     const int across = (n + 3) / 4, tiles = (m + 1) / 2 * across;
     for (int t = static_cast<int>(threadIdx.x); t < tiles; t += static_cast<int>(blockDim.x)) {
         const int row = t / across * 2, col = t % across * 4, second = row + 1 < m ? row + 1 : row;
@@ -49,17 +50,22 @@ static __device__ __forceinline__ void block_product(int m, int n, int k, const 
             }
         }
         CHAINRULE_UNROLL(2)
-        for (int r = 0; r < 2; ++r) CHAINRULE_UNROLL(4)
-        for (int c = 0; c < 4; ++c)
-            if (row + r < m && col + c < n) each(row + r, col + c, sum[r][c]);
+        for (int r = 0; r < 2; ++r) {
+            CHAINRULE_UNROLL(4)
+            for (int c = 0; c < 4; ++c)
+                if (row + r < m && col + c < n) put(row + r, col + c, sum[r][c]);
+        }
+        CHAINRULE_UNROLL(1)  // one text of all ops instead of eight
+        for (int e = 0; e < 8; ++e)
+            if (row + e / 4 < m && col + e % 4 < n) finish(row + e / 4, col + e % 4);
     }
 }
 
 // C (m x n) = A Bᵀ, A (m x k) and B (n x k): two rows, and four columns a quarter of n apart, so that neighbouring threads
 // read neighbouring rows of B.
-template <class T, class F>
+template <class T, class Put, class Finish>
 static __device__ __forceinline__ void block_product_transposed(int m, int n, int k, const T* a, int a_stride,
-                                                                const T* b, int b_stride, F each) {
+                                                                const T* b, int b_stride, Put put, Finish finish) {
     const int across = (n + 3) / 4, tiles = (m + 1) / 2 * across;
     for (int t = static_cast<int>(threadIdx.x); t < tiles; t += static_cast<int>(blockDim.x)) {
         const int row = t / across * 2, col = t % across, second = row + 1 < m ? row + 1 : row;
@@ -80,12 +86,20 @@ static __device__ __forceinline__ void block_product_transposed(int m, int n, in
                 for (int q = 0; q < 4; ++q) add(x0.at[q], x1.at[q], c, y.at[q]);
             }
         }
-        for (; i < k; ++i) CHAINRULE_UNROLL(4)
-        for (int c = 0; c < 4; ++c) add(a[row * a_stride + i], a[second * a_stride + i], c, b[place(c) * b_stride + i]);
+        for (; i < k; ++i) {
+            CHAINRULE_UNROLL(4)
+            for (int c = 0; c < 4; ++c)
+                add(a[row * a_stride + i], a[second * a_stride + i], c, b[place(c) * b_stride + i]);
+        }
         CHAINRULE_UNROLL(2)
-        for (int r = 0; r < 2; ++r) CHAINRULE_UNROLL(4)
-        for (int c = 0; c < 4; ++c)
-            if (row + r < m && col + c * across < n) each(row + r, col + c * across, sum[r][c]);
+        for (int r = 0; r < 2; ++r) {
+            CHAINRULE_UNROLL(4)
+            for (int c = 0; c < 4; ++c)
+                if (row + r < m && col + c * across < n) put(row + r, col + c * across, sum[r][c]);
+        }
+        CHAINRULE_UNROLL(1)
+        for (int e = 0; e < 8; ++e)
+            if (row + e / 4 < m && col + e % 4 * across < n) finish(row + e / 4, col + e % 4 * across);
     }
 }
 
@@ -103,15 +117,19 @@ static __device__ __forceinline__ void block_product_of_rows(int m, int n, int k
             if (!bias) x = *reinterpret_cast<const Four<T>*>(a + i * a_stride + row);
             const Four<T> y = *reinterpret_cast<const Four<T>*>(b + i * b_stride + col);
             CHAINRULE_UNROLL(4)
-            for (int r = 0; r < 4; ++r) CHAINRULE_UNROLL(4)
-            for (int c = 0; c < 4; ++c) sum[r][c] = fma(Vec<T>(x.at[r]), Vec<T>(y.at[c]), Vec<T>(sum[r][c]))[0];
+            for (int r = 0; r < 4; ++r) {
+                CHAINRULE_UNROLL(4)
+                for (int c = 0; c < 4; ++c) sum[r][c] = fma(Vec<T>(x.at[r]), Vec<T>(y.at[c]), Vec<T>(sum[r][c]))[0];
+            }
         }
         CHAINRULE_UNROLL(4)
-        for (int r = 0; r < 4; ++r) CHAINRULE_UNROLL(4)
-        for (int c = 0; c < 4; ++c) {
-            if (col + c >= n) continue;
-            if (bias && r == 0) each(m, col + c, sum[r][c]);
-            if (!bias && row + r < m) each(row + r, col + c, sum[r][c]);
+        for (int r = 0; r < 4; ++r) {
+            CHAINRULE_UNROLL(4)
+            for (int c = 0; c < 4; ++c) {
+                if (col + c >= n) continue;
+                if (bias && r == 0) each(m, col + c, sum[r][c]);
+                if (!bias && row + r < m) each(row + r, col + c, sum[r][c]);
+            }
         }
     }
 }
@@ -185,12 +203,14 @@ struct Block {
         switch (g.kind) {
             case Program::Step::Kind::linear: {
                 const T* bias = at(g.weights + g.inputs * y_stride);
-                block_product(rows, g.outputs, g.inputs, x, x_stride, at(g.weights), y_stride,
-                              [&](int i, int o, T sum) {
-                                  if (g.bias) sum = sum + bias[o];
-                                  if (g.keeps_z) at(g.z)[i * y_stride + o] = sum;
-                                  y[i * y_stride + o] = op_forward(g.fused, sum, static_cast<T>(g.fused_param));
-                              });
+                T* z = g.keeps_z ? at(g.z) : y;
+                block_product(
+                    rows, g.outputs, g.inputs, x, x_stride, at(g.weights), y_stride,
+                    [&](int i, int o, T sum) { z[i * y_stride + o] = g.bias ? sum + bias[o] : sum; },
+                    [&](int i, int o) {
+                        const int place = i * y_stride + o;
+                        y[place] = op_forward(g.fused, z[place], static_cast<T>(g.fused_param));
+                    });
                 return;
             }
             case Program::Step::Kind::elementwise:
@@ -245,9 +265,12 @@ struct Block {
         switch (g.kind) {
             case Program::Step::Kind::linear:
                 block_product_transposed(
-                    rows, g.inputs, g.outputs, dy, y_stride, at(g.weights), y_stride, [&](int i, int j, T sum) {
+                    rows, g.inputs, g.outputs, dy, y_stride, at(g.weights), y_stride,
+                    [&](int i, int j, T sum) { dx[i * x_stride + j] = sum; },
+                    [&](int i, int j) {
                         const int place = i * x_stride + j;
-                        dx[place] = op_vjp(g.through, sum, at(g.through_saved)[place], static_cast<T>(g.through_param));
+                        dx[place] =
+                            op_vjp(g.through, dx[place], at(g.through_saved)[place], static_cast<T>(g.through_param));
                     });
                 return;
             case Program::Step::Kind::elementwise: return differentiate(g.op, g.param, g, dy, dx);

@@ -79,11 +79,11 @@ struct Trainer<T>::Work {
     Job<T> job(const Source<T>& from, Index count) const;
     void enqueue(const Source<T>& from, Index count);
     void prepare(std::int64_t steps, const double* lr, Index lr_stride);
-    void enqueue_epoch(const std::function<void()>& poll);
+    void enqueue_epoch(Poller& look);
     void wait(Poller& look);
     void begin_epoch(Index number, const double* lr, Index lr_stride);
     double end_epoch();
-    double epoch(Index number, const double* lr, Index lr_stride, const std::function<void()>& poll);
+    double epoch(Index number, const double* lr, Index lr_stride, Poller& look);
 
     Network<T>& net;
     Optimizer<T>& optimizer;
@@ -214,15 +214,15 @@ void Trainer<T>::Work::prepare(std::int64_t count, const double* lr, Index lr_st
 }
 
 template <class T>
-void Trainer<T>::Work::enqueue_epoch(const std::function<void()>& poll) {
+void Trainer<T>::Work::enqueue_epoch(Poller& look) {
     cudaStream_t stream = net.runtime().stream;
-    Poller look(poll);
     if (schedule == Schedule::resident) {
         const Job<T> own = job(source, rows);
         upload(jobs.data(), &own, 1, stream);
         net.runtime().stream.wait();
-        for (; enqueued < steps(); enqueued = std::min<std::int64_t>(enqueued + kStepsInLaunch, steps())) {
+        while (enqueued < steps()) {
             launch_resident(program, jobs.data(), 1, kStepsInLaunch, stream);
+            enqueued = std::min<std::int64_t>(enqueued + kStepsInLaunch, steps());
             wait(look);
         }
         return;
@@ -250,6 +250,7 @@ void Trainer<T>::Work::enqueue_epoch(const std::function<void()>& poll) {
 template <class T>
 void Trainer<T>::Work::wait(Poller& look) {
     done.record(net.runtime().stream);
+    look();
     if (upcoming >= 0 && options.shuffle) {
         next_order.resize(static_cast<std::size_t>(rows));
         permute(rows, options.seed, static_cast<std::uint64_t>(upcoming), next_order.data());
@@ -287,10 +288,10 @@ double Trainer<T>::Work::end_epoch() {
 }
 
 template <class T>
-double Trainer<T>::Work::epoch(Index number, const double* lr, Index lr_stride, const std::function<void()>& poll) {
+double Trainer<T>::Work::epoch(Index number, const double* lr, Index lr_stride, Poller& look) {
     begin_epoch(number, lr, lr_stride);
     try {
-        enqueue_epoch(poll);
+        enqueue_epoch(look);
     } catch (...) {
         (void)cudaStreamSynchronize(net.runtime().stream);
         optimizer.step_count += std::exchange(enqueued, 0);
@@ -322,10 +323,11 @@ std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const doubl
                                     const std::function<void()>& poll) {
     const OnDevice here(work_->net.device());
     const std::lock_guard<std::mutex> lock(work_->net.runtime().mutex);
+    Poller look(poll);  // of the whole run: an epoch may be over in no time
     std::vector<double> losses;
     for (Index epoch = 0; epoch < epochs; ++epoch) {
         work_->upcoming = epoch + 1 < epochs ? first_epoch + epoch + 1 : -1;
-        losses.push_back(work_->epoch(first_epoch + epoch, lr + epoch * lr_stride, lr_stride, poll));
+        losses.push_back(work_->epoch(first_epoch + epoch, lr + epoch * lr_stride, lr_stride, look));
         if (!std::isfinite(losses.back())) break;
     }
     return losses;

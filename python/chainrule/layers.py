@@ -187,8 +187,8 @@ INITS: dict[str, tuple[str, Callable[[int, int], float], bool]] = {
 }
 
 
-def initial(layer: Linear, after: Layer | None, seed: int, index: int) -> tuple[Array, Array]:
-    """First weight (O, I) and bias (O,), float64, of the Linear layer number `index` that `after` follows."""
+def initial(layer: Linear, after: Layer | None, seed: int, index: int, dtype: str) -> tuple[Array, Array]:
+    """First weight (O, I) and bias (O,) of the Linear layer number `index` that `after` follows."""
     inputs, outputs = layer.in_features, layer.out_features
     name = layer.init
     if name == "auto":
@@ -197,16 +197,23 @@ def initial(layer: Linear, after: Layer | None, seed: int, index: int) -> tuple[
     scale = size(inputs, outputs)
     if name == "sklearn" and isinstance(after, Sigmoid):
         scale = math.sqrt(2 / (inputs + outputs))
-    weight = _draw(distribution, scale, inputs * outputs, seed, 2 * index).reshape(outputs, inputs)
-    return weight, _draw(distribution if biases else "zeros", scale, outputs, seed, 2 * index + 1)
+    weight = _draw(distribution, scale, inputs * outputs, seed, 2 * index, dtype).reshape(outputs, inputs)
+    return weight, _draw(distribution if biases else "zeros", scale, outputs, seed, 2 * index + 1, dtype)
 
 
-def _draw(distribution: str, scale: float, n: int, seed: int, stream: int) -> Array:
-    if distribution == "uniform":
-        return scale * (2 * _core.random_uniform(n, seed, stream) - 1)
-    if distribution == "normal":
-        return scale * _core.random_normal(n, seed, stream)
-    return np.zeros(n)
+def _draw(distribution: str, scale: float, n: int, seed: int, stream: int, dtype: str) -> Array:
+    """In pieces: the float64 numbers of all of a large layer would be the peak of its network's memory."""
+    drawn = np.zeros(n, dtype)
+    for first in range(0, n if distribution != "zeros" else 0, _PIECE):
+        piece = drawn[first : first + _PIECE]
+        if distribution == "uniform":
+            piece[:] = scale * (2 * _core.random_uniform(len(piece), seed, stream, first) - 1)
+        else:
+            piece[:] = scale * _core.random_normal(len(piece), seed, stream, first)
+    return drawn
+
+
+_PIECE = 1 << 14
 
 
 # ------------------------------------------------------------ elementwise layers

@@ -68,7 +68,8 @@ class Sequential:
         self._build(layers, seed, _dtype(dtype, device), device)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, Linear):
-                weight, bias = initial(layer, _activation_after(self.layers, index), seed, index)
+                after = _activation_after(self.layers, index)
+                weight, bias = initial(layer, after, seed, index, self.array_dtype)
                 self._put({f"{index}.weight": weight} | ({f"{index}.bias": bias} if layer.bias else {}))
 
     def _build(self, layers: Sequence[Layer], seed: int, dtype: str, device: str) -> None:
