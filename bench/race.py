@@ -279,15 +279,14 @@ class Workers(NamedTuple):
 
 def _start(peers: Collection[str], threads: Collection[int], python: str, folder: Path) -> Workers:
     workers = Workers([], {}, folder)
-    for peer, count in itertools.product(peers, threads):
-        progress(f"starting {peer}, threads={count}")
+    progress(f"starting {', '.join(peers)}")
+    for process in [Process(*one, python, folder) for one in itertools.product(peers, threads)]:
         try:
-            process = Process(peer, count, python, folder)
+            process.greet()
         except PeerError as error:
-            workers.missing[peer] = str(error)
-            continue
+            process.hello = {"missing": str(error)}
         if "missing" in process.hello:
-            workers.missing[peer] = process.hello["missing"]
+            workers.missing[process.peer] = process.hello["missing"]
             process.close()
         else:
             workers.processes.append(process)

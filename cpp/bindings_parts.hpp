@@ -9,6 +9,7 @@
 
 #include "bindings_arrays.hpp"
 #include "calculus.hpp"
+#include "train.hpp"
 
 namespace chainrule {
 
@@ -255,48 +256,92 @@ inline LossSpec make_loss(const std::string& name, double param, const std::stri
 
 // ---- networks and data ------------------------------------------------------------------------------------------------
 
+template <class T, class Intake>
+struct Data;
+struct FromNumpy;
+
+// An engine: the classes that do the work. This is the CPU's; bindings_cuda.cpp has the GPU's, with the same methods.
 template <class T>
+struct Cpu {
+    using Real = T;
+    using Network = chainrule::Network<T>;
+    using Optimizer = chainrule::Optimizer<T>;
+    using Step = chainrule::Step<T>;
+    using Trainer = chainrule::Trainer<T>;
+    using Direction = chainrule::Direction<T>;
+    using DerivativesOf = chainrule::DerivativesOf<T>;
+    using Data = chainrule::Data<T, FromNumpy>;
+};
+
+template <class E>
 struct PyNetwork {
-    explicit PyNetwork(std::vector<Layer<T>> layers) : net(std::move(layers)), derivatives(net) {
+    template <class... Arguments>
+    explicit PyNetwork(Arguments&&... arguments) : net(std::forward<Arguments>(arguments)...), derivatives(net) {
         for (const Parameter& p : net.parameters()) names.emplace_back(std::to_string(p.layer) + "." + p.name);
     }
-    Network<T> net;
-    DerivativesOf<T> derivatives;
+    typename E::Network net;
+    typename E::DerivativesOf derivatives;
     std::vector<py::str> names;  // of the parameters, as in a state dict
     std::atomic<bool> training{false};
 };
 
-// Arrays of a data set, held as long as it is used.
+// An array that has been taken in, and what keeps it.
 template <class T>
+struct Taken {
+    const T* data = nullptr;
+    std::vector<Index> shape;
+    py::object owner;
+
+    void demand(const char* what, const std::vector<Index>& expected) const {
+        if (shape != expected)
+            throw py::value_error(std::string("[_core] ") + what + " has the wrong shape: expected " +
+                                  std::string(py::str(py::cast(expected))) + ", got " +
+                                  std::string(py::str(py::tuple(py::cast(shape)))));
+    }
+};
+
+// Takes NumPy arrays; bindings_cuda.cpp takes arrays on a device, too.
+struct FromNumpy {
+    template <class T>
+    static Taken<T> take(const py::handle& object, const char* what, int dims) {
+        const NumpyArray<T> array = require<T>(object, what, dims);
+        return {array.data(), std::vector<Index>(array.shape(), array.shape() + array.ndim()), array};
+    }
+    static bool are_labels(const py::handle& object) { return py::isinstance<py::array_t<std::int64_t>>(object); }
+    static NumpyArray<std::int64_t> labels(const py::handle& object, Index rows) {
+        const auto given = require_shape<std::int64_t>(object, "y", {rows});
+        NumpyArray<std::int64_t> copy(rows);  // they are indices, and the caller can still write to his
+        std::copy_n(given.data(), rows, copy.mutable_data());
+        return copy;
+    }
+};
+
+// Arrays of a data set, held as long as it is used.
+template <class T, class Intake>
 struct Data {
-    Data(const Network<T>& net, const py::object& X, const py::object& y, const py::object& weight)
-        : x(require<T>(X, "X", 2)) {
-        const Index rows = x.shape(0);
-        require_shape<T>(X, "X", {rows, net.inputs()});
-        view = {rows, x.data(), nullptr, nullptr, 0, nullptr};
-        if (py::isinstance<py::array_t<std::int64_t>>(y)) {
-            const auto given = require_shape<std::int64_t>(y, "y", {rows});
-            labels = NumpyArray<std::int64_t>(rows);  // a copy: they are indices, and the caller can still write to his
-            std::copy_n(given.data(), rows, labels.mutable_data());
-            for (Index i = 0; i < rows; ++i)
-                if (labels.data()[i] < 0 || labels.data()[i] >= net.outputs())
-                    throw py::value_error("[_core] labels out of range: expected 0 to " +
-                                          std::to_string(net.outputs() - 1) + ", got " +
-                                          std::to_string(labels.data()[i]) + " in row " + std::to_string(i));
-            view.labels = labels.data();
+    template <class Net>
+    Data(const Net& net, const py::object& X, const py::object& y, const py::object& weight)
+        : x(Intake::template take<T>(X, "X", 2)) {
+        const Index rows = x.shape[0];
+        x.demand("X", {rows, net.inputs()});
+        view = {rows, x.data, nullptr, nullptr, 0, nullptr};
+        if (Intake::are_labels(y)) {
+            take_labels(y, net.outputs());
         } else {
-            values = require<T>(y, "y", 2);
-            view.target_cols = values.shape(1);
-            require_shape<T>(y, "y", {rows, view.target_cols});
+            values = Intake::template take<T>(y, "y", 2);
+            view.target_cols = values.shape[1];
+            values.demand("y", {rows, view.target_cols});
             if (view.target_cols == 0) throw py::value_error("[_core] y has no columns: expected at least 1, got 0");
-            view.y = values.data();
+            view.y = values.data;
         }
         if (!weight.is_none()) {
-            weights = require_shape<T>(weight, "weight", {rows});
-            view.weight = weights.data();
+            weights = Intake::template take<T>(weight, "weight", 1);
+            weights.demand("weight", {rows});
+            view.weight = weights.data;
         }
     }
-    void suits(const Network<T>& net, const Loss<T>& loss) const {
+    template <class Net>
+    void suits(const Net& net, const Loss<T>& loss) const {
         if (loss.external) return;
         const bool wants_labels = loss.op == LossOp::cross_entropy;
         if (view.labels && !wants_labels)
@@ -308,19 +353,31 @@ struct Data {
                                   " outputs' targets, got " + std::to_string(view.target_cols) + " columns");
     }
     // ∂y/∂x for Sobolev training; None: there is none.
-    void add_slopes(const Network<T>& net, const py::object& dy, double dy_weight) {
+    template <class Net>
+    void add_slopes(const Net& net, const py::object& dy, double dy_weight) {
         if (dy.is_none()) return;
-        slopes = require_shape<T>(dy, "dy", {view.rows, net.outputs(), net.inputs()});
-        view.dy = slopes.data();
+        slopes = Intake::template take<T>(dy, "dy", 3);
+        slopes.demand("dy", {view.rows, net.outputs(), net.inputs()});
+        view.dy = slopes.data;
         view.dy_weight = dy_weight;
     }
-    NumpyArray<T> x, values, weights, slopes;
-    NumpyArray<std::int64_t> labels;
     Dataset<T> view;
+
+   private:
+    void take_labels(const py::object& y, Index classes) {
+        labels = Intake::labels(y, view.rows);
+        for (Index i = 0; i < view.rows; ++i)
+            if (labels.data()[i] < 0 || labels.data()[i] >= classes)
+                throw py::value_error("[_core] labels out of range: expected 0 to " + std::to_string(classes - 1) +
+                                      ", got " + std::to_string(labels.data()[i]) + " in row " + std::to_string(i));
+        view.labels = labels.data();
+    }
+    Taken<T> x, values, weights, slopes;
+    NumpyArray<std::int64_t> labels;
 };
 
-template <class T>
-py::list unpack(const Network<T>& net, const T* flat) {
+template <class T, class Net>
+py::list unpack(const Net& net, const T* flat) {
     py::list arrays;
     for (const Parameter& parameter : net.parameters()) {
         NumpyArray<T> array(parameter.shape);
@@ -361,8 +418,8 @@ bool labels_as_they_are(const py::object& y, Index classes, Array<std::int64_t>&
                        [&](std::int64_t label) { return label >= 0 && label < classes; });
 }
 
-// Adds to the class of a network what bindings_calculus.cpp has.
-template <class T>
-void bind_calculus(py::class_<PyNetwork<T>>& network);
+// Adds to the class of a network what bindings_calculus.hpp has.
+template <class E>
+void bind_calculus(py::class_<PyNetwork<E>>& network);
 
 }  // namespace chainrule

@@ -26,6 +26,15 @@ enum class OptimizerOp {
 
 enum class Saves { none, input, output };
 
+static constexpr bool is_rowwise(Op op) {
+    switch (op) {
+#define CHAINRULE_ROWWISE(name, type, saves) \
+    case Op::name: return true;
+#include "ops/ops.def"
+        default: return false;
+    }
+}
+
 // Targets of a batch: class labels, or real values in padded rows.
 template <class T>
 struct Targets {

@@ -459,6 +459,25 @@ void Network<T>::predict(Index rows, const T* x, T* f) const {
     });
 }
 
+// Each output in a matrix of its own: nothing works in place here.
+template <class T>
+void Network<T>::trace(Index rows, const T* x, T* const* phi) const {
+    const auto room_for = [&](Index cols) { return Array<T>((rows + 1) * padded_stride<T>(cols)); };
+    Array<T> memory = room_for(inputs());
+    MatrixView<T> in = {memory.data(), rows, inputs(), padded_stride<T>(inputs())};
+    copy_rows(rows, in.cols, x, in.cols, in.data, in.stride);
+    for (Index l = 0; l < depth(); ++l) {
+        const Layer<T>& layer = layers_[static_cast<std::size_t>(l)];
+        Array<T> next = room_for(layer.outputs);
+        const MatrixView<T> out = {next.data(), rows, layer.outputs, padded_stride<T>(layer.outputs)};
+        const Array<Pair> pairs(layer.bfloat16 ? rows * (kDepth / 2) : 0);
+        forward_layer(l, in, out, pairs.data());
+        copy_rows(rows, out.cols, out.data, out.stride, phi[l], out.cols);
+        memory = std::move(next);
+        in = out;
+    }
+}
+
 template class Network<float>;
 template class Network<double>;
 template class Activations<float>;

@@ -253,6 +253,8 @@ class Network {
 
     // f = φᴸ(x) for plain row-major x and f; any number of rows.
     void predict(Index rows, const T* x, T* f) const;
+    // The output of every layer, plain and row-major.
+    void trace(Index rows, const T* x, T* const* phi) const;
 
    private:
     std::vector<Layer<T>> layers_;

@@ -73,6 +73,24 @@ struct RmsProp {
     }
 };
 
+// The penalty l1 |w| + ½ l2 w² of a weight, and its derivative, the subgradient 0 at 0.
+template <class V>
+CHAINRULE_INLINE V penalty(V w, Scalar<V> l1, V half_l2) {
+    return fma(half_l2, w * w, l1 * abs(w));
+}
+template <class V>
+CHAINRULE_INLINE V penalty_gradient(V w, Scalar<V> l1, Scalar<V> l2) {
+    const V sign = select(w == V{}, V{}, copysign(V{} + l1, w));
+    return fma(V{} + l2, w, sign);
+}
+
+// Clamped to [-limit, limit]; NaN stays.
+template <class V>
+CHAINRULE_INLINE V clamped(V g, V limit) {
+    return select(abs(g) > limit, copysign(limit, g), g);
+}
+
+#if !defined(CHAINRULE_DEVICE)
 // n is a whole number of cache lines; padding has zero gradient and stays zero under every rule. `scale` multiplies the
 // gradient first (clipping by global norm; 1 changes no bit).
 template <class Rule, class T>
@@ -90,22 +108,17 @@ T penalize(Index n, const T* w, T* g, T l1, T l2) {
     for (Index line = 0; line < n; line += kLine<T>)
         for (int v = 0; v < LineSum<T>::vectors; ++v) {
             const Index i = line + v * kWidth<T>;
-            const Vec<T> wi = load(w + i), size = abs(wi);
-            const Vec<T> sign = select(wi == Vec<T>{}, Vec<T>{}, copysign(Vec<T>{} + l1, wi));  // subgradient 0 at 0
-            store(g + i, load(g + i) + fma(Vec<T>{} + l2, wi, sign));
-            sum.v[v] = sum.v[v] + fma(half_l2, wi * wi, l1 * size);
+            const Vec<T> wi = load(w + i);
+            store(g + i, load(g + i) + penalty_gradient(wi, l1, l2));
+            sum.v[v] = sum.v[v] + penalty(wi, l1, half_l2);
         }
     return LineSum<T>::total(sum);
 }
 
-// Each element of the gradient clamped to [-limit, limit]; NaN stays.
 template <class T>
 void clip(Index n, T* g, T limit) {
     const Vec<T> top = Vec<T>{} + limit;
-    for (Index i = 0; i < n; i += kWidth<T>) {
-        const Vec<T> gi = load(g + i);
-        store(g + i, select(abs(gi) > top, copysign(top, gi), gi));
-    }
+    for (Index i = 0; i < n; i += kWidth<T>) store(g + i, clamped(load(g + i), top));
 }
 
 template <class T>
@@ -118,6 +131,8 @@ T sum_of_squares(Index n, const T* g) {
         }
     return LineSum<T>::total(sum);
 }
+
+#endif
 
 }  // namespace CHAINRULE_ISA
 }  // namespace chainrule

@@ -10,6 +10,13 @@
 #include <cstddef>
 #include <cstdint>
 
+// Functions that the GPU runs as well; see lane.hpp.
+#ifdef __CUDACC__
+#define CHAINRULE_HD __host__ __device__
+#else
+#define CHAINRULE_HD
+#endif
+
 namespace chainrule {
 
 using Index = std::ptrdiff_t;  // every size and offset; never 32 bits
@@ -31,7 +38,9 @@ constexpr Index kPanel = 4 * kLine<T>;
 // Sums of products are taken in blocks of this many terms; see gemm.hpp.
 constexpr Index kDepth = 512;
 
-static constexpr Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
+CHAINRULE_HD static constexpr Index round_up(Index n, Index multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
 
 // Width of the panel that begins at column `start`.
 template <class T>

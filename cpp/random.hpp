@@ -6,11 +6,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define CHAINRULE_HD __host__ __device__
-#else
-#define CHAINRULE_HD
-#endif
+#include "platform.hpp"
 
 namespace chainrule {
 
@@ -29,7 +25,9 @@ CHAINRULE_HD static inline void philox_lanes(std::uint64_t key, std::uint64_t co
     }
     std::uint32_t k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
     for (int round = 0; round < 10; ++round) {
+#ifndef __CUDACC__
 #pragma GCC unroll 1  // unrolled first, GCC does not turn it into vectors
+#endif
         for (int i = 0; i < N; ++i) {
             const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c[0][i], p1 = std::uint64_t{0xCD9E8D57u} * c[2][i];
             c[0][i] = static_cast<std::uint32_t>(p1 >> 32) ^ c[1][i] ^ k0;

@@ -10,6 +10,10 @@
 
 #include "platform.hpp"
 
+#if defined(CHAINRULE_DEVICE)
+#include "lane.hpp"
+#else
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -17,6 +21,9 @@
 #endif
 
 #define CHAINRULE_INLINE static inline __attribute__((always_inline))
+#define CHAINRULE_NOINLINE static __attribute__((noinline))
+#define CHAINRULE_PRAGMA(text) _Pragma(#text)
+#define CHAINRULE_UNROLL(times) CHAINRULE_PRAGMA(GCC unroll times)
 
 namespace chainrule {
 namespace CHAINRULE_ISA {
@@ -66,14 +73,6 @@ using Mask = typename Lanes<T>::Mask;
 template <class T>
 constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
 
-// The scalar type of a vector.
-template <class V>
-using Scalar = decltype(V{}[0] + 0);
-
-template <class V>
-CHAINRULE_INLINE V splat(double value) {
-    return V{} + static_cast<Scalar<V>>(value);
-}
 template <class T>
 CHAINRULE_INLINE Vec<T> load(const T* p) {
     return *reinterpret_cast<const typename Lanes<T>::Unaligned*>(p);
@@ -82,17 +81,6 @@ template <class T>
 CHAINRULE_INLINE void store(T* p, Vec<T> v) {
     *reinterpret_cast<typename Lanes<T>::Unaligned*>(p) = v;
 }
-template <class V, class M>
-CHAINRULE_INLINE V select(M condition, V yes, V no) {
-    return condition ? yes : no;
-}
-template <class T>
-CHAINRULE_INLINE Vec<T> lane_numbers() {
-    Vec<T> v;
-    for (int i = 0; i < kWidth<T>; ++i) v[i] = static_cast<T>(i);
-    return v;
-}
-
 // The only intrinsics: the fused multiply-add a b + c, rounded once.
 #if defined(__AVX512F__)
 CHAINRULE_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
@@ -129,15 +117,6 @@ CHAINRULE_INLINE Vec<float> add_term(Vec<Pair> a, Vec<Pair> b, Vec<float> c) {
 }
 #endif
 
-// The bits of x rounded to bfloat16, in the upper halves; to nearest, ties to even.
-CHAINRULE_INLINE Vec<Pair> round_to_bfloat16(Vec<float> x) {
-    const Vec<Pair> bits = (Vec<Pair>)x, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    return select(x == x, rounded, Vec<Pair>{} + 0x7fc00000u) & 0xffff0000u;
-}
-CHAINRULE_INLINE Vec<Pair> pair_up(Vec<float> first, Vec<float> second) {
-    return round_to_bfloat16(second) | (round_to_bfloat16(first) >> 16);
-}
-
 // Lane by lane, which compilers turn into the vector instruction.
 CHAINRULE_INLINE Vec<float> sqrt(Vec<float> a) {
     for (int i = 0; i < kWidth<float>; ++i) a[i] = __builtin_sqrtf(a[i]);
@@ -147,6 +126,47 @@ CHAINRULE_INLINE Vec<double> sqrt(Vec<double> a) {
     for (int i = 0; i < kWidth<double>; ++i) a[i] = __builtin_sqrt(a[i]);
     return a;
 }
+// The numbers that integers are.
+template <class V, class I>
+CHAINRULE_INLINE V convert(I integers) {
+    return __builtin_convertvector(integers, V);
+}
+
+}  // namespace CHAINRULE_ISA
+}  // namespace chainrule
+#endif
+
+namespace chainrule {
+namespace CHAINRULE_ISA {
+
+// The scalar type of a vector.
+template <class V>
+using Scalar = decltype(V{}[0] + 0);
+
+template <class V>
+CHAINRULE_INLINE V splat(double value) {
+    return V{} + static_cast<Scalar<V>>(value);
+}
+template <class V, class M>
+CHAINRULE_INLINE V select(M condition, V yes, V no) {
+    return condition ? yes : no;
+}
+template <class T>
+CHAINRULE_INLINE Vec<T> lane_numbers() {
+    Vec<T> v;
+    for (int i = 0; i < kWidth<T>; ++i) v[i] = static_cast<T>(i);
+    return v;
+}
+
+// The bits of x rounded to bfloat16, in the upper halves; to nearest, ties to even.
+CHAINRULE_INLINE Vec<Pair> round_to_bfloat16(Vec<float> x) {
+    const Vec<Pair> bits = (Vec<Pair>)x, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return select(x == x, rounded, Vec<Pair>{} + 0x7fc00000u) & 0xffff0000u;
+}
+CHAINRULE_INLINE Vec<Pair> pair_up(Vec<float> first, Vec<float> second) {
+    return round_to_bfloat16(second) | (round_to_bfloat16(first) >> 16);
+}
+
 template <class V>
 CHAINRULE_INLINE V fma(V a, V b, double c) {
     return fma(a, b, splat<V>(c));
@@ -180,7 +200,7 @@ CHAINRULE_INLINE V copysign(V magnitude, V sign) {
 template <class V, int N>
 CHAINRULE_INLINE V polynomial(V x, const double (&c)[N]) {
     V p = splat<V>(c[N - 1]);
-#pragma GCC unroll 32
+    CHAINRULE_UNROLL(32)
     for (int i = N - 2; i >= 0; --i) p = fma(p, x, c[i]);
     return p;
 }
@@ -287,7 +307,7 @@ CHAINRULE_INLINE V log(V x) {
     const Mask<T> bits = (Mask<T>)((typename L::Bits)x + (typename L::Bits)(Mask<T>{} + (bias - root_half)));
     const Mask<T> exponent = (bits >> L::mantissa_bits) - I{L::exponent_bias};
     const V f = (V)((bits & static_cast<I>((I{1} << L::mantissa_bits) - 1)) + root_half) - 1;
-    const V n = __builtin_convertvector(exponent, V);
+    const V n = convert<V>(exponent);
     const V s = f / (f + 2);
     const V s2 = s * s;
     const V half_square = f * f * splat<V>(0.5);
@@ -386,6 +406,7 @@ CHAINRULE_INLINE V normal_density(V x) {
     return splat<V>(0.39894228040143267794) * exp(splat<V>(-0.5) * x * x);
 }
 
+#if !defined(CHAINRULE_DEVICE)
 // Transposes a square of kWidth vectors in log2(kWidth) stages, each exchanging the off-diagonal blocks of one size.
 template <int S, class V, int... L>
 CHAINRULE_INLINE void exchange_blocks(V& a, V& b, std::integer_sequence<int, L...>) {
@@ -445,6 +466,8 @@ struct LineSum {
         return lane[0];
     }
 };
+
+#endif
 
 }  // namespace CHAINRULE_ISA
 }  // namespace chainrule

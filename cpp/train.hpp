@@ -37,6 +37,9 @@ class Optimizer {
     const OptimizerSettings settings;
     std::int64_t step_count = 0;
     Array<T> slots[kSlots];  // laid out like theta; empty where the rule does not use them
+    const Array<T>& slot(int number) const { return slots[number]; }
+    Index slot_size(int number) const { return slots[number].size(); }
+    void set_slot(int number, const T* from) { std::copy_n(from, slot_size(number), slots[number].data()); }
 };
 
 // The work of one training step on up to `rows` rows of one network, with all memory it needs.

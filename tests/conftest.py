@@ -4,18 +4,53 @@
 import itertools
 import os
 import signal
+import sys
 import zlib
+from importlib.util import module_from_spec, spec_from_file_location
 
 import numpy as np
 import pytest
 
-from chainrule import _core, reference
+from chainrule import _core, devices, reference
 
 # Sets with a fused multiply-add give the same bits; the baseline rounds twice and so stands apart.
 FUSED = [isa for isa in _core.isas() if isa != "baseline"]
 
 # For a process whose memory is measured: under the address sanitizer, too, what is freed is used again.
 FREED_IS_FREE = {"ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=0:thread_local_quarantine_size_kb=0"}
+
+
+# ---- the GPU's engine --------------------------------------------------------------------------------------
+
+# A build of it that is not installed: the emulated one, which runs on the CPU (tests/kernels/cuda_on_cpu).
+CUDA_MODULE = os.environ.get("CHAINRULE_CUDA_MODULE")
+
+
+def pytest_configure():
+    if CUDA_MODULE:
+        name = "chainrule._cuda"
+        spec = spec_from_file_location(name, CUDA_MODULE)
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+
+
+left_out = []
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked gpu run where a GPU can be used; else the summary says once why they do not."""
+    if not devices.count():
+        left_out[:] = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if left_out:
+        terminalreporter.write_line(f"left out: {len(left_out)} tests that need a GPU; {devices.state()}")
+
+
+# ---- fixtures ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Tests of the kernels, the thread pool, the generator, CPU quotas and the memory that predictions use: no Python, no
-// framework.
+// Tests of the kernels, the thread pool, the generator, CPU quotas, the memory that predictions use and the GPU engine's
+// plans: no Python, no framework.
 //
 //   kernels_test [--quick] [--seed=N] [--without=TEST] [test ...]     all_tests, at the end, lists their names
 //
@@ -14,6 +14,7 @@
 // everything in it is NaN but what the contract says is there, so what is read without having been written shows in
 // the result.
 #include "kernels/bfloat16.hpp"
+#include "kernels/cuda_plans.hpp"
 #include "kernels/fits.hpp"
 #include "kernels/generator.hpp"
 #include "kernels/losses.hpp"
@@ -58,6 +59,9 @@ constexpr Test all_tests[] = {
     {"dropouts", dropouts},
     {"quota_texts", quota_texts},
     {"quota_paths", quota_paths},
+    {"cuda_strides", cuda_strides},
+    {"cuda_tiles", cuda_tiles},
+    {"cuda_programs", cuda_programs},
     {"predictions", predictions},
     {"pool_parts", pool_parts},
     {"pool_nested", pool_nested},

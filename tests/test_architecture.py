@@ -36,6 +36,7 @@ CPP_LEVELS = {
     "pool": 0,
     "random": 0,
     "simd": 1,
+    "lane": 1,
     "gemm": 1,
     "ops/*": 2,
     "optim": 2,
@@ -50,18 +51,31 @@ CPP_LEVELS = {
     "example_clipping": 3,
     "calculus": 3,
     "train": 3,
+    "cuda/sizes": 0,
+    "cuda/memory": 1,
+    "cuda/cublaslt": 1,
+    "cuda/runtime": 1,
+    "cuda/mma": 2,
+    "cuda/formulas": 2,
+    "cuda/multiply": 2,
+    "cuda/maps": 2,
+    "cuda/library": 2,
+    "cuda/*": 3,
+    "cuda": 3,
     "bindings*": 4,
 }
 
 # The same for Python: a module imports modules of lower levels.
 PYTHON_LEVELS = {
     "_core": 0,
+    "_cuda": 0,
     "reference": 0,
     "checks": 0,
     "display": 0,
     "metrics": 0,
     "solvers": 0,
     "terminal": 0,
+    "devices": 1,
     "layers": 1,
     "losses": 1,
     "optim": 1,
@@ -71,6 +85,7 @@ PYTHON_LEVELS = {
     "model": 5,
     "io": 6,
     "links": 6,
+    "many": 6,
     "tables": 6,
     "data": 7,
     "explanation": 7,
@@ -89,7 +104,7 @@ MAX_OP_LINES = 70
 
 # --------------------------------------------------------------------------------------------- C++ includes
 def cpp_files():
-    return sorted(p for p in CPP.rglob("*") if p.suffix in {".hpp", ".cpp", ".def", ".cu"})
+    return sorted(p for p in CPP.rglob("*") if p.suffix in {".hpp", ".cpp", ".def", ".cu", ".cuh"})
 
 
 def level_of(path):
@@ -281,7 +296,7 @@ def test_each_op_and_loss_has_a_row_in_the_tests():
 def source_files():
     places = [CPP, ROOT / "python", ROOT / "tests", ROOT / "bench", ROOT / ".ci"]
     files = [p for place in places for p in place.rglob("*") if p.is_file()]
-    code = {".hpp", ".cpp", ".def", ".cu", ".py", ".pyi", ".sh", ""}
+    code = {".hpp", ".cpp", ".def", ".cu", ".cuh", ".h", ".py", ".pyi", ".sh", ""}
     return sorted(p for p in files if p.suffix in code and p.name != "py.typed")
 
 
@@ -344,7 +359,9 @@ def cpp_function_lengths(text):
         last = match.end()
 
 
-LENGTHS = {".py": python_function_lengths, ".hpp": cpp_function_lengths, ".cpp": cpp_function_lengths}
+LENGTHS = {".py": python_function_lengths} | dict.fromkeys(
+    [".hpp", ".cpp", ".cu", ".cuh", ".h"], cpp_function_lengths
+)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import chainrule as cr
-from chainrule import reference
+from chainrule import devices, reference
 from conftest import assert_same_bits
 
 SIZES = [5, 7, 3]
@@ -316,7 +316,7 @@ def test_info():
     info = cr.info()
     assert info["version"] == cr.__version__ and info["isa"] in info["isas"]
     assert info["threads"] == cr.get_num_threads() >= 1
-    assert info["cuda"] == "not built"
+    assert info["cuda"] == devices.state() and info["cuda"]
 
 
 def test_threads_are_put_back():

@@ -29,6 +29,7 @@ def versions() -> dict[str, str]:
 
 class _Chainrule:
     note = ""
+    device = "cpu"
     tolerance: tuple[float, ...] = ROUNDING
     dtype = "float32"
 
@@ -39,7 +40,7 @@ class _Chainrule:
         layers: list[Any] = []
         for i, o in zip(work.sizes, work.sizes[1:], strict=False):
             layers += [cr.Linear(i, o), activation()]
-        self.net = cr.Sequential(*layers[:-1], seed=0, dtype=self.dtype)
+        self.net = cr.Sequential(*layers[:-1], seed=0, dtype=self.dtype, device=self.device)
         self.names = [f"{2 * k}.{kind}" for k in range(len(work.sizes) - 1) for kind in ("weight", "bias")]
         values = (problem[f"{kind}{k}"] for k in range(len(work.sizes) - 1) for kind in "Wb")
         self.initial = dict(zip(self.names, values, strict=True))

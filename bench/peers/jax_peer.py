@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from . import derivatives
-from .problem import ADAM, PREDICTION_ROUNDING, ROUNDING, Workload
+from .problem import ADAM, PREDICTION_ROUNDING, ROUNDED, ROUNDING, Workload
 
 Params = list[tuple[jax.Array, jax.Array]]
 
@@ -32,12 +32,14 @@ def versions() -> dict[str, str]:
 
 def _forward(work: Workload, params: Params, x: jax.Array) -> jax.Array:
     """The outputs; weights are kept (in, out), as JAX users do."""
+    if work.precision == "bfloat16":
+        x, params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (x, params))
     f = x
     for k, (w, b) in enumerate(params):
         f = f @ w + b
         if k < len(params) - 1:
             f = jax.nn.relu(f) if work.activation == "relu" else jnp.tanh(f)
-    return f
+    return f.astype(jnp.float32)
 
 
 def _value(work: Workload, params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -69,6 +71,14 @@ def _update(work: Workload, state: Any, grads: Params) -> Any:
 
 
 def _step(work: Workload, state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, jax.Array]:
+    if work.networks == 1:
+        return _one_step(work, state, x, y)
+    axes = (0, 0, 0, None)  # networks share the step count
+    one = partial(_one_step, work)
+    return jax.vmap(one, in_axes=(axes, None, None), out_axes=(axes, 0))(state, x, y)
+
+
+def _one_step(work: Workload, state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, jax.Array]:
     loss, grads = jax.value_and_grad(partial(_value, work))(state[0], x, y)
     return _update(work, state, grads), loss
 
@@ -81,6 +91,9 @@ class _Jax:
         self.work = work
         depth = len(work.sizes) - 1
         self.initial = [(problem[f"W{k}"].T.copy(), problem[f"b{k}"]) for k in range(depth)]
+        if work.networks > 1:
+            self.initial = jax.tree.map(lambda a: np.stack([a] * work.networks), self.initial)
+        self.tolerance = ROUNDED[work.precision] if self.tolerance is ROUNDING else self.tolerance
         y = problem["y"].astype(np.int32) if work.loss == "cross_entropy" else problem["y"]
         self.X = jnp.asarray(problem["X"].reshape(work.batches, work.batch, -1))
         self.y = jnp.asarray(y.reshape(work.batches, work.batch, *y.shape[1:]))
@@ -95,8 +108,9 @@ class _Jax:
         self.state = jax.block_until_ready((params, zeros(), zeros(), jnp.float32(0.0)))
 
     def parameters(self) -> list[np.ndarray]:
-        """Back to (out, in)."""
-        return [a for w, b in self.state[0] for a in (np.asarray(w).T, np.asarray(b))]
+        """Back to (out, in); of the last network, where there are several."""
+        params = self.state[0] if self.work.networks == 1 else jax.tree.map(lambda a: a[-1], self.state[0])
+        return [a for w, b in params for a in (np.asarray(w).T, np.asarray(b))]
 
 
 class Jit(_Jax):
@@ -124,7 +138,7 @@ class Jit(_Jax):
             for x, y in self.batches:
                 self.state, loss = self.step(self.state, x, y)
                 values.append(loss)
-        return [float(v) for v in values]
+        return [float(v.mean()) for v in values]
 
 
 class Scan(_Jax):
@@ -156,7 +170,8 @@ class Scan(_Jax):
     def losses(self, epochs: int) -> list[float]:
         """Per step."""
         self.state, values = self.train(self.state, self.X, self.y, epochs)
-        return [float(v) for v in np.asarray(values).ravel()]
+        values = np.asarray(values)
+        return [float(v.mean()) for v in values.reshape(epochs * self.work.batches, -1)]
 
 
 class Predict(_Jax):

@@ -19,6 +19,9 @@ import numpy as np
 ROUNDING = (1e-4, 2e-3)
 MIXED_ROUNDING = (1e-2, 0.2)  # the same of bfloat16 products: each operand is rounded by up to 2⁻⁹ = 2e-3
 PREDICTION_ROUNDING = (1e-5,)  # the same for outputs
+# And what rounded operands of products may: Adam's first steps are of the size lr whatever the gradient's, so
+# that small gradients, which are mostly rounding error then, move their weights as far as large ones do.
+ROUNDED = {"float32": ROUNDING, "tf32": (5e-3, 0.2), "bfloat16": (3e-2, 0.5)}
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 
 
@@ -35,12 +38,14 @@ class Workload:
     batch: int
     batches: int  # steps per epoch
     verify_epochs: int
+    precision: str = "float32"  # of products; "tf32" and "bfloat16" on GPUs
+    networks: int = 1  # trained side by side on the same data, from the same weights
 
     @property
     def flop(self) -> int:
         """Floating-point operations of a step: 6 B sum(n n') - 2 B n0 n1 (the first layer needs no dX)."""
         products = [i * o for i, o in zip(self.sizes, self.sizes[1:], strict=False)]
-        return 6 * self.batch * sum(products) - 2 * self.batch * products[0]
+        return self.networks * (6 * self.batch * sum(products) - 2 * self.batch * products[0])
 
     @property
     def parameters(self) -> int:
@@ -49,7 +54,9 @@ class Workload:
 
     def __str__(self) -> str:
         layers = "-".join(str(n) for n in self.sizes)
-        return f"{layers} {self.activation}, {self.loss}, {self.optimizer}, batch {self.batch}"
+        many = f"{self.networks} × " if self.networks > 1 else ""
+        kind = "" if self.precision == "float32" else f", {self.precision}"
+        return f"{many}{layers} {self.activation}, {self.loss}, {self.optimizer}, batch {self.batch}{kind}"
 
 
 # Learning rates are small enough that rounding errors do not grow: at 1e-3, "mnist" is chaotic and two

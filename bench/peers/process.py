@@ -35,6 +35,11 @@ class Process:
                 env=os.environ | settings(threads),
             )
         self.pending = b""
+        self.reply_seconds = REPLY_SECONDS
+        self.hello: dict[str, Any] = {}
+
+    def greet(self) -> None:
+        """Wait for its first word, what it offers; several that were started together import together."""
         self.hello = self._reply()
         if "missing" not in self.hello:
             self._signal(signal.SIGSTOP)
@@ -62,12 +67,12 @@ class Process:
 
     def _reply(self) -> dict[str, Any]:
         assert self.child.stdout is not None
-        end = time.monotonic() + REPLY_SECONDS
+        end = time.monotonic() + self.reply_seconds
         while b"\n" not in self.pending:
             ready, _, _ = select.select([self.child.stdout], [], [], max(0.0, end - time.monotonic()))
             if not ready:
                 self.close()
-                raise PeerError(f"no answer in {REPLY_SECONDS:.0f} s")
+                raise PeerError(f"no answer in {self.reply_seconds:.0f} s")
             chunk = os.read(self.child.stdout.fileno(), 1 << 16)
             if not chunk:
                 raise PeerError(f"died: {self._last_words()}")

@@ -103,7 +103,7 @@ class Eager:
 
     def parameters(self) -> list[np.ndarray]:
         """Copies."""
-        return [p.detach().numpy().copy() for p in self.model.parameters()]
+        return [p.detach().cpu().numpy().copy() for p in self.model.parameters()]
 
 
 class Compiled(Eager):
@@ -168,7 +168,7 @@ class Predict(Eager):
     def outputs(self) -> np.ndarray:
         """Of one call."""
         with torch.inference_mode():
-            return self.call(self.x).numpy()
+            return self.call(self.x).cpu().numpy()
 
 
 class PredictCompiled(Predict):

@@ -13,8 +13,8 @@ namespace CHAINRULE_ISA {
 
 struct CrossEntropy {
     template <class T>
-    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
-                    T* values, T* df, Index df_stride, T) {
+    CHAINRULE_HD static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y,
+                                 const T* weight, T scale, T* values, T* df, Index df_stride, T) {
         row_blocks(rows, weight, scale, [&](Index i, Index count, Vec<T> factor) {
             Rows<T> one[] = {{f + i * f_stride, f_stride}};
             Rows<T> two[] = {one[0], {y.labels ? nullptr : y.values + i * y.stride, y.stride}};
@@ -51,8 +51,8 @@ struct CrossEntropy {
         return mass * log1p(rest) - dot;
     }
     template <class T>
-    static void hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale, MatrixView<const T> t,
-                    MatrixView<T> out, T) {
+    CHAINRULE_HD static void hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale,
+                                 MatrixView<const T> t, MatrixView<T> out, T) {
         for (Index i = 0; i < f.rows; ++i) {
             const auto p = [&](Index j) { return load(y.values + i * y.stride + j); };
             const T mass = y.labels ? T{1} : sum_columns<T>(f.cols, p);

@@ -12,26 +12,47 @@
 namespace chainrule {
 namespace CHAINRULE_ISA {
 
+template <class T>
+struct DropoutScale {
+    std::uint32_t threshold;  // numbers below it drop
+    T keep;
+    CHAINRULE_HD explicit DropoutScale(double p)
+        : threshold(static_cast<std::uint32_t>(p * 0x1p32)),  // p < 1, so it fits
+          keep(static_cast<T>(1 / (1 - p))) {}
+};
+// The counter of the first of a block of 64 columns.
+CHAINRULE_HD static inline std::uint64_t dropout_place(Index row, Index block) {
+    return static_cast<std::uint64_t>(row) << 32 | static_cast<std::uint64_t>(block / 4);
+}
+
+#if defined(CHAINRULE_DEVICE)
+// One element: the same number, drawn alone.
+template <class T>
+CHAINRULE_INLINE T dropout(T x, const DropoutScale<T>& scale, std::uint64_t key, std::uint64_t step, Index row,
+                           Index col) {
+    const std::uint64_t place = dropout_place(row, col / 64 * 64) + static_cast<std::uint64_t>(col % 16);
+    const std::uint32_t number = philox(key, place, stream_of(kDropout, step)).word[col % 64 / 16];
+    return number < scale.threshold ? T{0} : x * scale.keep;
+}
+#else
 // Sixteen counters at a time give the numbers of 64 columns: word w of counter i belongs to column 16 w + i.
 template <class T>
 void dropout(Index rows, Index cols, const T* x, Index x_stride, T* y, Index y_stride, double p, std::uint64_t key,
              std::uint64_t step, Index first_row) {
     constexpr Index lanes = 16;
-    const std::uint32_t threshold = static_cast<std::uint32_t>(p * 0x1p32);  // p < 1, so it fits
-    const T keep = static_cast<T>(1 / (1 - p));
+    const DropoutScale<T> scale(p);
     std::uint32_t random[4][lanes];
     for (Index i = 0; i < rows; ++i)
         for (Index block = 0; block < cols; block += 4 * lanes) {
-            const std::uint64_t place =
-                static_cast<std::uint64_t>(first_row + i) << 32 | static_cast<std::uint64_t>(block / 4);
-            philox_lanes(key, place, stream_of(kDropout, step), random);
+            philox_lanes(key, dropout_place(first_row + i, block), stream_of(kDropout, step), random);
             const Index width = cols - block < 4 * lanes ? cols - block : 4 * lanes;
             const std::uint32_t* number = random[0];
             const T* from = x + i * x_stride + block;
             T* to = y + i * y_stride + block;
-            for (Index j = 0; j < width; ++j) to[j] = number[j] < threshold ? T{0} : from[j] * keep;
+            for (Index j = 0; j < width; ++j) to[j] = number[j] < scale.threshold ? T{0} : from[j] * scale.keep;
         }
 }
+#endif
 
 }  // namespace CHAINRULE_ISA
 }  // namespace chainrule

@@ -18,8 +18,8 @@ struct GaussianNll {
         return {select(d == V{}, zero, d * dp), dp};
     }
     template <class T>
-    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
-                    T* values, T* df, Index df_stride, T) {
+    CHAINRULE_HD static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y,
+                                 const T* weight, T scale, T* values, T* df, Index df_stride, T) {
         const Index k = cols / 2;
         const T share = T{1} / static_cast<T>(k), half = static_cast<T>(0.5);
         for (Index i = 0; i < rows; ++i) {
@@ -40,12 +40,12 @@ struct GaussianNll {
                             const Vec<T> infinity = splat<Vec<T>>(__builtin_inf());
                             return select(q.value == infinity, infinity, half * (s + q.value));
                         });
-            for (Index j = cols; j < round_up(cols, kLine<T>); ++j) dmu[j] = 0;
+            for (Index j = cols; j < row_end<T>(cols); ++j) dmu[j] = 0;
         }
     }
     template <class T>
-    static void hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale, MatrixView<const T> t,
-                    MatrixView<T> out, T) {
+    CHAINRULE_HD static void hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale,
+                                 MatrixView<const T> t, MatrixView<T> out, T) {
         const Index k = f.cols / 2;
         for (Index i = 0; i < f.rows; ++i) {
             const T *mu = f.data + i * f.stride, *tmu = t.data + i * t.stride;
@@ -59,7 +59,7 @@ struct GaussianNll {
                 store_some(lanes, to + j, factor * (exp(-s) * across - q.grad * ts));
                 store_some(lanes, to + k + j, factor * (half * q.value * ts - q.grad * across));
             }
-            for (Index j = f.cols; j < round_up(f.cols, kLine<T>); ++j) to[j] = 0;
+            for (Index j = f.cols; j < row_end<T>(f.cols); ++j) to[j] = 0;
         }
     }
 };

@@ -29,13 +29,13 @@ struct Logistic {
         return sigmoid(f) * sigmoid(-f);
     }
     template <class T>
-    static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
-                    T* values, T* df, Index df_stride, T param) {
+    CHAINRULE_HD static void run(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y,
+                                 const T* weight, T scale, T* values, T* df, Index df_stride, T param) {
         elementwise_loss<Logistic>(rows, cols, f, f_stride, y, weight, scale, values, df, df_stride, param);
     }
     template <class T>
-    static void hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale, MatrixView<const T> t,
-                    MatrixView<T> out, T param) {
+    CHAINRULE_HD static void hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale,
+                                 MatrixView<const T> t, MatrixView<T> out, T param) {
         elementwise_hvp<Logistic>(f, y, weight, scale, t, out, param);
     }
 };

@@ -95,6 +95,24 @@ CHAINRULE_INLINE auto real_columns(Index j, Index cols) {
 }
 
 // Sum over the columns of f(j), a vector that begins at column j; the same order for every vector width.
+#if defined(CHAINRULE_DEVICE)
+// The GPU's rows have no padding that anybody may touch.
+template <class T>
+CHAINRULE_INLINE constexpr Index row_end(Index cols) {
+    return cols;
+}
+template <class T, class F>
+CHAINRULE_INLINE T sum_columns(Index cols, F f) {
+    Vec<T> sum{};
+    for (Index j = 0; j < cols; ++j) sum = sum + f(j);
+    return sum[0];
+}
+#else
+// Where a row ends that losses and row-wise ops write zeros beside.
+template <class T>
+CHAINRULE_INLINE constexpr Index row_end(Index cols) {
+    return round_up(cols, kLine<T>);
+}
 template <class T, class F>
 CHAINRULE_INLINE T sum_columns(Index cols, F f) {
     LineSum<T> sum;
@@ -105,6 +123,7 @@ CHAINRULE_INLINE T sum_columns(Index cols, F f) {
         }
     return LineSum<T>::total(sum);
 }
+#endif
 
 // The largest element of a row, NaN aside.
 template <class T>
@@ -152,10 +171,20 @@ struct Rows {
     Index stride;
 };
 
+#if defined(CHAINRULE_DEVICE)
+template <class T>
+CHAINRULE_INLINE void load_columns(Index, Index, const T* x, Index, Vec<T>* column) {
+    column[0] = load(x);
+}
+template <class T>
+CHAINRULE_INLINE void store_columns(Index, Index, const Vec<T>* column, T* x, Index) {
+    store(x, column[0]);
+}
+#else
 // `cols` columns, up to kWidth, of up to kWidth rows; not inlined, or the transposition would stand in every loss again. A
 // single one, as of a regression, goes without: lane by lane.
 template <class T>
-static __attribute__((noinline)) void load_columns(Index rows, Index cols, const T* x, Index stride, Vec<T>* column) {
+CHAINRULE_NOINLINE void load_columns(Index rows, Index cols, const T* x, Index stride, Vec<T>* column) {
     constexpr int W = kWidth<T>;
     if (cols == 1) {
         for (int i = 0; i < W; ++i) column[0][i] = x[(i < rows ? i : 0) * stride];
@@ -170,7 +199,7 @@ static __attribute__((noinline)) void load_columns(Index rows, Index cols, const
 }
 // Zeros beside a single column, to the end of the vector; else kWidth columns are stored.
 template <class T>
-static __attribute__((noinline)) void store_columns(Index rows, Index cols, const Vec<T>* column, T* x, Index stride) {
+CHAINRULE_NOINLINE void store_columns(Index rows, Index cols, const Vec<T>* column, T* x, Index stride) {
     constexpr int W = kWidth<T>;
     if (cols == 1) {
         for (Index i = 0; i < W && i < rows; ++i) {
@@ -185,17 +214,18 @@ static __attribute__((noinline)) void store_columns(Index rows, Index cols, cons
     transpose_square<T>(square);
     for (Index i = 0; i < W && i < rows; ++i) store(x + i * stride, square[i]);
 }
+#endif
 
 // For each column j of the N matrices `in`, of at most kWidth rows: out's column j = f(j, in's columns). Zeros go to out's
 // padding, to the end of the line. No `out`, no store.
 template <class T, int N, class F>
 CHAINRULE_INLINE void map_columns(Index rows, Index cols, const Rows<T> (&in)[N], T* out, Index out_stride, F f) {
     constexpr int W = kWidth<T>;
-    for (Index start = 0; start < (out ? round_up(cols, kLine<T>) : cols); start += W) {
+    for (Index start = 0; start < (out ? row_end<T>(cols) : cols); start += W) {
         Vec<T> columns[N][W];
         for (int n = 0; n < N; ++n) load_columns(rows, cols - start, in[n].data + start, in[n].stride, columns[n]);
         const int width = cols - start == 1 ? 1 : W;
-#pragma GCC unroll 1  // W copies of every formula would make a third of the package
+        CHAINRULE_UNROLL(1)  // W copies of every formula would make a third of the package
         for (int k = 0; k < width; ++k) {
             Vec<T> column[N];
             for (int n = 0; n < N; ++n) column[n] = columns[n][k];
@@ -243,14 +273,14 @@ CHAINRULE_INLINE Vec<T> max_columns(Index rows, Index cols, Rows<T> x) {
 template <class T>
 struct Exponentials {
     Vec<T> sum = {}, maxima = {};
-    Vec<T> add(Vec<T> x, Vec<T> largest) {
+    CHAINRULE_HD Vec<T> add(Vec<T> x, Vec<T> largest) {
         const Vec<T> e = exp(below_max(x, largest));
         const auto is_max = x == largest;
         sum = sum + select(is_max, Vec<T>{}, e);
         maxima = maxima + select(is_max, splat<Vec<T>>(1), Vec<T>{});
         return e;
     }
-    Vec<T> rest() const { return sum + max(maxima - 1, Vec<T>{}); }
+    CHAINRULE_HD Vec<T> rest() const { return sum + max(maxima - 1, Vec<T>{}); }
 };
 
 template <class V>
@@ -261,8 +291,8 @@ struct ValueGrad {
 // Losses that are sums over outputs. A loss's value and gradient come from one function, so that they cannot disagree.
 // values[i] = L_i; df[i] = weight_i * scale * dL_i/df. Losses named "mean" divide by the number of outputs.
 template <class Loss, class T>
-void elementwise_loss(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y, const T* weight, T scale,
-                      T* values, T* df, Index df_stride, T param) {
+CHAINRULE_HD void elementwise_loss(Index rows, Index cols, const T* f, Index f_stride, const Targets<T>& y,
+                                   const T* weight, T scale, T* values, T* df, Index df_stride, T param) {
     const Vec<T> p = Vec<T>{} + param;
     const T share = Loss::mean_over_outputs ? T{1} / static_cast<T>(cols) : T{1};
     row_blocks(rows, weight, scale, [&](Index i, Index count, Vec<T> factor) {
@@ -280,13 +310,13 @@ void elementwise_loss(Index rows, Index cols, const T* f, Index f_stride, const 
 
 // out = weight_i * scale * t H, H the Hessian of L_i in f: diagonal, with Loss::second on it. Zeros go to out's padding.
 template <class Loss, class T>
-void elementwise_hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale, MatrixView<const T> t,
-                     MatrixView<T> out, T param) {
+CHAINRULE_HD void elementwise_hvp(MatrixView<const T> f, const Targets<T>& y, const T* weight, T scale,
+                                  MatrixView<const T> t, MatrixView<T> out, T param) {
     const Vec<T> p = Vec<T>{} + param;
     const T share = Loss::mean_over_outputs ? T{1} / static_cast<T>(f.cols) : T{1};
     for (Index i = 0; i < f.rows; ++i) {
         const Vec<T> factor = Vec<T>{} + (weight ? weight[i] : T{1}) * scale * share;
-        for (Index j = 0; j < round_up(f.cols, kLine<T>); j += kWidth<T>) {
+        for (Index j = 0; j < row_end<T>(f.cols); j += kWidth<T>) {
             const Vec<T> second = Loss::second(load(f.data + i * f.stride + j), load(y.values + i * y.stride + j), p);
             const Vec<T> product = factor * second * load(t.data + i * t.stride + j);
             store(out.data + i * out.stride + j, select(real_columns<T>(j, f.cols), product, Vec<T>{}));

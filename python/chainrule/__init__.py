@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from .explanation import explain
     from .gradient_check import gradcheck
     from .io import load
+    from .many import fit_many
     from .plot import draw
 
 __all__ = [
@@ -86,15 +87,21 @@ __all__ = [
     "Layer", "LeakyReLU", "LeastSquares", "LevenbergMarquardt", "Linear", "LogSoftmax", "Logistic",
     "Pinball", "Poisson", "RMSprop", "ReLU", "ReduceLROnPlateau", "Schedule", "Sequential", "SiLU",
     "Sigmoid", "Softmax", "Softplus", "StepLR", "Tanh", "WarmupLR", "__version__", "draw", "explain",
-    "gauss_newton_product", "get_num_threads", "gradcheck", "hessian", "hvp", "info", "input_gradient",
-    "input_hessian_diagonal", "jacobian", "jvp", "laplacian", "load", "mlp", "per_example_grad_norms",
-    "per_example_grads", "sensitivity", "set_num_threads", "threads", "vjp",
+    "fit_many", "gauss_newton_product", "get_num_threads", "gradcheck", "hessian", "hvp", "info",
+    "input_gradient", "input_hessian_diagonal", "jacobian", "jvp", "laplacian", "load", "mlp",
+    "per_example_grad_norms", "per_example_grads", "sensitivity", "set_num_threads", "threads", "vjp",
 ]  # fmt: skip
 
 
 # What training does not need, and where it is. The modules have other names than their functions: importing
 # chainrule.x binds the name x here to the module, over a function that is called the same.
-_LATER = {"load": "io", "gradcheck": "gradient_check", "explain": "explanation", "draw": "plot"}
+_LATER = {
+    "load": "io",
+    "fit_many": "many",
+    "gradcheck": "gradient_check",
+    "explain": "explanation",
+    "draw": "plot",
+}
 
 
 def __getattr__(name: str) -> Any:

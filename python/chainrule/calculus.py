@@ -43,8 +43,8 @@ def _engine(op: str, net: Network) -> Any:
     core = getattr(net, "_core", None)
     if core is None:
         raise TypeError(f"[{op}] net must be a network: expected a Sequential, got {short(net)}")
-    if net.dtype == "bfloat16":
-        raise ValueError(f"[{op}] derivatives are exact: expected dtype float32 or float64, got bfloat16")
+    if net.dtype != net.array_dtype:
+        raise ValueError(f"[{op}] derivatives are exact: expected dtype float32 or float64, got {net.dtype}")
     return core
 
 

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _core, explanation, metrics, plot
+from . import _core, devices, explanation, metrics, plot
 from .data import Preprocessor, TableModel, class_labels, infer_task, outputs_for, require_finite, split_rows
 from .io import load, require_suffix
 from .losses import LOSSES
@@ -420,7 +420,7 @@ def info(args: Namespace) -> None:
             ("chainrule", _core.__version__),
             ("engine", _core.isa() + (f" (this machine also runs {', '.join(others)})" if others else "")),
             ("threads", _threads()),
-            ("GPU", _core.cuda_state()),
+            ("GPU", devices.state()),
             ("NumPy", np.__version__),
             ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ]

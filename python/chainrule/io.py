@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import devices
+
 if TYPE_CHECKING:
     from .model import Sequential
 
@@ -96,26 +98,27 @@ def _architecture_text(net: Sequential) -> str:
         ) from error
 
 
-def load(path: Path) -> Sequential:
-    """Read a network that `save` wrote; no code in the file is run, whoever made it.
+def load(path: Path, device: str = "cpu") -> Sequential:
+    """Read a network that `save` wrote, to a device; no code in the file is run, whoever made it.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another suffix, or a file that is truncated, damaged, or not a network.
+        ValueError: another suffix, a file that is truncated, damaged, or not a network, or no such device.
 
     Example:
         >>> load("net.onnx")
         Traceback (most recent call last):
         ValueError: [load] file name 'net.onnx': expected the suffix .safetensors, got '.onnx'
     """
-    return load_with_metadata(path)[0]
+    return load_with_metadata(path, device)[0]
 
 
-def load_with_metadata(path: Path) -> tuple[Sequential, dict[str, str]]:
+def load_with_metadata(path: Path, device: str = "cpu") -> tuple[Sequential, dict[str, str]]:
     """Read a network and the `extra` texts saved with it; raises as `load` does."""
     from .model import Sequential  # model's save() imports this module: a cycle, cut here
 
     require_suffix("load", path)
+    device = devices.resolve("load", device)
     arrays, metadata, checked = _read(path)
     if ARCHITECTURE not in metadata:
         known = f"arrays only ({', '.join(list(arrays)[:4]) or 'none'})"
@@ -128,7 +131,7 @@ def load_with_metadata(path: Path) -> tuple[Sequential, dict[str, str]]:
     config = _architecture(path, metadata.pop(ARCHITECTURE))
     _check_sizes(path, config, arrays)
     try:
-        net = Sequential.from_config(config)
+        net = Sequential.from_config(config, device)
         net.load_state_dict(arrays)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
         raise _bad(path, "network", "layers and weights that fit together", str(error)) from error

@@ -121,7 +121,7 @@ class Chain:
 
 def require_exact(op: str, net: Sequential) -> None:
     """ValueError for a network whose products are rounded: its derivative is not that of its formula."""
-    if net.dtype == "bfloat16":
+    if net.dtype != net.array_dtype:
         raise ValueError(f"[{op}] derivatives are exact: expected dtype float32 or float64, got {net.dtype}")
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _core, calculus, losses, training, wholebatch
+from . import _core, calculus, devices, losses, training, wholebatch
 from .checks import converted, flag, listed, one_of, real_array, short, whole
 from .display import TextTable, html_table
 from .layers import BUILT_IN, Dropout, Guard, Identity, Layer, Linear, _BuiltIn, initial
@@ -38,10 +38,12 @@ class Sequential:
         seed: of the first weights; the same seed gives the same weights on every machine.
         dtype: "float32" or "float64", of weights, activations and results; "bfloat16" for matrix products of
             operands rounded to 8 bits, with sums, weights and results in float32: twice as fast on large
-            networks where the processor has the instruction (AVX512_BF16), slower than float32 elsewhere.
-        device: "cpu"; this build has no other.
+            networks where the processor has the instruction (AVX512_BF16), slower than float32 elsewhere;
+            "tf32", on GPUs only, for products of operands rounded to 11 bits.
+        device: "cpu"; "cuda", "cuda:1" and so on for an NVIDIA GPU; "auto" for one if it is usable, else the
+            CPU. On a GPU, layers and losses of your own are errors.
 
-    Raises: TypeError for what is no layer; ValueError for widths that do not fit or an unknown device.
+    Raises: TypeError for what is no layer; ValueError for widths that do not fit or a missing device.
 
     Example:
         >>> import numpy as np, chainrule as cr
@@ -62,7 +64,8 @@ class Sequential:
 
     def __init__(self, *layers: Layer, seed: int = 0, dtype: Any = "float32", device: str = "cpu") -> None:
         seed = whole("Sequential", "seed", seed, 0, 2**64 - 1)
-        self._build(layers, seed, _dtype(dtype), _device(device))
+        device = devices.resolve("Sequential", device)
+        self._build(layers, seed, _dtype(dtype, device), device)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, Linear):
                 after = _activation_after(self.layers, index)
@@ -74,14 +77,14 @@ class Sequential:
         widths = _widths(layers)
         self.array_dtype = array_dtype(dtype)
         rows = [
-            _row(layer, i, o, self.array_dtype)
+            _row(layer, i, o, self.array_dtype, device)
             for layer, i, o in zip(layers, widths, widths[1:], strict=False)
         ]
         self.layers, self.seed, self.dtype, self.device = tuple(layers), seed, dtype, device
         self.in_features, self.out_features, self._widths = widths[0], widths[-1], widths
-        kind = _core.Network64 if dtype == "float64" else _core.Network32
-        with _memory_for(layers):
-            self._core: Any = kind(rows, dtype == "bfloat16")
+        self._engine = devices.engine(dtype, device)
+        with _memory_for(layers, device):
+            self._core: Any = self._engine.network(rows)
         self._places = {f"{layer}.{name}": k for k, (layer, name, _) in enumerate(self._core.parameters)}
         self._steppers: dict[tuple[int, int], training.Stepper] = {}
         self._predict_as_is: Callable[[Any], Array | None] = self._core.predict_as_is
@@ -100,15 +103,18 @@ class Sequential:
         parts = [repr(layer) for layer in self.layers]
         parts += [f"seed={self.seed}"] if self.seed else []
         parts += [f"dtype={self.dtype!r}"] if self.dtype != "float32" else []
+        parts += [f"device={self.device!r}"] if self.device != "cpu" else []
         line = f"Sequential({', '.join(parts)})"
         return line if len(line) <= 100 else "Sequential(\n    " + ",\n    ".join(parts) + ",\n)"
 
     # -------------------------------------------------------- forward
 
-    def predict(self, X: Any) -> Array:
+    def predict(self, X: Any) -> Any:
         """The outputs f for rows X; dropout is off, and a row with NaN spoils its own output only.
 
         Shapes: X (B, I) to f (B, O), B may be 0; a single row (I,) to (O,).
+        On a GPU: rows X that lie there, of PyTorch, JAX or CuPy, give outputs that stay there; both sides
+            speak DLPack, as in torch.from_dlpack(net.predict(X)).
         Raises: TypeError or ValueError for what is no such matrix.
 
         Example:
@@ -119,6 +125,8 @@ class Sequential:
         f = self._predict_as_is(X)
         if f is not None:
             return f
+        if self.device != "cpu" and devices.on_gpu(X):
+            return devices.predict(self._core, X, self.in_features, self.array_dtype, self.device)
         array = real_array("predict", "X", X)
         if array.ndim == 1 and len(array) == self.in_features:
             return np.asarray(self._core.predict(self._matrix("predict", array[None, :]))[0])
@@ -389,8 +397,10 @@ class Sequential:
         }
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Sequential:
+    def from_config(cls, config: Mapping[str, Any], device: str = "cpu") -> Sequential:
         """A network of this architecture with first weights; layers of your own are found by class name.
+
+        On the CPU a "tf32" network is a float32 one.
 
         Raises: TypeError or ValueError for what `config` does not give.
 
@@ -404,7 +414,10 @@ class Sequential:
                 f"[from_config] config must hold layers: expected {{'layers': [...]}}, got {short(config)}"
             )
         layers = [_layer_from_config(layer) for layer in config["layers"]]
-        return cls(*layers, seed=config.get("seed", 0), dtype=config.get("dtype", "float32"))
+        device = devices.resolve("from_config", device)
+        dtype = _dtype_on(device, config.get("dtype", "float32"))
+        where = {} if device == "cpu" else {"device": device}  # subclasses need not know of devices
+        return cls(*layers, seed=config.get("seed", 0), dtype=dtype, **where)
 
     def save(self, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None) -> None:
         """Write weights and architecture to a `.safetensors` file, whole or not at all; `cr.load` reads it.
@@ -427,20 +440,44 @@ class Sequential:
 
     def __getstate__(self) -> dict[str, Any]:
         return {
-            "layers": self.layers, "seed": self.seed, "dtype": self.dtype, "device": self.device,
+            "layers": self.layers, "seed": self.seed, "dtype": self.dtype,
             "weights": self.state_dict(),
             "attributes": {name: value for name, value in vars(self).items() if name not in self._made},
         }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._build(state["layers"], state["seed"], state["dtype"], state["device"])
+        device = state.get("device", "cpu")  # pickles are read where there may be no GPU
+        self._build(state["layers"], state["seed"], _dtype_on(device, state["dtype"]), device)
         self._put(state["weights"])
         vars(self).update(state["attributes"])
 
     def __copy__(self) -> Sequential:
+        return self._copy(self.device, {})  # one that shared its weights with another would be a trap
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sequential:
+        return self._copy(self.device, memo)
+
+    def _copy(self, device: str, memo: dict[int, Any]) -> Sequential:
         from copy import deepcopy
 
-        return deepcopy(self)  # a network that shared its weights with another would be a trap
+        copy = memo[id(self)] = type(self).__new__(type(self))
+        copy.__setstate__(deepcopy({**self.__getstate__(), "device": device}, memo))
+        return copy
+
+    def to(self, device: str) -> Sequential:
+        """A copy of the network on another device: net = net.to("cuda"); this one stays where it is.
+
+        Optimizers begin afresh with the copy. On the CPU a "tf32" network is a float32 one; files and pickles
+        know of no device, they are loaded to the CPU.
+
+        Raises: ValueError as Sequential does.
+
+        Example:
+            >>> import chainrule as cr
+            >>> cr.mlp([2, 1]).to("cpu").device
+            'cpu'
+        """
+        return self._copy(devices.resolve("to", device), {})
 
     def summary(self) -> TextTable:
         """A table of the layers: output shape, parameters, and multiplications per row in the forward pass.
@@ -487,6 +524,7 @@ def mlp(
     init: str | None = None,
     seed: int = 0,
     dtype: Any = "float32",
+    device: str = "cpu",
 ) -> Sequential:
     """A multilayer perceptron: Linear layers of these sizes, an activation after all but the last.
 
@@ -496,6 +534,7 @@ def mlp(
         output_activation: the same, after the last Linear. Losses on logits want none.
         dropout: share of the hidden activations to drop in training.
         init: of all Linear layers, see Linear.
+        dtype, device: as in Sequential.
 
     Raises: TypeError or ValueError as Sequential and Linear do.
 
@@ -518,7 +557,7 @@ def mlp(
             "output_activation" if last else "activation", output_activation if last else activation
         )
         layers += [drop] if drop.p and not last else []
-    return Sequential(*layers, seed=seed, dtype=dtype)
+    return Sequential(*layers, seed=seed, dtype=dtype, device=device)
 
 
 _ACTIVATIONS = {layer.op: layer for layer in BUILT_IN.values() if layer not in (Linear, Dropout)}
@@ -572,32 +611,45 @@ _MOST_WEIGHTS = (
 
 
 @contextmanager
-def _memory_for(layers: Sequence[Layer]) -> Iterator[None]:
-    """A block that asks for the weights' memory; MemoryError says how many there are."""
+def _memory_for(layers: Sequence[Layer], device: str) -> Iterator[None]:
+    """A block that asks for the weights' memory; MemoryError says how many there are, or what a GPU has."""
     count = sum((x.in_features + x.bias) * x.out_features for x in layers if isinstance(x, Linear))
     try:
         if count > _MOST_WEIGHTS:
             raise MemoryError
         yield
     except MemoryError:
+        if device != "cpu" and count <= _MOST_WEIGHTS:
+            raise
         raise MemoryError(
             f"[Sequential] the weights must fit in memory: expected fewer of them, got {count:,}"
         ) from None
 
 
-def _row(layer: Layer, inputs: int, outputs: int, dtype: str) -> tuple[str, int, int, float, bool, Any]:
+def _row(
+    layer: Layer, inputs: int, outputs: int, dtype: str, device: str
+) -> tuple[str, int, int, float, bool, Any]:
     """A layer as the engine's constructor takes it."""
     if isinstance(layer, _BuiltIn):
         return layer.op, inputs, outputs, layer._param, isinstance(layer, Linear) and layer.bias, None
     for name in ("forward", "vjp"):
         if getattr(type(layer), name) is getattr(Layer, name):
             raise TypeError(f"[{type(layer).__name__}] {name} must be defined: expected a method, got none")
+    if device != "cpu":
+        raise ValueError(
+            f"[Sequential] a layer of your own runs on the CPU: expected built-in ones on device {device!r}, "
+            f"got {type(layer).__name__}; use device='cpu'"
+        )
     return "external", inputs, outputs, 0.0, False, Guard(layer, inputs, outputs, dtype)
 
 
-def _dtype(dtype: Any) -> str:
-    known = ("float32", "float64", "bfloat16")
+def _dtype(dtype: Any, device: str) -> str:
+    known = ("float32", "float64", "bfloat16", "tf32")
     if isinstance(dtype, str) and dtype in known:  # NumPy has no bfloat16
+        if dtype == "tf32" and device == "cpu":
+            raise ValueError(
+                "[Sequential] dtype 'tf32' is of GPUs: expected device='cuda', got 'cpu'; use 'float32'"
+            )
         return dtype
     try:
         name = str(np.dtype(dtype).name)
@@ -612,16 +664,12 @@ def _dtype(dtype: Any) -> str:
 
 def array_dtype(dtype: str) -> str:
     """NumPy's name for the dtype of the arrays of a network of that dtype."""
-    return "float32" if dtype == "bfloat16" else dtype
+    return "float32" if dtype in ("bfloat16", "tf32") else dtype
 
 
-def _device(device: Any) -> str:
-    if device != "cpu":
-        raise ValueError(
-            f"[Sequential] device must be known: expected 'cpu', got {short(device)}; "
-            "this build has no CUDA support"
-        )
-    return "cpu"
+def _dtype_on(device: str, dtype: str) -> str:
+    """The dtype there of a network that comes from elsewhere."""
+    return "float32" if device == "cpu" and dtype == "tf32" else dtype
 
 
 def _layer_config(layer: Layer) -> dict[str, Any]:
@@ -682,7 +730,7 @@ def _own_layers(base: type[Layer]) -> dict[str, type[Layer]]:
 
 
 def info() -> dict[str, Any]:
-    """What runs here: version, instruction set in use and available, threads, CUDA.
+    """What runs here: version, instruction set in use and available, threads, GPUs or what is missing.
 
     Example:
         >>> sorted(info())
@@ -693,7 +741,7 @@ def info() -> dict[str, Any]:
         "isa": _core.isa(),
         "isas": _core.isas(),
         "threads": _core.num_threads(),
-        "cuda": _core.cuda_state(),
+        "cuda": devices.state(),
     }
 
 

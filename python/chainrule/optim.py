@@ -14,11 +14,13 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from . import _core, solvers
+from . import solvers
 from .checks import Description, flag, listed, one_of, real, short, whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from . import _core, devices
 
     Array = NDArray[Any]
     State = _core.Optimizer32 | _core.Optimizer64 | solvers.LBFGSMemory | solvers.Damping
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 class Network(Protocol):
     """What an optimizer needs to know of a network."""
 
-    array_dtype: str
     _core: Any
+    _engine: devices.Engine
 
 
 # ------------------------------------------------------------ optimizers
@@ -73,8 +75,8 @@ class Optimizer(Description):
         return found
 
     def _start(self, net: Network) -> State:
-        kind = _core.Optimizer32 if net.array_dtype == "float32" else _core.Optimizer64
-        return kind(net._core, self.rule, self._hyper())
+        state: State = net._engine.optimizer(net._core, self.rule, self._hyper())
+        return state
 
     def state_dict(self, net: Network) -> dict[str, Any]:
         """The state kept for `net`: {"step": updates done, "slots": [arrays]}.

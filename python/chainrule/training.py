@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 import numpy as np
 
-from . import _core, layers, losses, optim
+from . import devices, layers, losses, optim
 from .checks import (
     Description,
     all_finite,
@@ -45,7 +45,9 @@ class Network(Protocol):
     out_features: int
     dtype: str
     array_dtype: str
+    device: str
     _core: Any
+    _engine: devices.Engine
 
 
 # ------------------------------------------------------------ data in
@@ -102,6 +104,13 @@ def take(
 ) -> Data:
     """The user's X, y and weights, checked; `where` is put before their names in messages."""
     dtype = net.array_dtype
+    if net.device != "cpu":
+        if isinstance(loss, losses.CustomLoss):
+            raise ValueError(
+                f"[{op}] a loss of your own runs on the CPU: expected a built-in one on device "
+                f"{net.device!r}, got {short(loss)}; use net.to('cpu')"
+            )
+        X, y, sample_weight = (devices.on_host(array) for array in (X, y, sample_weight))
     matrix = as_matrix(op, X, net.in_features, dtype, name=f"{where}X")
     if not len(matrix):
         raise ValueError(f"[{op}] {where}X must not be empty: expected at least one row, got 0")
@@ -119,10 +128,11 @@ def with_slopes(op: str, net: Network, data: Data, dy: Any, dy_weight: Any) -> t
                 f"[{op}] dy_weight must come with dy: expected slopes, got dy_weight={weight:g} alone"
             )
         return data, 0.0
-    if net.dtype == "bfloat16":
+    if net.dtype != net.array_dtype:
         raise ValueError(
-            f"[{op}] dy needs exact derivatives: expected dtype float32 or float64, got bfloat16"
+            f"[{op}] dy needs exact derivatives: expected dtype float32 or float64, got {net.dtype}"
         )
+    dy = dy if net.device == "cpu" else devices.on_host(dy)
     slopes, shape = real_array(op, "dy", dy), (len(data.X), net.out_features, net.in_features)
     flat = (shape[0], shape[2])
     if slopes.shape != shape and not (net.out_features == 1 and slopes.shape == flat):
@@ -465,10 +475,11 @@ class Plan(NamedTuple):
 
 
 def plan(
-    net: Network, X: Any, y: Any, *, loss: Any, optimizer: Any, batch_size: Any, epochs: Any, shuffle: Any,
-    seed: Any, validation_data: Any, validation_split: Any, callbacks: Any, verbose: Any, sample_weight: Any,
-    class_weight: Any, schedule: Any, l1: Any, l2: Any, clip_value: Any, clip_norm: Any,
-    clip_example_norm: Any, dy: Any, dy_weight: Any,
+    net: Network, X: Any, y: Any, *, loss: Any, optimizer: Any, batch_size: Any = None, epochs: Any = 1,
+    shuffle: Any = True, seed: Any = 0, validation_data: Any = None, validation_split: Any = 0.0,
+    callbacks: Any = (), verbose: Any = 0, sample_weight: Any = None, class_weight: Any = None,
+    schedule: Any = None, l1: Any = 0.0, l2: Any = 0.0, clip_value: Any = None, clip_norm: Any = None,
+    clip_example_norm: Any = None, dy: Any = None, dy_weight: Any = 1.0,
 ) -> Plan:  # fmt: skip
     """The arguments of `fit`, checked, with everything converted; changes nothing."""
     rule, how = losses.resolve("fit", loss), optim.resolve("fit", optimizer)
@@ -588,20 +599,20 @@ class Run(ABC):
         progress = _Progress(plan.verbose, plan.epochs)
         try:
             plan.callbacks.begin(self.net)
-            for rates in self._chunks():
-                self._record(*self.train(rates))
+            for rates in self.chunks():
+                self.record(*self.train(rates))
                 logs = history.logs()
                 progress.show(history.epochs, logs)
                 if plan.callbacks.epoch(history.epochs - 1, logs) or self.converged:
                     history.stopped_epoch = history.epochs - 1
                     break
-            self._check_parameters()
+            self.check_parameters()
             plan.callbacks.end(self.net)
         finally:
             progress.close()
         return history
 
-    def _chunks(self) -> Iterator[Array]:
+    def chunks(self) -> Iterator[Array]:
         """Rates for the epochs of the next engine call: many, 0.1 s of them, or one, as they are watched."""
         plan, history = self.plan, self.history
         watched = plan.callbacks.all or plan.validation is not None or plan.verbose == 2
@@ -634,7 +645,7 @@ class Run(ABC):
             )
         return rates
 
-    def _record(self, values: Array, paces: Array) -> None:
+    def record(self, values: Array, paces: Array) -> None:
         """Append what the epochs just trained have measured; raise if training has diverged."""
         plan, history = self.plan, self.history
         history["loss"].extend(values.tolist())
@@ -644,7 +655,7 @@ class Run(ABC):
         if plan.validation is not None:
             history["val_loss"].append(_evaluate(self.net, plan.loss, plan.validation))
 
-    def _check_parameters(self) -> None:
+    def check_parameters(self) -> None:
         """The last update of all may overflow after the last loss was finite."""
         if not self.net._core.all_finite():
             raise self._diverged("parameters", "NaN or infinity")
@@ -671,17 +682,21 @@ class Run(ABC):
 class EngineRun(Run):
     """A fit by steps on batches: the engine runs whole epochs."""
 
-    def __init__(self, net: Network, plan: Plan) -> None:
+    def __init__(self, net: Network, plan: Plan, data: Data | None = None) -> None:
         super().__init__(net, plan)
-        data, kind = plan.data, _core.Trainer64 if net.array_dtype == "float64" else _core.Trainer32
+        data = data or plan.data  # of `plan`, on the network's device
         by_example = data.weight is not None or plan.penalties[4] > 0
-        self.trainer: Any = kind(
+        self.trainer: Any = net._engine.trainer(
             net._core, self.engine, plan.loss.engine(data.flat, by_example), *data[:3], plan.batch_size,
             plan.shuffle, plan.seed, *plan.penalties, data.dy, plan.dy_weight,
         )  # fmt: skip
 
     def train(self, rates: Array) -> tuple[Array, Array]:
-        values: Array = self.trainer.run(self.history.epochs, rates)
+        return self.paced(self.trainer.run(self.history.epochs, rates), rates)
+
+    @staticmethod
+    def paced(values: Array, rates: Array) -> tuple[Array, Array]:
+        """Losses of epochs, and the rate that each ended with."""
         last = rates if rates.ndim == 1 else rates[:, -1]
         return values, last[: len(values)]
 
@@ -733,9 +748,8 @@ class Stepper:
         return loss
 
     def _trainer(self, net: Network, data: Data) -> Any:
-        kind = _core.Trainer64 if net.array_dtype == "float64" else _core.Trainer32
         one = data.rows(0, 1)  # a trainer is made with data; its step is given its own
-        trainer: Any = kind(
+        trainer: Any = net._engine.trainer(
             net._core, self.engine, self.loss.engine(data.flat, data.weight is not None),
             one.X.copy(), one.y.copy(), None, 1, False, 0, 0.0, 0.0, 0.0, 0.0,
         )  # fmt: skip

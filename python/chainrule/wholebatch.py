@@ -88,9 +88,9 @@ class _WholeBatchRun(Run):
 
     def _refuse(self, net: Any, plan: Plan) -> None:
         kind, (l1, _, *clips) = type(plan.optimizer).__name__, plan.penalties
-        if net.dtype == "bfloat16":
+        if net.dtype != net.array_dtype:
             raise ValueError(
-                f"[fit] {kind} needs exact derivatives: expected dtype float32 or float64, got bfloat16"
+                f"[fit] {kind} needs exact derivatives: expected dtype float32 or float64, got {net.dtype}"
             )
         for index, layer in enumerate(net.layers):
             if isinstance(layer, Dropout) and layer.p:

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: MIT
+"""chainrule on a GPU: the whole run in one `fit` or `fit_many`, and one `train_step` per batch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+import numpy as np
+
+import chainrule as cr
+from chainrule import devices
+
+from . import chainrule_peer
+from .problem import ROUNDED, Workload
+
+
+def configure(threads: int) -> None:
+    """CHAINRULE_CUDA_MODULE names another build of the GPU's engine, such as the emulated one."""
+    if path := os.environ.get("CHAINRULE_CUDA_MODULE"):
+        spec = spec_from_file_location("chainrule._cuda", path)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules["chainrule._cuda"] = module_from_spec(spec)
+        spec.loader.exec_module(module)
+
+
+def versions() -> dict[str, str]:
+    """Version and GPUs."""
+    return {"chainrule": cr.__version__, "chainrule GPU": devices.state()}
+
+
+def _engine() -> object:
+    return sys.modules["chainrule._cuda"]
+
+
+class Fit(chainrule_peer.Fit):
+    """All epochs in one call; losses are read, so that the end is the end."""
+
+    device = "cuda"
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        self.dtype, self.tolerance = work.precision, ROUNDED[work.precision]
+        super().__init__(work, problem)
+
+
+class TrainStep(chainrule_peer.TrainStep):
+    """One call a step, each with the batch from NumPy to the GPU and the loss back."""
+
+    device = "cuda"
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        self.dtype, self.tolerance = work.precision, ROUNDED[work.precision]
+        super().__init__(work, problem)
+
+
+class FitMany(chainrule_peer.Fit):
+    """All networks and all epochs in one call."""
+
+    form = "cr.fit_many(nets, X, y, epochs=...), shuffle=False"
+    device = "cuda"
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        self.dtype, self.tolerance = work.precision, ROUNDED[work.precision]
+        super().__init__(work, problem)
+        self.nets = [self.net, *(self.net.to(self.device) for _ in range(work.networks - 1))]
+
+    def reset(self) -> None:
+        """Initial weights, fresh optimizer."""
+        super().reset()
+        for net in self.nets[1:]:
+            net.load_state_dict(self.initial)
+
+    def _fit(self, epochs: int) -> dict[str, list[float]]:
+        histories = cr.fit_many(
+            self.nets,
+            self.X,
+            self.y,
+            loss=self.work.loss,
+            optimizer=self.optimizer,
+            batch_size=self.work.batch,
+            epochs=epochs,
+            shuffle=False,
+        )
+        return {"loss": np.mean([history["loss"] for history in histories], axis=0).tolist()}
+
+    def parameters(self) -> list[np.ndarray]:
+        """Of the last network."""
+        state = self.nets[-1].state_dict()
+        return [state[name] for name in self.names]
+
+
+class Predict(chainrule_peer.Predict):
+    """Rows that lie on the GPU; outputs stay there."""
+
+    form = "net(x), device arrays in and out"
+    device = "cuda"
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        super().__init__(work, problem)
+        self.net(self.X[:1])  # loads the engine
+        self.X = _engine().upload(self.X, 0)
+
+    def run(self, calls: int) -> None:
+        """Calls are queued; the end waits."""
+        super().run(calls)
+        _engine().synchronize(0)
+
+    def outputs(self) -> np.ndarray:
+        """Of one call."""
+        return np.asarray(self.net(self.X).numpy())
+
+
+VARIANTS = {"chainrule fit": Fit, "chainrule fit_many": FitMany, "chainrule train_step": TrainStep}
+PREDICTORS = {"chainrule": Predict}

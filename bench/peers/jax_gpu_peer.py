@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: MIT
+"""JAX on a GPU: as on the CPU, with the precision of products set, which is tf32 where nothing is said."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import numpy as np
+
+from . import jax_peer
+from .jax_peer import versions
+from .problem import Workload
+
+__all__ = ["PREDICTORS", "VARIANTS", "configure", "versions"]
+
+
+def configure(threads: int) -> None:
+    """ImportError where JAX has no GPU, unless this is a dry run."""
+    if os.environ.get("CHAINRULE_BENCH_DEVICE", "cuda") == "cuda" and jax.default_backend() != "gpu":
+        raise ImportError(f"jax {jax.__version__} sees no GPU")
+
+
+def _set_precision(work: Workload) -> None:
+    name = {"float32": "float32", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}[work.precision]
+    jax.config.update("jax_default_matmul_precision", name)
+
+
+class Jit(jax_peer.Jit):
+    """One call into the compiled step per batch."""
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        _set_precision(work)
+        super().__init__(work, problem)
+
+
+class Scan(jax_peer.Scan):
+    """The whole run in one XLA program."""
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        _set_precision(work)
+        super().__init__(work, problem)
+
+
+class Predict(jax_peer.Predict):
+    """The compiled forward pass on all rows."""
+
+    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
+        _set_precision(work)
+        super().__init__(work, problem)
+
+
+VARIANTS = {"jax.jit": Jit, "jax lax.scan": Scan}
+PREDICTORS = {"jax.jit": Predict}

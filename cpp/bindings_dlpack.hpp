@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: MIT
+// L4, a part of bindings_cuda.cpp: arrays on a device, and their exchange with other libraries by DLPack.
+#pragma once
+
+#include "bindings_parts.hpp"
+#include "cuda.hpp"
+
+namespace chainrule {
+
+// DLPack's structures, version 0, which every consumer takes. Source: github.com/dmlc/dlpack, dlpack.h
+namespace dlpack {
+struct Device {
+    std::int32_t type, id;  // type 2: CUDA
+};
+struct DataType {
+    std::uint8_t code, bits;  // code 0: integer, 2: real
+    std::uint16_t lanes;
+};
+struct Tensor {
+    void* data;
+    Device device;
+    std::int32_t ndim;
+    DataType dtype;
+    std::int64_t *shape, *strides;
+    std::uint64_t byte_offset;
+};
+struct Managed {
+    Tensor tensor;
+    void* context;
+    void (*deleter)(Managed*);
+};
+constexpr std::int32_t kCuda = 2;
+}  // namespace dlpack
+
+// A C-contiguous array on a device: its own memory, or another library's, which `owner` keeps.
+class DeviceArray {
+   public:
+    static DeviceArray upload(const py::array& array, int device) {
+        DeviceArray made(array.dtype(), std::vector<Index>(array.shape(), array.shape() + array.ndim()), device);
+        const auto flat = py::array::ensure(array, py::array::c_style);
+        cuda::copy(device, made.data_, flat.data(), made.bytes());
+        return made;
+    }
+    DeviceArray(py::dtype dtype, std::vector<Index> shape, int device)
+        : dtype_(std::move(dtype)), shape_(std::move(shape)), device_(device) {
+        auto memory = std::make_shared<cuda::Buffer<unsigned char>>(
+            device, std::max<Index>(static_cast<Index>(bytes()), 1), "an array");
+        data_ = memory->data();
+        owner_ = std::move(memory);
+    }
+    DeviceArray(py::dtype dtype, std::vector<Index> shape, int device, void* data, std::shared_ptr<void> owner)
+        : dtype_(std::move(dtype)), shape_(std::move(shape)), device_(device), data_(data), owner_(std::move(owner)) {}
+
+    const py::dtype& dtype() const { return dtype_; }
+    const std::vector<Index>& shape() const { return shape_; }
+    int device() const { return device_; }
+    void* data() const { return data_; }
+    std::size_t bytes() const {
+        Index size = 1;
+        for (const Index length : shape_) size *= length;
+        return static_cast<std::size_t>(size * dtype_.itemsize());
+    }
+    py::array numpy() const {
+        py::array array(dtype_, shape_);
+        cuda::copy(device_, array.mutable_data(), data_, bytes());
+        return array;
+    }
+    py::capsule to_dlpack() const;
+    static DeviceArray from_dlpack(const py::object& source);
+
+   private:
+    py::dtype dtype_;
+    std::vector<Index> shape_;
+    int device_;
+    void* data_ = nullptr;
+    std::shared_ptr<void> owner_;
+};
+
+inline py::capsule DeviceArray::to_dlpack() const {
+    struct Exported {
+        dlpack::Managed managed;
+        std::vector<std::int64_t> shape;
+        std::shared_ptr<void> owner;
+    };
+    auto* exported = new Exported{{}, {shape_.begin(), shape_.end()}, owner_};
+    const std::uint8_t code = dtype_.kind() == 'f' ? 2 : 0;
+    exported->managed = {{data_,
+                          {dlpack::kCuda, device_},
+                          static_cast<std::int32_t>(shape_.size()),
+                          {code, static_cast<std::uint8_t>(8 * dtype_.itemsize()), 1},
+                          exported->shape.data(),
+                          nullptr,
+                          0},
+                         exported,
+                         [](dlpack::Managed* managed) { delete static_cast<Exported*>(managed->context); }};
+    // A consumer renames the capsule and calls the deleter itself.
+    return py::capsule(&exported->managed, "dltensor", [](PyObject* capsule) {
+        if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+        auto* managed = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule, "dltensor"));
+        managed->deleter(managed);
+    });
+}
+
+inline DeviceArray DeviceArray::from_dlpack(const py::object& source) {
+    const auto device = py::cast<std::pair<int, int>>(source.attr("__dlpack_device__")());
+    if (device.first != dlpack::kCuda)
+        throw py::buffer_error("[from_dlpack] wrong kind of device: expected 2 (CUDA), got " +
+                               std::to_string(device.first));
+    const py::object capsule = source.attr("__dlpack__")();
+    auto* managed = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+    if (managed == nullptr) throw py::error_already_set();
+    const dlpack::Tensor& tensor = managed->tensor;
+    const bool real = tensor.dtype.code == 2 && (tensor.dtype.bits == 32 || tensor.dtype.bits == 64);
+    const bool integer = tensor.dtype.code == 0 && tensor.dtype.bits == 64;
+    if (!(real || integer) || tensor.dtype.lanes != 1)
+        throw py::buffer_error("[from_dlpack] wrong dtype: expected float32, float64 or int64, got code " +
+                               std::to_string(tensor.dtype.code) + " with " + std::to_string(tensor.dtype.bits) +
+                               " bits");
+    Index expected = 1;
+    for (int d = tensor.ndim; d-- > 0; expected *= tensor.shape[d])
+        if (tensor.strides && tensor.shape[d] > 1 && tensor.strides[d] != expected)
+            throw py::buffer_error("[from_dlpack] wrong layout: expected C-contiguous, got other strides");
+    cuda::synchronize(tensor.device.id);  // whatever stream the producer works on
+    PyCapsule_SetName(capsule.ptr(), "used_dltensor");
+    const std::shared_ptr<void> owner(managed, [](void* held) {
+        auto* taken = static_cast<dlpack::Managed*>(held);
+        if (taken->deleter) taken->deleter(taken);
+    });
+    const char* name = integer ? "int64" : (tensor.dtype.bits == 32 ? "float32" : "float64");
+    return DeviceArray(py::dtype(name), {tensor.shape, tensor.shape + tensor.ndim}, tensor.device.id,
+                       static_cast<unsigned char*>(tensor.data) + tensor.byte_offset, owner);
+}
+
+// Takes NumPy arrays, and arrays on the device.
+struct FromDevice {
+    template <class T>
+    static Taken<T> take(const py::handle& object, const char* what, int dims) {
+        if (!py::isinstance<DeviceArray>(object)) return FromNumpy::take<T>(object, what, dims);
+        const auto& array = py::cast<const DeviceArray&>(object);
+        if (!array.dtype().equal(py::dtype::of<T>()))
+            throw py::type_error(std::string("[_cuda] ") + what + " must be " +
+                                 std::string(py::str(py::dtype::of<T>())) + ", got " +
+                                 std::string(py::str(array.dtype())));
+        if (static_cast<int>(array.shape().size()) != dims)
+            throw py::value_error(std::string("[_cuda] ") + what + " must have " + std::to_string(dims) +
+                                  " dimensions, got " + std::to_string(array.shape().size()));
+        return {static_cast<const T*>(array.data()), array.shape(), py::reinterpret_borrow<py::object>(object)};
+    }
+    static bool are_labels(const py::handle& object) {
+        if (!py::isinstance<DeviceArray>(object)) return FromNumpy::are_labels(object);
+        return py::cast<const DeviceArray&>(object).dtype().kind() == 'i';
+    }
+    // They are looked at on the host.
+    static NumpyArray<std::int64_t> labels(const py::handle& object, Index rows) {
+        if (!py::isinstance<DeviceArray>(object)) return FromNumpy::labels(object, rows);
+        return FromNumpy::labels(py::cast<const DeviceArray&>(object).numpy(), rows);
+    }
+};
+
+}  // namespace chainrule

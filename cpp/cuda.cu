@@ -1,0 +1,365 @@
+// SPDX-License-Identifier: MIT
+// L3: the engine on NVIDIA GPUs: devices, memory, networks. Built into a module of its own, _cuda, which Python loads when
+// somebody first asks for a GPU. The formulas are cpp/ops', compiled for a thread (lane.hpp); cpp/cuda/ has the kernels and the
+// sweeps made of them.
+#define CHAINRULE_DEVICE 1
+#define CHAINRULE_ISA device
+
+#include "cuda.hpp"
+
+#include <dlfcn.h>
+
+#include "cuda/calculus.cuh"
+#include "cuda/trainer.cuh"
+
+namespace chainrule {
+namespace cuda {
+
+namespace {
+
+// A function of cuBLASLt, of the newest one that the loader finds or somebody has loaded already; never closed again.
+void* library_symbol(const char* name) {
+#ifdef CUDA_ON_CPU
+    return cuda_on_cpu::library_symbol(name);
+#else
+    static void* const library = [] {
+        void* handle = nullptr;
+        for (const char* file : {"libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"})
+            if (!handle) handle = dlopen(file, RTLD_NOW | RTLD_LOCAL);
+        return handle;
+    }();
+    return library ? dlsym(library, name) : nullptr;
+#endif
+}
+
+}  // namespace
+
+// ---- devices --------------------------------------------------------------------------------------------------------
+
+std::string state() {
+    int driver = 0, count = 0;
+    if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+        (void)cudaGetLastError();
+        return "no NVIDIA driver: libcuda.so.1 not found";
+    }
+    if (driver < 12000)
+        return "driver " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
+               " is too old: 12.0 or newer";
+    const cudaError_t code = cudaGetDeviceCount(&count);
+    if (code != cudaSuccess) {
+        (void)cudaGetLastError();
+        return std::string("no GPU: ") + cudaGetErrorString(code);
+    }
+    return count == 0 ? "no GPU: the driver lists none" : "";
+}
+
+int device_count() {
+    int count = 0;
+    if (!state().empty()) return 0;
+    check(cudaGetDeviceCount(&count), "counting devices");
+    return count;
+}
+
+std::string device_name(int device) {
+    cudaDeviceProp properties{};
+    check(cudaGetDeviceProperties(&properties, device), "asking the device");
+    return properties.name;
+}
+
+void synchronize(int device) {
+    const OnDevice here(device);
+    check(cudaDeviceSynchronize(), "a kernel");
+}
+
+int device_of(const void* pointer) {
+    cudaPointerAttributes attributes{};
+    check(cudaPointerGetAttributes(&attributes, pointer), "asking where memory is");
+    return attributes.type == cudaMemoryTypeDevice ? attributes.device : -1;
+}
+
+void force_schedule(Schedule schedule) { forced_schedule.store(schedule); }
+
+void copy(int device, void* to, const void* from, std::size_t bytes) {
+    const OnDevice here(device);
+    const Stream stream;
+    upload(static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), static_cast<Index>(bytes), stream);
+    stream.wait();
+}
+
+const lt::Functions* lt::functions() {
+    static const std::unique_ptr<const Functions> found = [] {
+        auto table = std::make_unique<Functions>();
+        bool all = true;
+        const auto find = [&](auto& function, const char* name) {
+            void* const symbol = library_symbol(name);
+            std::memcpy(&function, &symbol, sizeof symbol);
+            all = all && symbol;
+        };
+        find(table->Create, "cublasLtCreate");
+        find(table->Destroy, "cublasLtDestroy");
+        find(table->Matmul, "cublasLtMatmul");
+        find(table->MatmulDescCreate, "cublasLtMatmulDescCreate");
+        find(table->MatmulDescDestroy, "cublasLtMatmulDescDestroy");
+        find(table->MatmulDescSetAttribute, "cublasLtMatmulDescSetAttribute");
+        find(table->MatrixLayoutCreate, "cublasLtMatrixLayoutCreate");
+        find(table->MatrixLayoutDestroy, "cublasLtMatrixLayoutDestroy");
+        find(table->MatmulPreferenceCreate, "cublasLtMatmulPreferenceCreate");
+        find(table->MatmulPreferenceDestroy, "cublasLtMatmulPreferenceDestroy");
+        find(table->MatmulPreferenceSetAttribute, "cublasLtMatmulPreferenceSetAttribute");
+        find(table->MatmulAlgoGetHeuristic, "cublasLtMatmulAlgoGetHeuristic");
+        return all ? std::move(table) : nullptr;
+    }();
+    return found.get();
+}
+
+void* allocate(int device, std::size_t bytes, const char* what) {
+    if (bytes == 0) return nullptr;
+    const OnDevice here(device);
+    void* memory = nullptr;
+    const cudaError_t code = cudaMalloc(&memory, bytes);
+    if (code == cudaErrorMemoryAllocation) {
+        (void)cudaGetLastError();
+        std::size_t free = 0, total = 0;
+        (void)cudaMemGetInfo(&free, &total);
+        throw OutOfMemory("[cuda] out of memory: expected " + std::to_string(bytes) + " bytes for " + what + ", got " +
+                          std::to_string(free) + " free of " + std::to_string(total));
+    }
+    check(code, "allocating memory");
+    return memory;
+}
+void release(void* memory) noexcept { (void)cudaFree(memory); }
+
+// ---- networks -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Each layer's part of theta begins at a multiple of 256 bytes.
+template <class T>
+constexpr Index kAlign = 256 / static_cast<Index>(sizeof(T));
+
+}  // namespace
+
+template <class T>
+Network<T>::Network(std::vector<Layer<T>> layers, Precision precision, int device)
+    : layers_(std::move(layers)), precision_(precision), device_(device) {
+    if (layers_.empty()) throw std::invalid_argument("[Network] a network has layers: expected at least 1, got 0");
+    if (const std::string missing = state(); !missing.empty()) throw std::runtime_error("[cuda] " + missing);
+    Index total = 0;
+    first_cotangent_ = depth();
+    for (Index l = 0; l < depth(); ++l) {
+        Layer<T>& g = layers_[static_cast<std::size_t>(l)];
+        if (g.kind == Layer<T>::Kind::external)
+            throw std::invalid_argument(
+                "[Network] users' layers run on the CPU: expected built-in layers, got one in Python");
+        g.offset = total;
+        if (g.kind != Layer<T>::Kind::linear) continue;
+        parameters_.push_back({l, "weight", {g.outputs, g.inputs}, total, g.outputs * g.inputs});
+        if (g.bias) parameters_.push_back({l, "bias", {g.outputs}, total + g.outputs * g.inputs, g.outputs});
+        total = round_up(total + g.outputs * g.weight_rows(), kAlign<T>);
+        g.size = total - g.offset;
+        multiplies_ += static_cast<double>(g.weight_rows()) * static_cast<double>(g.outputs);
+        first_cotangent_ = std::min(first_cotangent_, l + 1);
+    }
+    const OnDevice here(device_);
+    theta_ = Buffer<T>(device_, total, "parameters");
+    runtime_ = std::make_unique<Runtime>(device_, precision_);
+    clear(theta(), total, runtime_->stream);
+    runtime_->stream.wait();
+}
+template <class T>
+Network<T>::~Network() = default;
+
+template <class T>
+void Network<T>::read(const Parameter& parameter, const T* flat, T* to) const {
+    const OnDevice here(device_);
+    const std::lock_guard<std::mutex> lock(runtime_->mutex);
+    download(to, flat + parameter.offset, parameter.size, runtime_->stream);
+    runtime_->stream.wait();
+}
+
+template <class T>
+void Network<T>::write(const Parameter& parameter, const T* from) {
+    const OnDevice here(device_);
+    const std::lock_guard<std::mutex> lock(runtime_->mutex);
+    upload(theta() + parameter.offset, from, parameter.size, runtime_->stream);
+    runtime_->stream.wait();
+    count_change();
+}
+
+template <class T>
+Array<T> Network<T>::snapshot() const {
+    const OnDevice here(device_);
+    const std::lock_guard<std::mutex> lock(runtime_->mutex);
+    Array<T> copy(size());
+    download(copy.data(), theta(), size(), runtime_->stream);
+    runtime_->stream.wait();
+    return copy;
+}
+
+template <class T>
+void Network<T>::restore(const Array<T>& snapshot) {
+    const OnDevice here(device_);
+    const std::lock_guard<std::mutex> lock(runtime_->mutex);
+    upload(theta(), snapshot.data(), size(), runtime_->stream);
+    runtime_->stream.wait();
+    count_change();
+}
+
+template <class T>
+bool Network<T>::all_finite() const {
+    const OnDevice here(device_);
+    const std::lock_guard<std::mutex> lock(runtime_->mutex);
+    const Buffer<double> count(device_, kPieces + 1, "a sum");
+    sum_in_pieces(size(), NotFinite<T>{theta()}, count.data(), runtime_->stream);
+    sum_over(pieces_of(size()), Partials{count.data()}, StoreSum{count.data() + kPieces}, runtime_->stream);
+    double result = 0;
+    download(&result, count.data() + kPieces, 1, runtime_->stream);
+    runtime_->stream.wait();
+    return result == 0;
+}
+
+template <class T>
+void Network<T>::predict(Index rows, const T* x, T* f) const {
+    const OnDevice here(device_);
+    const std::lock_guard<std::mutex> lock(runtime_->mutex);
+    if (!runtime_->predictor) runtime_->predictor = std::make_unique<Tape<T>>(*this, false);
+    Tape<T>& tape = *runtime_->predictor;
+    const bool here_already = rows > 0 && device_of(x) == device_;
+    const Index piece = rows_at_once(*this, 1);
+    for (Index first = 0; first < rows; first += piece) {
+        tape.shape(0, std::min(piece, rows - first), 1, {Tape<T>::primal});
+        const T* from = x + first * inputs();
+        if (!here_already) tape.load(Tape<T>::primal, 0, from, runtime_->stream);
+        tape.input(here_already ? from : tape.at(Tape<T>::primal, 0).data, {}, runtime_->stream);
+        tape.forward(nullptr, runtime_->stream);
+        tape.store(Tape<T>::primal, depth(), f + first * outputs(), runtime_->stream);
+    }
+    runtime_->stream.wait();
+}
+
+template <class T>
+void Network<T>::trace(Index rows, const T* x, T* const* phi) const {
+    const OnDevice here(device_);
+    const std::lock_guard<std::mutex> lock(runtime_->mutex);
+    Tape<T> tape(*this, false);
+    tape.keep_all(true);
+    tape.shape(0, rows, 1, {Tape<T>::primal});
+    tape.load(Tape<T>::primal, 0, x, runtime_->stream);
+    tape.forward(nullptr, runtime_->stream);
+    for (Index l = 0; l < depth(); ++l) tape.store(Tape<T>::primal, l + 1, phi[l], runtime_->stream);
+    runtime_->stream.wait();
+}
+
+// ---- optimizers -----------------------------------------------------------------------------------------------------
+
+template <class T>
+Optimizer<T>::Optimizer(const Network<T>& net, const OptimizerSettings& given) : settings(given), net_(net) {
+    const OnDevice here(net.device());
+    for (int s = 0; s < kSlots; ++s) {
+        if (!uses_slot(settings, s)) continue;
+        slots[s] = Buffer<T>(net.device(), net.size(), "an optimizer's state");
+        clear(slots[s].data(), net.size(), net.runtime().stream);
+    }
+    net.runtime().stream.wait();
+}
+
+// The CPU's network serves as the description of its own layout.
+template <class T>
+Array<T> Optimizer<T>::slot(int number) const {
+    if (slots[number].size() == 0) return Array<T>(0);
+    const chainrule::Network<T> layout(net_.layers());
+    Array<T> flat(layout.size());
+    for (std::size_t k = 0; k < net_.parameters().size(); ++k) {
+        std::vector<T> plain(static_cast<std::size_t>(net_.parameters()[k].size));
+        net_.read(net_.parameters()[k], slots[number].data(), plain.data());
+        layout.pack(layout.parameters()[k], plain.data(), flat.data());
+    }
+    return flat;
+}
+
+template <class T>
+void Optimizer<T>::set_slot(int number, const T* from) {
+    if (slots[number].size() == 0) return;
+    const OnDevice here(net_.device());
+    const chainrule::Network<T> layout(net_.layers());
+    for (std::size_t k = 0; k < net_.parameters().size(); ++k) {
+        const Parameter& parameter = net_.parameters()[k];
+        std::vector<T> plain(static_cast<std::size_t>(parameter.size));
+        layout.read(layout.parameters()[k], from, plain.data());
+        const std::lock_guard<std::mutex> lock(net_.runtime().mutex);
+        upload(slots[number].data() + parameter.offset, plain.data(), parameter.size, net_.runtime().stream);
+        net_.runtime().stream.wait();
+    }
+}
+
+template <class T>
+Index Optimizer<T>::slot_size(int number) const {
+    return slots[number].size() == 0 ? 0 : chainrule::Network<T>(net_.layers()).size();
+}
+
+// ---- single steps ---------------------------------------------------------------------------------------------------
+
+template <class T>
+Step<T>::Step(Network<T>& net, const Loss<T>& loss, Index rows, Index target_cols, const Extras& extras) {
+    const OnDevice here(net.device());
+    work_ = std::make_unique<Work>(net, loss, rows, target_cols, extras, false);
+}
+template <class T>
+Step<T>::~Step() = default;
+
+template <class T>
+double Step<T>::sweep(const Dataset<T>& data, const std::int64_t*, Index rows, const Noise&, bool backward) {
+    Work& w = *work_;
+    const OnDevice here(w.net.device());
+    const std::lock_guard<std::mutex> lock(w.net.runtime().mutex);
+    w.batch.take(w.net, data, w.net.runtime().stream);
+    w.set_control(Control{});
+    w.shape(rows);
+    w.forward(w.batch.source(), rows, nullptr);
+    w.run_loss(w.batch.source(), rows);
+    if (backward) w.store_gradient(w.batch.source(), rows, nullptr);
+    w.end(w.batch.source(), rows);
+    return w.get_control().value;
+}
+
+template <class T>
+const T* Step<T>::gradient() {
+    return work_->gradient();
+}
+
+template <class T>
+double evaluate(Network<T>& net, const Loss<T>& loss, const Dataset<T>& data) {
+    const OnDevice here(net.device());
+    const std::lock_guard<std::mutex> lock(net.runtime().mutex);
+    const Index piece = std::min(data.rows, rows_at_once(net, 2));
+    typename Step<T>::Work work(net, loss, piece, data.target_cols, {}, false);
+    work.batch.take(net, data, net.runtime().stream);
+    work.set_control(Control{});
+    Source<T> source = work.batch.source();
+    source.rows.first = &work.control.data()->first;
+    for (Index first = 0; first < data.rows; first += piece) {
+        const Index rows = std::min(piece, data.rows - first);
+        work.shape(rows);
+        work.forward(source, rows, nullptr);
+        work.run_loss(source, rows);
+        work.end(source, rows);
+    }
+    const Control control = work.get_control();
+    return loss.mean ? (control.weight > 0 ? control.total / control.weight : 0) : control.total;
+}
+
+#define CHAINRULE_INSTANTIATE(T)                                                                         \
+    template class Network<T>;                                                                           \
+    template class Optimizer<T>;                                                                         \
+    template class Step<T>;                                                                              \
+    template class Direction<T>;                                                                         \
+    template class Derivatives<T>;                                                                       \
+    template class Trainer<T>;                                                                           \
+    template double evaluate<T>(Network<T>&, const Loss<T>&, const Dataset<T>&);                         \
+    template std::vector<std::vector<double>> run_many<T>(const std::vector<Trainer<T>*>&, Index, Index, \
+                                                          const double*, Index, Index, const std::function<void()>&);
+CHAINRULE_INSTANTIATE(float)
+CHAINRULE_INSTANTIATE(double)
+
+}  // namespace cuda
+}  // namespace chainrule

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: MIT
+// L2: the formulas of cpp/ops and cpp/optim.hpp on the GPU, by number. The number is the same for all threads of a launch, so
+// that a switch costs a jump, and one kernel serves all ops instead of one kernel for each.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../ops/cross_entropy.hpp"
+#include "../ops/dropout.hpp"
+#include "../ops/elu.hpp"
+#include "../ops/gaussian_nll.hpp"
+#include "../ops/gelu.hpp"
+#include "../ops/huber.hpp"
+#include "../ops/identity.hpp"
+#include "../ops/leaky_relu.hpp"
+#include "../ops/least_squares.hpp"
+#include "../ops/log_softmax.hpp"
+#include "../ops/logistic.hpp"
+#include "../ops/mae.hpp"
+#include "../ops/mse.hpp"
+#include "../ops/pinball.hpp"
+#include "../ops/poisson.hpp"
+#include "../ops/relu.hpp"
+#include "../ops/sigmoid.hpp"
+#include "../ops/silu.hpp"
+#include "../ops/softmax.hpp"
+#include "../ops/softplus.hpp"
+#include "../ops/tanh.hpp"
+#include "../optim.hpp"
+
+namespace chainrule {
+namespace CHAINRULE_ISA {
+
+// ---- elementwise ----------------------------------------------------------------------------------------------------
+
+template <class T>
+static __device__ __forceinline__ T op_forward(Op op, T x, T param) {
+    const Vec<T> v = x, p = param;
+    switch (op) {
+#define CHAINRULE_ELEMENTWISE(name, type, saves) \
+    case Op::name: return type::forward(v, p)[0];
+#include "../ops/ops.def"
+        default: return x;
+    }
+}
+// jvp as well: the Jacobian is diagonal.
+template <class T>
+static __device__ __forceinline__ T op_vjp(Op op, T dy, T saved, T param) {
+    const Vec<T> d = dy, s = saved, p = param;
+    switch (op) {
+#define CHAINRULE_ELEMENTWISE(name, type, saves) \
+    case Op::name: return type::vjp(d, s, p)[0];
+#include "../ops/ops.def"
+        default: return dy;
+    }
+}
+// dv g' + v dx g''
+template <class T>
+static __device__ __forceinline__ T op_second(Op op, T v, T dx, T dv, T saved, T param) {
+    const Vec<T> along = dv, s = saved, p = param, both = Vec<T>(v) * Vec<T>(dx);
+    switch (op) {
+#define CHAINRULE_ELEMENTWISE(name, type, saves) \
+    case Op::name: return (type::jvp(along, s, p) + both * type::second(s, p))[0];
+#include "../ops/ops.def"
+        default: return dv;
+    }
+}
+
+// ---- a row a thread -------------------------------------------------------------------------------------------------
+
+template <class T>
+static __device__ __forceinline__ void row_forward(Op op, Index n, const T* x, T* y) {
+    switch (op) {
+#define CHAINRULE_ROWWISE(name, type, saves) \
+    case Op::name: return type::forward(n, x, y);
+#include "../ops/ops.def"
+        default: return;
+    }
+}
+template <class T>
+static __device__ __forceinline__ void row_vjp(Op op, Index n, const T* dy, const T* saved, T* dx) {
+    switch (op) {
+#define CHAINRULE_ROWWISE(name, type, saves) \
+    case Op::name: return type::vjp(n, dy, saved, dx);
+#include "../ops/ops.def"
+        default: return;
+    }
+}
+template <class T>
+static __device__ __forceinline__ void row_jvp(Op op, Index n, const T* dx, const T* saved, T* dy) {
+    switch (op) {
+#define CHAINRULE_ROWWISE(name, type, saves) \
+    case Op::name: return type::jvp(n, dx, saved, dy);
+#include "../ops/ops.def"
+        default: return;
+    }
+}
+template <class T>
+static __device__ __forceinline__ void row_vjp_jvp(Op op, Index n, const T* v, const T* dx, const T* dv, const T* saved,
+                                                   T* out) {
+    switch (op) {
+#define CHAINRULE_ROWWISE(name, type, saves) \
+    case Op::name: return type::vjp_jvp(n, v, dx, dv, saved, out);
+#include "../ops/ops.def"
+        default: return;
+    }
+}
+template <class T>
+static __device__ __forceinline__ void row_jvp_jvp(Op op, Index n, const T* dx, const T* ddx, const T* saved, T* out) {
+    switch (op) {
+#define CHAINRULE_ROWWISE(name, type, saves) \
+    case Op::name: return type::jvp_jvp(n, dx, ddx, saved, out);
+#include "../ops/ops.def"
+        default: return;
+    }
+}
+
+// The loss of one row, and ∂L/∂f; weight may be null.
+template <class T>
+static __device__ __forceinline__ T row_loss(LossOp op, Index n, const T* f, const Targets<T>& y, const T* weight,
+                                             T scale, T* df, T param) {
+    T value = 0;
+    switch (op) {
+#define CHAINRULE_LOSS(name, type) \
+    case LossOp::name: type::run(1, n, f, n, y, weight, scale, &value, df, n, param); break;
+#include "../ops/ops.def"
+        default: break;
+    }
+    return value;
+}
+// out = weight * scale * H t
+template <class T>
+static __device__ __forceinline__ void row_loss_hvp(LossOp op, Index n, const T* f, const Targets<T>& y,
+                                                    const T* weight, T scale, const T* t, T* out, T param) {
+    switch (op) {
+#define CHAINRULE_LOSS(name, type)                                                                           \
+    case LossOp::name:                                                                                       \
+        return type::hvp(MatrixView<const T>{f, 1, n, n}, y, weight, scale, MatrixView<const T>{t, 1, n, n}, \
+                         MatrixView<T>{out, 1, n, n}, param);
+#include "../ops/ops.def"
+        default: return;
+    }
+}
+
+// ---- update rules ---------------------------------------------------------------------------------------------------
+
+// The new w of weight number i, whose slots are written.
+template <class T>
+static __device__ __forceinline__ T rule_update(OptimizerOp rule, Index i, T w, T g, const State<T>& slots,
+                                                const Hyper<T>& hyper) {
+    const Vec<T> old = w, gradient = g;
+    switch (rule) {
+#define CHAINRULE_OPTIMIZER(name, type) \
+    case OptimizerOp::name: return type::update(i, old, gradient, slots, hyper)[0];
+#include "../ops/ops.def"
+        default: return w;
+    }
+}
+
+}  // namespace CHAINRULE_ISA
+
+namespace cuda {
+using namespace CHAINRULE_ISA;
+}
+}  // namespace chainrule

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: MIT
+// L2: products of a warp on tensor cores, D += A B with A 16 x k and B k x 8, and the roundings of their operands.
+// Lane 4 g + t holds, of A, rows g and g + 8; of B, column g; of D, rows g and g + 8 and columns 2 t and 2 t + 1.
+// Source: PTX ISA, "Matrix fragments for mma.m16n8k8" and "mma.m16n8k16".
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../simd.hpp"
+
+namespace chainrule {
+namespace cuda {
+using namespace CHAINRULE_ISA;
+
+// To the 10 bits of mantissa that tf32 has; to nearest, ties away from zero, as cvt.rna does.
+static __device__ __forceinline__ std::uint32_t round_to_tf32(float x) {
+    const Vec<float> v = x;
+    const Vec<Pair> bits = (Vec<Pair>)v, rounded = (bits + 0x1000u) & 0xffffe000u;
+    return select(v == v, rounded, Vec<Pair>(0x7fc00000u))[0];
+}
+static __device__ __forceinline__ std::uint32_t bfloat16_pair(float first, float second) {
+    return pair_up(Vec<float>(first), Vec<float>(second))[0];
+}
+
+#ifdef CUDA_ON_CPU
+// The same by the tables of fragments: every lane shows its operands, and takes the products that it holds.
+struct Fragments {
+    std::uint32_t a[4], b[2];
+};
+template <int K, class Term>
+inline void products_of_warp(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], Term term) {
+    Fragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+    const auto* all = reinterpret_cast<const Fragments*>(cuda_on_cpu::exchange(&mine, sizeof mine));
+    const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+    for (int c = 0; c < 4; ++c)
+        for (int k = 0; k < K; ++k) d[c] += term(all, g + c / 2 * 8, 2 * t + c % 2, k);
+    __syncwarp();
+}
+inline float float_of(std::uint32_t bits) { return Vec<float>(Vec<Pair>(bits))[0]; }
+inline void multiply_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+    products_of_warp<8>(d, a, b, [](const Fragments* all, int row, int col, int k) {
+        return float_of(all[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]) * float_of(all[col * 4 + k % 4].b[k / 4]);
+    });
+}
+inline void multiply_bfloat16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+    products_of_warp<16>(d, a, b, [](const Fragments* all, int row, int col, int k) {
+        const auto half = [&](std::uint32_t pair) { return float_of(k % 2 ? pair & 0xffff0000u : pair << 16); };
+        return half(all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2]) * half(all[col * 4 + k % 8 / 2].b[k / 8]);
+    });
+}
+#else
+static __device__ __forceinline__ void multiply_tf32(float (&d)[4], const std::uint32_t (&a)[4],
+                                                     const std::uint32_t (&b)[2]) {
+#ifdef __CUDA_ARCH__
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+static __device__ __forceinline__ void multiply_bfloat16(float (&d)[4], const std::uint32_t (&a)[4],
+                                                         const std::uint32_t (&b)[2]) {
+#ifdef __CUDA_ARCH__
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+#endif
+
+}  // namespace cuda
+}  // namespace chainrule

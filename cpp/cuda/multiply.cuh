@@ -1,0 +1,384 @@
+// SPDX-License-Identifier: MIT
+// L2: the matrix product of the GPU engine. A block has a tile of C = A B; it brings both operands to shared memory a few
+// terms at a time, the next ones on their way while it multiplies, and hands each sum to an epilogue while it is in a register.
+// Each sum is taken by one thread (or, on tensor cores, one warp) over k in order: two runs give the same bits.
+#pragma once
+
+#include "formulas.cuh"
+#include "mma.cuh"
+#include "runtime.cuh"
+#include "sizes.hpp"
+
+namespace chainrule {
+namespace cuda {
+
+// The rows of a batch: from the first on, or those that an epoch's order names, from the present step's first on.
+struct Rows {
+    const std::int64_t* order = nullptr;  // null: as they come
+    const std::int64_t* first = nullptr;  // null: 0
+    __device__ std::int64_t operator()(std::int64_t i) const {
+        const std::int64_t at = first ? *first + i : i;
+        return order ? order[at] : at;
+    }
+};
+
+// A row-major matrix. A column of ones beside the last one makes a bias an ordinary weight.
+template <class T>
+struct Operand {
+    const T* data;
+    Index stride;
+    Rows rows = {};
+    int ones = -1;
+    __device__ T at(int row, int col) const { return col == ones ? T{1} : data[rows(row) * stride + col]; }
+};
+
+// ---- tiles ----------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct alignas(16) Four {
+    T at[4];
+};
+
+// By fused multiply-adds, a sub-tile a thread, in groups of four rows and columns so that shared memory is read by 16 bytes.
+template <class T, int Rows, int Cols, int Depth, int PerRow, int PerCol>
+struct Simt {
+    using Real = T;
+    static constexpr int rows = Rows, cols = Cols, depth = Depth, padding = 4;
+    static constexpr int across = Cols / PerCol, threads = Rows / PerRow * across;
+    static constexpr int parts = PerRow, part_rows = Rows / PerRow;
+    T sum[PerRow][PerCol] = {};
+
+    static __device__ int row_of(int r) {
+        return r / 4 * (4 * Rows / PerRow) + static_cast<int>(threadIdx.x) / across * 4 + r % 4;
+    }
+    static __device__ int col_of(int c) {
+        return c / 4 * (4 * across) + static_cast<int>(threadIdx.x) % across * 4 + c % 4;
+    }
+
+    __device__ void add(const T* a, const T* b) {
+        CHAINRULE_UNROLL(16)
+        for (int k = 0; k < Depth; ++k) {
+            Four<T> x[PerRow / 4], y[PerCol / 4];
+            CHAINRULE_UNROLL(4)
+            for (int r = 0; r < PerRow / 4; ++r)
+                x[r] = *reinterpret_cast<const Four<T>*>(a + k * (Rows + padding) + row_of(4 * r));
+            CHAINRULE_UNROLL(4)
+            for (int c = 0; c < PerCol / 4; ++c)
+                y[c] = *reinterpret_cast<const Four<T>*>(b + k * (Cols + padding) + col_of(4 * c));
+            CHAINRULE_UNROLL(8)
+            for (int r = 0; r < PerRow; ++r) {
+                CHAINRULE_UNROLL(8)
+                for (int c = 0; c < PerCol; ++c)
+                    sum[r][c] = fma(Vec<T>(x[r / 4].at[r % 4]), Vec<T>(y[c / 4].at[c % 4]), Vec<T>(sum[r][c]))[0];
+            }
+        }
+    }
+    __device__ void put(int part, T* to) const {
+        T* const row = to + static_cast<int>(threadIdx.x) / across * Cols;
+        CHAINRULE_UNROLL(8)
+        for (int r = 0; r < PerRow; ++r) {
+            if (r != part) continue;
+            CHAINRULE_UNROLL(8)
+            for (int c = 0; c < PerCol; ++c) row[col_of(c)] = sum[r][c];
+        }
+    }
+    // Of the tile, the row that lies in row `slot` of part `part`.
+    static __device__ int row_in_tile(int part, int slot) {
+        return part / 4 * (4 * Rows / PerRow) + slot * 4 + part % 4;
+    }
+};
+
+// On tensor cores, Down x Across fragments of 16 x 8 a warp, operands rounded to tf32 or bfloat16 on their way into registers.
+template <bool Bfloat16, int Rows, int Cols, int Depth, int Down, int Across>
+struct TensorCores {
+    using Real = float;
+    static constexpr int rows = Rows, cols = Cols, depth = Depth, padding = 8;
+    static constexpr int warps_across = Cols / (8 * Across), threads = 32 * (Rows / (16 * Down)) * warps_across;
+    static constexpr int step = Bfloat16 ? 16 : 8;
+    static constexpr int parts = 2 * Down, part_rows = Rows / parts;
+    float sum[Down][Across][4] = {};
+
+    static __device__ int group() { return static_cast<int>(threadIdx.x) % 32 / 4; }
+    static __device__ int turn() { return static_cast<int>(threadIdx.x) % 4; }
+    static __device__ int first_row() { return static_cast<int>(threadIdx.x) / 32 / warps_across * 16 * Down; }
+    static __device__ int first_col() { return static_cast<int>(threadIdx.x) / 32 % warps_across * 8 * Across; }
+
+    // Part `part` (0: the lower terms, 1: the higher) of what a lane holds at `place`, whose terms are `stride` apart.
+    static __device__ std::uint32_t operand(const float* place, int stride, int part) {
+        if (!Bfloat16) return round_to_tf32(place[(turn() + 4 * part) * stride]);
+        const float* pair = place + (2 * turn() + 8 * part) * stride;
+        return bfloat16_pair(pair[0], pair[stride]);
+    }
+    __device__ void add(const float* a, const float* b) {
+        constexpr int a_stride = Rows + padding, b_stride = Cols + padding;
+        CHAINRULE_UNROLL(4)
+        for (int k = 0; k < Depth; k += step) {
+            std::uint32_t x[Down][4], y[Across][2];
+            CHAINRULE_UNROLL(4)
+            for (int i = 0; i < Down; ++i) {
+                CHAINRULE_UNROLL(4)
+                for (int p = 0; p < 4; ++p)
+                    x[i][p] = operand(a + k * a_stride + first_row() + 16 * i + group() + p % 2 * 8, a_stride, p / 2);
+            }
+            CHAINRULE_UNROLL(4)
+            for (int j = 0; j < Across; ++j) {
+                CHAINRULE_UNROLL(2)
+                for (int p = 0; p < 2; ++p)
+                    y[j][p] = operand(b + k * b_stride + first_col() + 8 * j + group(), b_stride, p);
+            }
+            CHAINRULE_UNROLL(4)
+            for (int i = 0; i < Down; ++i) {
+                CHAINRULE_UNROLL(4)
+                for (int j = 0; j < Across; ++j)
+                    if (Bfloat16)
+                        multiply_bfloat16(sum[i][j], x[i], y[j]);
+                    else
+                        multiply_tf32(sum[i][j], x[i], y[j]);
+            }
+        }
+    }
+    __device__ void put(int part, float* to) const {
+        float* const row = to + (static_cast<int>(threadIdx.x) / 32 / warps_across * 8 + group()) * Cols;
+        CHAINRULE_UNROLL(4)
+        for (int i = 0; i < Down; ++i) {
+            CHAINRULE_UNROLL(2)
+            for (int half = 0; half < 2; ++half) {
+                if (2 * i + half != part) continue;
+                CHAINRULE_UNROLL(4)
+                for (int j = 0; j < Across; ++j) {
+                    row[first_col() + 8 * j + 2 * turn()] = sum[i][j][2 * half];
+                    row[first_col() + 8 * j + 2 * turn() + 1] = sum[i][j][2 * half + 1];
+                }
+            }
+        }
+    }
+    static __device__ int row_in_tile(int part, int slot) {
+        return slot / 8 * 16 * Down + part / 2 * 16 + part % 2 * 8 + slot % 8;
+    }
+};
+
+// Of one operand, the part of a tile that a thread brings: `extent` rows or columns of C by Depth terms. DownK: the terms run
+// down the matrix' rows, else along them; neighbouring threads read neighbouring columns either way.
+template <class T, bool DownK, int Extent, int Depth, int Threads, int Padding>
+struct Carrier {
+    static constexpr int count = Extent * Depth / Threads;
+    static_assert(count * Threads == Extent * Depth, "every thread brings as much");
+    T value[count];
+
+    static __device__ int number(int s) { return static_cast<int>(threadIdx.x) + s * Threads; }
+    static __device__ int place(int s) { return DownK ? number(s) % Extent : number(s) / Depth; }
+    static __device__ int term(int s) { return DownK ? number(s) / Extent : number(s) % Depth; }
+
+    __device__ void fetch(const Operand<T>& from, int start, int end, int k, int k_end) {
+        CHAINRULE_UNROLL(16)
+        for (int s = 0; s < count; ++s) {
+            const int i = start + place(s), t = k + term(s);
+            value[s] = i < end && t < k_end ? (DownK ? from.at(t, i) : from.at(i, t)) : T{0};
+        }
+    }
+    __device__ void put(T* to) const {
+        CHAINRULE_UNROLL(16)
+        for (int s = 0; s < count; ++s) to[term(s) * (Extent + Padding) + place(s)] = value[s];
+    }
+};
+
+template <class Tile>
+constexpr std::size_t tile_bytes() {
+    return static_cast<std::size_t>(Tile::depth * (Tile::rows + Tile::cols + 2 * Tile::padding)) *
+           sizeof(typename Tile::Real);
+}
+
+// C (m x n) over k terms; C's element (i, j) goes to epilogue(i, j, sum), then the block ends with epilogue.finish(memory).
+template <class Tile, bool ADownK, bool BDownK, class T, class Epilogue>
+__global__ void __launch_bounds__(Tile::threads, 1)
+    multiply(int m, int n, int k, Operand<T> a, Operand<T> b, Epilogue epilogue) {
+    CHAINRULE_SHARED(T, memory);
+    T* const a_tile = memory;
+    T* const b_tile = memory + Tile::depth * (Tile::rows + Tile::padding);
+    const int row = static_cast<int>(blockIdx.x) * Tile::rows, col = static_cast<int>(blockIdx.y) * Tile::cols;
+    Carrier<T, ADownK, Tile::rows, Tile::depth, Tile::threads, Tile::padding> next_a;
+    Carrier<T, BDownK, Tile::cols, Tile::depth, Tile::threads, Tile::padding> next_b;
+    Tile tile;
+    next_a.fetch(a, row, m, 0, k);
+    next_b.fetch(b, col, n, 0, k);
+    for (int start = 0; start < k; start += Tile::depth) {
+        next_a.put(a_tile);
+        next_b.put(b_tile);
+        __syncthreads();
+        if (start + Tile::depth < k) {
+            next_a.fetch(a, row, m, start + Tile::depth, k);
+            next_b.fetch(b, col, n, start + Tile::depth, k);
+        }
+        tile.add(a_tile, b_tile);
+        __syncthreads();
+    }
+    // Part by part through shared memory: one text of the epilogue instead of one for each element of a thread's, and
+    // neighbouring threads write neighbouring columns.
+    for (int part = 0; part < Tile::parts; ++part) {
+        tile.put(part, memory);
+        __syncthreads();
+        for (int e = static_cast<int>(threadIdx.x); e < Tile::part_rows * Tile::cols; e += Tile::threads) {
+            const int i = row + Tile::row_in_tile(part, e / Tile::cols), j = col + e % Tile::cols;
+            if (i < m && j < n) epilogue(i, j, memory[e]);
+        }
+        __syncthreads();
+    }
+    epilogue.finish(memory);
+}
+
+// ---- epilogues ------------------------------------------------------------------------------------------------------
+
+// Z = X Wᵀ + b, z kept where somebody needs it, and y = op(z). With `add`, to what is in y.
+template <class T>
+struct Activate {
+    const T* bias;       // null: none
+    MatrixView<T> z, y;  // z.data null: not kept
+    Op op;
+    T param;
+    bool add;
+    __device__ void operator()(int i, int j, T sum) {
+        T* const to = y.data + i * y.stride + j;
+        if (bias) sum = sum + bias[j];
+        if (add) sum = sum + *to;
+        if (z.data) z.data[i * z.stride + j] = sum;
+        *to = op_forward(op, sum, param);
+    }
+    __device__ void finish(T*) {}
+};
+
+// dX = dZ W, and the cotangent before the op that made X: dX g'. With `add`, dX is added to what is there.
+template <class T>
+struct Differentiate {
+    MatrixView<T> dx;
+    MatrixView<const T> saved;
+    Op op;
+    T param;
+    bool add;
+    __device__ void operator()(int i, int j, T sum) {
+        T* const to = dx.data + i * dx.stride + j;
+        if (add) sum = sum + *to;
+        *to = saved.data ? op_vjp(op, sum, saved.data[i * saved.stride + j], param) : sum;
+    }
+    __device__ void finish(T*) {}
+};
+
+// dW beside db, into a gradient laid out like theta: W (outputs, inputs), then b.
+template <class T>
+struct StoreGradient {
+    T* to;
+    int outputs, inputs;
+    bool add;
+    __device__ void operator()(int o, int i, T sum) {
+        T* const place =
+            to + (i < inputs ? static_cast<Index>(o) * inputs + i : static_cast<Index>(outputs) * inputs + o);
+        *place = add ? *place + sum : sum;
+    }
+    __device__ void finish(T*) {}
+};
+
+// The sum over a block's threads, at thread 0; always in the same order. `memory` has a double for each thread.
+static __device__ __forceinline__ double block_sum(double mine, double* memory) {
+    const unsigned t = threadIdx.x;
+    memory[t] = mine;
+    for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {  // a power of two
+        __syncthreads();
+        if (t < half) memory[t] = memory[t] + memory[t + half];
+    }
+    __syncthreads();
+    const double total = memory[0];
+    __syncthreads();  // before anybody writes there again
+    return total;
+}
+
+// What an update rule needs of the step in hand, for weights that lie from `offset` of theta on.
+template <class T>
+struct Rule {
+    OptimizerOp rule;
+    T* theta;
+    T* slots[kSlots];
+    const Hyper<T>* hyper;     // of each step of the epoch
+    const std::int64_t* step;  // the present one; null: `hyper` is its
+    T l1, l2, clip_value;
+
+    // The gradient with the penalty's part, clipped; adds the penalty itself to `penalty`.
+    __device__ T regularized(Index place, T gradient, bool weight, double& penalty) const {
+        const T w = theta[place];
+        if (weight && (l1 != 0 || l2 != 0)) {
+            gradient = gradient + penalty_gradient(Vec<T>(w), l1, l2)[0];
+            penalty += static_cast<double>(
+                chainrule::CHAINRULE_ISA::penalty(Vec<T>(w), l1, Vec<T>(l2 * static_cast<T>(0.5)))[0]);
+        }
+        return clip_value != 0 ? clamped(Vec<T>(gradient), Vec<T>(clip_value))[0] : gradient;
+    }
+    __device__ void apply(Index place, T gradient) const {
+        const State<T> state = {{slots[0], slots[1], slots[2]}};
+        theta[place] = rule_update(rule, place, theta[place], gradient, state, hyper[step ? *step : 0]);
+    }
+};
+
+// dW beside db, and the update at once.
+template <class T>
+struct Update {
+    Rule<T> rule;
+    Index offset;
+    int outputs, inputs;
+    double* penalties;  // of each block
+    double penalty = 0;
+    __device__ void operator()(int o, int i, T sum) {
+        const bool weight = i < inputs;
+        const Index place =
+            offset + (weight ? static_cast<Index>(o) * inputs + i : static_cast<Index>(outputs) * inputs + o);
+        rule.apply(place, rule.regularized(place, sum, weight, penalty));
+    }
+    __device__ void finish(T* memory) {
+        if (rule.l1 == 0 && rule.l2 == 0) return;
+        const double total = block_sum(penalty, reinterpret_cast<double*>(memory));
+        if (threadIdx.x == 0) penalties[blockIdx.y * gridDim.x + blockIdx.x] = total;
+    }
+};
+
+// ---- the choice of a tile -------------------------------------------------------------------------------------------
+
+// Large tiles read each operand less often, small ones keep more of the device busy.
+template <class T>
+struct Tiles {
+    using Small = Simt<T, 64, 64, 16, 4, 4>;
+    using Large = Simt<T, 64, 64, 16, 4, 4>;
+};
+template <>
+struct Tiles<float> {
+    using Small = Simt<float, 64, 64, 16, 4, 4>;
+    using Large = Simt<float, 128, 128, 16, 8, 8>;
+};
+using Tf32Small = TensorCores<false, 64, 64, 16, 2, 2>;
+using Tf32Large = TensorCores<false, 128, 128, 16, 4, 4>;
+using Bfloat16Small = TensorCores<true, 64, 64, 16, 2, 2>;
+using Bfloat16Large = TensorCores<true, 128, 128, 16, 4, 4>;
+
+template <class Tile, bool ADownK, bool BDownK, class T, class Epilogue>
+void multiply_by(Index m, Index n, Index k, const Operand<T>& a, const Operand<T>& b, const Epilogue& epilogue,
+                 cudaStream_t stream) {
+    const dim3 blocks(static_cast<unsigned>((m + Tile::rows - 1) / Tile::rows),
+                      static_cast<unsigned>((n + Tile::cols - 1) / Tile::cols));
+    launch(multiply<Tile, ADownK, BDownK, T, Epilogue>, blocks, Tile::threads, tile_bytes<Tile>(), stream,
+           static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), a, b, epilogue);
+}
+
+template <bool ADownK, bool BDownK, class T, class Epilogue>
+void multiply_tiles(Precision precision, bool large, Index m, Index n, Index k, const Operand<T>& a,
+                    const Operand<T>& b, const Epilogue& epilogue, cudaStream_t stream) {
+    const auto go = [&](auto small_tile, auto large_tile) {
+        if (large)
+            multiply_by<decltype(large_tile), ADownK, BDownK>(m, n, k, a, b, epilogue, stream);
+        else
+            multiply_by<decltype(small_tile), ADownK, BDownK>(m, n, k, a, b, epilogue, stream);
+    };
+    if constexpr (sizeof(T) == 4) {
+        if (precision == Precision::tf32) return go(Tf32Small{}, Tf32Large{});
+        if (precision == Precision::bfloat16) return go(Bfloat16Small{}, Bfloat16Large{});
+    }
+    go(typename Tiles<T>::Small{}, typename Tiles<T>::Large{});
+}
+
+}  // namespace cuda
+}  // namespace chainrule

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: MIT
+// L1: CUDA's run time as the engine wants it: every call checked, everything owned, and nothing that needs a compiler of
+// CUDA's: with tests/kernels/cuda_on_cpu before it in the include path, the same text runs on any computer.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "memory.hpp"
+
+namespace chainrule {
+namespace cuda {
+
+// The one place that looks at what a call returned. What a failed kernel left behind is taken up, too.
+inline void check(cudaError_t code, const char* what) {
+    if (code == cudaSuccess) return;
+    (void)cudaGetLastError();
+    throw std::runtime_error(std::string("[cuda] ") + what + " failed: " + cudaGetErrorString(code));
+}
+
+inline int attribute(cudaDeviceAttr which, int device) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device), "asking the device");
+    return value;
+}
+
+// Makes a device the calling thread's while it lives.
+class OnDevice {
+   public:
+    explicit OnDevice(int device) {
+        check(cudaGetDevice(&before_), "asking for the device");
+        if (before_ != device) check(cudaSetDevice(device), "choosing the device");
+    }
+    ~OnDevice() { (void)cudaSetDevice(before_); }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+   private:
+    int before_ = 0;
+};
+
+class Stream {
+   public:
+    Stream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream"); }
+    ~Stream() { (void)cudaStreamDestroy(stream_); }
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+    operator cudaStream_t() const { return stream_; }
+    void wait() const { check(cudaStreamSynchronize(stream_), "a kernel"); }
+
+   private:
+    cudaStream_t stream_ = nullptr;
+};
+
+class Event {
+   public:
+    Event() { check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "making an event"); }
+    ~Event() { (void)cudaEventDestroy(event_); }
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+    // What `from` has been given by now comes before what `to` is given next.
+    void order(cudaStream_t from, cudaStream_t to) const {
+        check(cudaEventRecord(event_, from), "recording an event");
+        check(cudaStreamWaitEvent(to, event_, 0), "waiting for an event");
+    }
+    void record(cudaStream_t stream) const { check(cudaEventRecord(event_, stream), "recording an event"); }
+    bool reached() const {
+        const cudaError_t code = cudaEventQuery(event_);
+        if (code == cudaErrorNotReady) return false;
+        check(code, "a kernel");
+        return true;
+    }
+
+   private:
+    cudaEvent_t event_ = nullptr;
+};
+
+// What a piece of work enqueued, to be enqueued again in one call.
+class Graph {
+   public:
+    // f() enqueues on `stream` and on streams that it forks from it and joins again.
+    template <class F>
+    Graph(cudaStream_t stream, F f) {
+        check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed), "beginning a graph");
+        cudaGraph_t graph = nullptr;
+        try {
+            f();
+        } catch (...) {
+            (void)cudaStreamEndCapture(stream, &graph);
+            if (graph) (void)cudaGraphDestroy(graph);
+            throw;
+        }
+        check(cudaStreamEndCapture(stream, &graph), "ending a graph");
+        const cudaError_t made = cudaGraphInstantiate(&executable_, graph, 0);
+        (void)cudaGraphDestroy(graph);
+        check(made, "instantiating a graph");
+    }
+    Graph(Graph&& other) noexcept : executable_(std::exchange(other.executable_, nullptr)) {}
+    Graph& operator=(Graph&& other) noexcept {
+        std::swap(executable_, other.executable_);
+        return *this;
+    }
+    ~Graph() {
+        if (executable_) (void)cudaGraphExecDestroy(executable_);
+    }
+    void launch(cudaStream_t stream) const { check(cudaGraphLaunch(executable_, stream), "launching a graph"); }
+
+   private:
+    cudaGraphExec_t executable_ = nullptr;
+};
+
+// kernel(arguments...) on blocks x threads with `shared` bytes for each block; nothing where there are no blocks.
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 blocks, int threads, std::size_t shared, cudaStream_t stream, A&&... arguments) {
+    if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
+    cudaLaunchConfig_t config{};
+    config.gridDim = blocks;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    check(cudaLaunchKernelEx(&config, kernel, P(std::forward<A>(arguments))...), "launching a kernel");
+}
+
+template <class T>
+void upload(T* to, const T* from, Index count, cudaStream_t stream) {
+    if (count > 0)
+        check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(count) * sizeof(T), cudaMemcpyDefault, stream),
+              "copying to the device");
+}
+template <class T>
+void download(T* to, const T* from, Index count, cudaStream_t stream) {
+    if (count > 0)
+        check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(count) * sizeof(T), cudaMemcpyDefault, stream),
+              "copying from the device");
+}
+template <class T>
+void clear(T* to, Index count, cudaStream_t stream) {
+    if (count > 0)
+        check(cudaMemsetAsync(to, 0, static_cast<std::size_t>(count) * sizeof(T), stream), "clearing memory");
+}
+
+}  // namespace cuda
+}  // namespace chainrule
+
+// The dynamic shared memory of a block; there is no other, so that tests see all of it.
+#ifdef CUDA_ON_CPU
+#define CHAINRULE_SHARED(T, name) T* const name = static_cast<T*>(cuda_on_cpu::shared_memory())
+#else
+#define CHAINRULE_SHARED(T, name)                                  \
+    extern __shared__ __align__(16) unsigned char shared_memory[]; \
+    T* const name = reinterpret_cast<T*>(shared_memory)
+#endif

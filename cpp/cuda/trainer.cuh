@@ -1,0 +1,464 @@
+// SPDX-License-Identifier: MIT
+// L3: the epoch loop on a device. The host draws each epoch's order while the device still works on the one before, puts the
+// rates of its steps beside it, and reads one number back at the end.
+#pragma once
+
+#include <chrono>
+#include <map>
+#include <thread>
+
+#include "../random.hpp"
+#include "resident.cuh"
+#include "step.cuh"
+
+namespace chainrule {
+namespace cuda {
+
+// How many steps one graph has: launching a graph costs the host as much as a small step costs the device.
+constexpr Index kStepsInGraph = 16;
+// And how many the resident schedule takes in one launch: some 10 ms of work, so that an interrupt is heard.
+constexpr int kStepsInLaunch = 1024;
+
+// Calls poll() every 20 ms or so.
+class Poller {
+   public:
+    explicit Poller(const std::function<void()>& poll) : poll_(poll) {}
+    void operator()() {
+        const auto now = Clock::now();
+        if (now - last_ < std::chrono::milliseconds(20)) return;
+        poll_();
+        last_ = now;
+    }
+
+   private:
+    using Clock = std::chrono::steady_clock;
+    const std::function<void()>& poll_;
+    Clock::time_point last_ = Clock::now();
+};
+
+inline std::atomic<Schedule> forced_schedule{Schedule::by_size};
+
+template <class T>
+struct Trainer<T>::Work {
+    Work(Network<T>& network, Optimizer<T>& rule, const Loss<T>& the_loss, const Dataset<T>& dataset,
+         const TrainerOptions& the_options)
+        : net(network),
+          optimizer(rule),
+          options(the_options),
+          rows(dataset.rows),
+          step(net, the_loss, std::min(options.batch_size, rows), dataset.target_cols,
+               {dataset.dy != nullptr, options.clip_example_norm}, true),
+          order(net.device(), options.shuffle ? rows : 0, "the order of an epoch"),
+          host_order(options.shuffle ? static_cast<std::size_t>(rows) : 0) {
+        data.take(net, dataset, net.runtime().stream);
+        source = data.source();
+        source.rows = {options.shuffle ? order.data() : nullptr, &step.control.data()->first};
+        net.runtime().stream.wait();
+        choose();
+    }
+
+    Index batch() const { return std::min(options.batch_size, rows); }
+    Index steps() const { return (rows + options.batch_size - 1) / options.batch_size; }
+    bool stores_examples() const { return step.extras.sobolev || step.extras.clip_example_norm != 0; }
+    bool stores() const { return options.regularization.clip_norm != 0 || stores_examples(); }
+    Rule<T> rule() const {
+        const Regularization& r = options.regularization;
+        Rule<T> rule = {optimizer.settings.rule,
+                        net.theta(),
+                        {},
+                        hyper.data(),
+                        &step.control.data()->step,
+                        static_cast<T>(r.l1),
+                        static_cast<T>(r.l2),
+                        static_cast<T>(r.clip_value)};
+        for (int s = 0; s < kSlots; ++s) rule.slots[s] = optimizer.slots[s].data();
+        return rule;
+    }
+    void choose();
+    void open_library();
+    Job<T> job(const Source<T>& from, Index count) const;
+    void enqueue(const Source<T>& from, Index count);
+    void prepare(std::int64_t steps, const double* lr, Index lr_stride);
+    void enqueue_epoch(Poller& look);
+    void wait(Poller& look);
+    void begin_epoch(Index number, const double* lr, Index lr_stride);
+    double end_epoch();
+    double epoch(Index number, const double* lr, Index lr_stride, Poller& look);
+
+    Network<T>& net;
+    Optimizer<T>& optimizer;
+    TrainerOptions options;
+    Index rows;
+    typename Step<T>::Work step;
+    Resident<T> data;
+    Source<T> source;
+    Buffer<std::int64_t> order;
+    std::vector<std::int64_t> host_order, next_order;
+    Index upcoming = -1, next_number = -1;  // the epoch to draw an order for; the one that next_order is of
+    Buffer<Hyper<T>> hyper;
+    std::vector<Hyper<T>> host_hyper;
+    std::map<std::pair<Index, Index>, Graph> graphs;  // by rows and steps
+    Schedule schedule = Schedule::fused;
+    std::unique_ptr<Library<T>> libraries[2];
+    Program program;  // of the resident schedule
+    Buffer<Job<T>> jobs;
+    Event done;
+    std::int64_t enqueued = 0;  // steps of the epoch
+};
+
+// The schedule: resident, if what the network needs fits into a processor's shared memory and nobody asked for another one.
+template <class T>
+void Trainer<T>::Work::choose() {
+    const Schedule forced = forced_schedule.load();
+    const bool plain =
+        !stores_examples() && net.precision() != Precision::tf32 && net.precision() != Precision::bfloat16;
+    bool slots[kSlots];
+    for (int s = 0; s < kSlots; ++s) slots[s] = optimizer.slots[s].size() > 0;
+    program = plan_resident(net.layers(), net.first_cotangent(), batch(), slots, options.regularization.clip_norm != 0);
+    const bool fits =
+        plain && program.count > 0 && program.total * static_cast<Index>(sizeof(T)) <= net.runtime().shared_bytes;
+    const bool large = wants_library(net.multiplies_per_row() * static_cast<double>(batch()));
+    if (fits && (forced == Schedule::by_size || forced == Schedule::resident)) {
+        schedule = Schedule::resident;
+        jobs = Buffer<Job<T>>(net.device(), 1, "a network at work");
+    } else if ((forced == Schedule::by_size ? large : forced == Schedule::library) && lt::functions()) {
+        schedule = Schedule::library;
+        open_library();
+    }
+    if (!stores()) return;
+    step.gradient();  // now: a graph must not find it elsewhere
+    net.runtime().stream.wait();
+}
+
+// A library for each stream, with room for every product of a step.
+template <class T>
+void Trainer<T>::Work::open_library() {
+    for (auto& library : libraries) {
+        library = std::make_unique<Library<T>>(net.device(), net.precision());
+        for (const Layer<T>& g : net.layers())
+            if (g.kind == Layer<T>::Kind::linear) library->reserve(batch(), g.inputs, g.outputs);
+    }
+    Arithmetic<T> how = net.runtime().how;
+    how.library = libraries[0].get();
+    how.side_library = libraries[1].get();
+    how.side = net.runtime().side;
+    step.tape.multiply_by(how);
+}
+
+template <class T>
+Job<T> Trainer<T>::Work::job(const Source<T>& from, Index count) const {
+    const Regularization& r = options.regularization;
+    Job<T> job = {};
+    job.theta = net.theta();
+    for (int s = 0; s < kSlots; ++s) job.slots[s] = optimizer.slots[s].data();
+    job.control = step.control.data();
+    job.hyper = hyper.data();
+    job.data = from;
+    job.rows = count;
+    job.batch = batch();
+    job.seed = options.seed;
+    job.rule = optimizer.settings.rule;
+    job.loss = step.loss.op;
+    job.loss_param = static_cast<T>(step.loss.param);
+    job.l1 = static_cast<T>(r.l1);
+    job.l2 = static_cast<T>(r.l2);
+    job.clip_value = static_cast<T>(r.clip_value);
+    job.clip_norm = r.clip_norm;
+    job.mean = step.loss.mean;
+    return job;
+}
+
+// The blocks of as many networks, each up to `steps` steps.
+template <class T>
+void launch_resident(const Program& program, const Job<T>* jobs, Index networks, int steps, cudaStream_t stream) {
+    const std::size_t bytes = static_cast<std::size_t>(program.total) * sizeof(T);
+    check(cudaFuncSetAttribute(train_resident<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+          "asking for shared memory");
+    launch(train_resident<T>, dim3(static_cast<unsigned>(networks)), kResidentThreads, bytes, stream, program, jobs,
+           steps);
+}
+
+// One step, on the streams.
+template <class T>
+void Trainer<T>::Work::enqueue(const Source<T>& from, Index count) {
+    const typename Tape<T>::Drawing drawing = {options.seed, &step.control.data()->drawn};
+    step.shape(count);
+    step.forward(from, count, &drawing);
+    step.run_loss(from, count);
+    if (stores()) {
+        step.store_gradient(from, count, &drawing);
+        step.update_stored(rule(), options.regularization.clip_norm);
+    } else {
+        step.update_at_once(rule(), count, &drawing);
+    }
+    step.end(from, count);
+}
+
+// The rates of the steps to come, and a control at its beginning.
+template <class T>
+void Trainer<T>::Work::prepare(std::int64_t count, const double* lr, Index lr_stride) {
+    cudaStream_t stream = net.runtime().stream;
+    host_hyper.resize(static_cast<std::size_t>(count));
+    for (std::int64_t s = 0; s < count; ++s)
+        host_hyper[static_cast<std::size_t>(s)] =
+            prepare_step<T>(optimizer.settings, lr[lr_stride > 1 ? s : 0], optimizer.step_count + s + 1);
+    if (hyper.size() < count) {
+        graphs.clear();  // they know the old place
+        hyper.grow(net.device(), count, "the rates of an epoch");
+    }
+    upload(hyper.data(), host_hyper.data(), count, stream);
+    Control control;
+    control.drawn = optimizer.step_count;
+    enqueued = 0;
+    step.set_control(control);  // waits, so that what was uploaded may change
+}
+
+template <class T>
+void Trainer<T>::Work::enqueue_epoch(Poller& look) {
+    cudaStream_t stream = net.runtime().stream;
+    if (schedule == Schedule::resident) {
+        const Job<T> own = job(source, rows);
+        upload(jobs.data(), &own, 1, stream);
+        net.runtime().stream.wait();
+        while (enqueued < steps()) {
+            launch_resident(program, jobs.data(), 1, kStepsInLaunch, stream);
+            enqueued = std::min<std::int64_t>(enqueued + kStepsInLaunch, steps());
+            wait(look);
+        }
+        return;
+    }
+    const auto launch_steps = [&](Index count, Index times) {
+        auto found = graphs.find({count, times});
+        if (found == graphs.end()) {
+            Graph graph(stream, [&] {
+                for (Index s = 0; s < times; ++s) enqueue(source, count);
+            });
+            found = graphs.emplace(std::make_pair(count, times), std::move(graph)).first;
+        }
+        found->second.launch(stream);
+        enqueued += times;
+        look();
+    };
+    const Index whole = rows / options.batch_size, rest = rows % options.batch_size;
+    for (Index s = 0; s < whole / kStepsInGraph; ++s) launch_steps(options.batch_size, kStepsInGraph);
+    for (Index s = 0; s < whole % kStepsInGraph; ++s) launch_steps(options.batch_size, 1);
+    if (rest > 0) launch_steps(rest, 1);
+    wait(look);
+}
+
+// Until the device has done what it was given; meanwhile the next epoch's order is drawn.
+template <class T>
+void Trainer<T>::Work::wait(Poller& look) {
+    done.record(net.runtime().stream);
+    look();
+    if (upcoming >= 0 && options.shuffle) {
+        next_order.resize(static_cast<std::size_t>(rows));
+        permute(rows, options.seed, static_cast<std::uint64_t>(upcoming), next_order.data());
+        next_number = std::exchange(upcoming, -1);
+    }
+    // A short wait must not end a scheduler's turn too late, a long one must not take a processor.
+    const auto patience = std::chrono::steady_clock::now() + std::chrono::milliseconds(1);
+    while (!done.reached()) {
+        look();
+        if (std::chrono::steady_clock::now() < patience)
+            std::this_thread::yield();
+        else
+            std::this_thread::sleep_for(std::chrono::microseconds(50));
+    }
+}
+
+template <class T>
+void Trainer<T>::Work::begin_epoch(Index number, const double* lr, Index lr_stride) {
+    if (options.shuffle) {
+        if (next_number == number)
+            host_order.swap(next_order);
+        else
+            permute(rows, options.seed, static_cast<std::uint64_t>(number), host_order.data());
+        upload(order.data(), host_order.data(), rows, net.runtime().stream);
+    }
+    prepare(steps(), lr, lr_stride);
+    net.count_change();
+}
+
+template <class T>
+double Trainer<T>::Work::end_epoch() {
+    optimizer.step_count += std::exchange(enqueued, 0);
+    const Control control = step.get_control();
+    return step.loss.mean && control.weight > 0 ? control.total / control.weight : control.total;
+}
+
+template <class T>
+double Trainer<T>::Work::epoch(Index number, const double* lr, Index lr_stride, Poller& look) {
+    begin_epoch(number, lr, lr_stride);
+    try {
+        enqueue_epoch(look);
+    } catch (...) {
+        (void)cudaStreamSynchronize(net.runtime().stream);
+        optimizer.step_count += std::exchange(enqueued, 0);
+        throw;
+    }
+    return end_epoch();
+}
+
+template <class T>
+Trainer<T>::Trainer(Network<T>& net, Optimizer<T>& optimizer, const Loss<T>& loss, const Dataset<T>& data,
+                    const TrainerOptions& options) {
+    const OnDevice here(net.device());
+    const std::lock_guard<std::mutex> lock(net.runtime().mutex);
+    work_ = std::make_unique<Work>(net, optimizer, loss, data, options);
+}
+template <class T>
+Trainer<T>::~Trainer() = default;
+template <class T>
+Index Trainer<T>::steps_per_epoch() const {
+    return work_->steps();
+}
+template <class T>
+Schedule Trainer<T>::schedule() const {
+    return work_->schedule;
+}
+
+template <class T>
+std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const double* lr, Index lr_stride,
+                                    const std::function<void()>& poll) {
+    const OnDevice here(work_->net.device());
+    const std::lock_guard<std::mutex> lock(work_->net.runtime().mutex);
+    Poller look(poll);  // of the whole run: an epoch may be over in no time
+    std::vector<double> losses;
+    for (Index epoch = 0; epoch < epochs; ++epoch) {
+        work_->upcoming = epoch + 1 < epochs ? first_epoch + epoch + 1 : -1;
+        losses.push_back(work_->epoch(first_epoch + epoch, lr + epoch * lr_stride, lr_stride, look));
+        if (!std::isfinite(losses.back())) break;
+    }
+    return losses;
+}
+
+template <class T>
+double Trainer<T>::step(const Dataset<T>& batch, double lr) {
+    Work& work = *work_;
+    if (work.step.extras.sobolev || work.options.clip_example_norm != 0)
+        throw std::invalid_argument("[step] slopes and clipped examples are for fit: expected run, got step");
+    const OnDevice here(work.net.device());
+    const std::lock_guard<std::mutex> lock(work.net.runtime().mutex);
+    if (batch.rows > work.step.capacity) {
+        work.graphs.clear();
+        work.step.values.grow(work.net.device(), batch.rows, "the values of a loss");
+        work.step.capacity = batch.rows;
+        for (auto& library : work.libraries)
+            for (const Layer<T>& g : work.net.layers())
+                if (library && g.kind == Layer<T>::Kind::linear) library->reserve(batch.rows, g.inputs, g.outputs);
+    }
+    work.step.batch.take(work.net, batch, work.net.runtime().stream);
+    work.prepare(1, &lr, 1);
+    work.net.count_change();
+    if (work.schedule == Schedule::resident && batch.rows <= work.batch()) {
+        const Job<T> own = work.job(work.step.batch.source(), batch.rows);
+        upload(work.jobs.data(), &own, 1, work.net.runtime().stream);
+        launch_resident(work.program, work.jobs.data(), 1, 1, work.net.runtime().stream);
+    } else {
+        work.enqueue(work.step.batch.source(), batch.rows);
+    }
+    ++work.optimizer.step_count;
+    return work.step.get_control().value;
+}
+
+// ---- many networks at once --------------------------------------------------------------------------------------------
+
+template <class T>
+bool same_layers(const std::vector<Layer<T>>& a, const std::vector<Layer<T>>& b) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Layer<T>& x, const Layer<T>& y) {
+        return x.kind == y.kind && x.inputs == y.inputs && x.outputs == y.outputs && x.bias == y.bias && x.op == y.op &&
+               x.param == y.param;
+    });
+}
+
+// Whether all of them take the same path through one launch: each a block of the resident schedule, with one program.
+template <class T>
+bool run_together(const std::vector<Trainer<T>*>& trainers) {
+    const auto& first = trainers.front()->work();
+    for (const Trainer<T>* trainer : trainers) {
+        const auto& work = trainer->work();
+        bool same = work.schedule == Schedule::resident && work.net.device() == first.net.device() &&
+                    same_layers(work.net.layers(), first.net.layers()) && work.batch() == first.batch() &&
+                    work.program.gradient == first.program.gradient;
+        for (int s = 0; s < kSlots; ++s) same = same && work.program.slots[s] == first.program.slots[s];
+        if (!same) return false;
+    }
+    return true;
+}
+
+// The epochs of networks whose epochs have as many launches; one that diverges sits out the rest.
+template <class T>
+class Together {
+   public:
+    using Work = typename Trainer<T>::Work;
+    explicit Together(const std::vector<Trainer<T>*>& trainers)
+        : jobs_(trainers.front()->work().net.device(), static_cast<Index>(trainers.size()), "networks at work") {
+        for (const Trainer<T>* trainer : trainers) all_.push_back(&trainer->work());
+    }
+    template <class Rates>
+    void epoch(Index number, Rates rates, Index lr_stride, Poller& look, std::vector<std::vector<double>>& losses) {
+        Work& first = *all_.front();
+        std::vector<std::size_t> active;
+        std::vector<Job<T>> jobs;
+        std::int64_t most = 0;
+        for (std::size_t k = 0; k < all_.size(); ++k) {
+            if (!losses[k].empty() && !std::isfinite(losses[k].back())) continue;
+            all_[k]->begin_epoch(number, rates(k), lr_stride);
+            active.push_back(k);
+            jobs.push_back(all_[k]->job(all_[k]->source, all_[k]->rows));
+            most = std::max<std::int64_t>(most, all_[k]->steps());
+        }
+        cudaStream_t stream = first.net.runtime().stream;
+        upload(jobs_.data(), jobs.data(), static_cast<Index>(jobs.size()), stream);
+        first.net.runtime().stream.wait();
+        for (std::int64_t done = 0; done < most; done += kStepsInLaunch) {
+            launch_resident(first.program, jobs_.data(), static_cast<Index>(jobs.size()), kStepsInLaunch, stream);
+            for (const std::size_t k : active)
+                all_[k]->enqueued = std::min<std::int64_t>(done + kStepsInLaunch, all_[k]->steps());
+            first.wait(look);
+        }
+        for (const std::size_t k : active) losses[k].push_back(all_[k]->end_epoch());
+    }
+    // After an interruption: what has been enqueued has been done.
+    void abandon() {
+        (void)cudaStreamSynchronize(all_.front()->net.runtime().stream);
+        for (Work* work : all_) work->optimizer.step_count += std::exchange(work->enqueued, 0);
+    }
+
+   private:
+    std::vector<Work*> all_;
+    Buffer<Job<T>> jobs_;
+};
+
+template <class T>
+std::vector<std::vector<double>> run_many(const std::vector<Trainer<T>*>& trainers, Index first_epoch, Index epochs,
+                                          const double* lr, Index lr_network, Index lr_stride,
+                                          const std::function<void()>& poll) {
+    std::vector<std::vector<double>> losses(trainers.size());
+    const auto rates_of = [&](std::size_t k, Index epoch) {
+        return lr + static_cast<Index>(k) * lr_network + epoch * lr_stride;
+    };
+    if (!run_together(trainers)) {
+        for (std::size_t k = 0; k < trainers.size(); ++k)
+            losses[k] = trainers[k]->run(first_epoch, epochs, rates_of(k, 0), lr_stride, poll);
+        return losses;
+    }
+    const OnDevice here(trainers.front()->work().net.device());
+    std::vector<std::unique_lock<std::mutex>> locks;
+    for (const Trainer<T>* trainer : trainers) locks.emplace_back(trainer->work().net.runtime().mutex);
+    Together<T> together(trainers);
+    Poller look(poll);
+    try {
+        for (Index epoch = 0; epoch < epochs; ++epoch)
+            together.epoch(
+                first_epoch + epoch, [&](std::size_t k) { return rates_of(k, epoch); }, lr_stride, look, losses);
+    } catch (...) {
+        together.abandon();
+        throw;
+    }
+    return losses;
+}
+
+}  // namespace cuda
+}  // namespace chainrule

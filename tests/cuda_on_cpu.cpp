@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: MIT
+// Tests of CUDA on the CPU itself, and of the GPU engine's tiles on it: which thread brings and which holds what.
+//
+//   cuda_on_cpu_test
+//
+// That it finds mistakes is tested by making them, each in a process of its own that must die of it.
+#define CHAINRULE_DEVICE 1
+#define CHAINRULE_ISA device
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "cuda/multiply.cuh"
+
+namespace chainrule {
+namespace cuda {
+namespace {
+
+int failed = 0;
+
+void check(bool ok, const char* rule) {
+    if (ok) return;
+    std::fprintf(stderr, "failed: %s\n", rule);
+    ++failed;
+}
+
+template <class... P, class... A>
+void run(void (*kernel)(P...), int blocks, int threads, std::size_t shared, A... arguments) {
+    static const Stream stream;
+    launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared, stream, arguments...);
+}
+
+// ---- barriers and shuffles --------------------------------------------------------------------------------------------
+
+__global__ void reverse_through_shared(int* values) {
+    CHAINRULE_SHARED(int, memory);
+    const unsigned t = threadIdx.x, at = blockIdx.x * blockDim.x;
+    memory[t] = values[at + t];
+    __syncthreads();
+    values[at + t] = memory[blockDim.x - 1 - t];
+}
+__global__ void sum_of_warp(int* values) {
+    int sum = values[threadIdx.x];
+    for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+    values[threadIdx.x] = sum;
+}
+__global__ void leave_a_barrier() {
+    if (threadIdx.x != 0) __syncthreads();
+}
+__global__ void wait_at_two_barriers() {
+    if (threadIdx.x % 2 == 0) {
+        __syncthreads();
+    } else {
+        __syncthreads();
+    }
+}
+__global__ void read_fresh_memory(double* sum) {
+    CHAINRULE_SHARED(double, memory);
+    *sum = memory[threadIdx.x];
+}
+
+void barriers_and_shuffles() {
+    std::vector<int> values(3 * 96);
+    for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<int>(i);
+    run(reverse_through_shared, 3, 96, 96 * sizeof(int), values.data());
+    for (int i = 0; i < 3 * 96; ++i)
+        check(values[static_cast<std::size_t>(i)] == i / 96 * 96 + 95 - i % 96, "a barrier brings what others wrote");
+    for (int i = 0; i < 64; ++i) values[static_cast<std::size_t>(i)] = i;
+    run(sum_of_warp, 1, 64, 0, values.data());
+    check(values[5] == 31 * 16 && values[40] == 31 * 16 + 32 * 32, "a shuffle stays within its warp");
+    double sum = 0;
+    run(read_fresh_memory, 1, 1, sizeof(double), &sum);
+    check(sum != sum, "fresh shared memory is NaN");
+    float* memory = nullptr;
+    check(cudaMalloc(reinterpret_cast<void**>(&memory), 4 * sizeof(float)) == cudaSuccess, "device memory is there");
+    check(memory[3] != memory[3], "fresh device memory is NaN");
+    check(cudaFree(memory) == cudaSuccess && cudaFree(&sum) != cudaSuccess, "what was not allocated is not freed");
+    check(cudaMalloc(reinterpret_cast<void**>(&memory), std::size_t{1} << 50) == cudaErrorMemoryAllocation,
+          "a device's memory has an end");
+}
+
+template <class F>
+void dies(F f, const char* rule) {
+    const pid_t child = fork();
+    if (child == 0) {
+        if (std::freopen("/dev/null", "w", stderr) == nullptr) _exit(1);
+        f();
+        _exit(0);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    check(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT, rule);
+}
+
+// ---- tiles ------------------------------------------------------------------------------------------------------------
+
+// The tile's parts, by way of shared memory, as an epilogue meets them.
+template <class Tile>
+__global__ void count_elements(int* counts) {
+    CHAINRULE_SHARED(typename Tile::Real, memory);
+    Tile tile;
+    for (int part = 0; part < Tile::parts; ++part) {
+        tile.put(part, memory);
+        __syncthreads();
+        for (int e = static_cast<int>(threadIdx.x); e < Tile::part_rows * Tile::cols; e += Tile::threads)
+            if (memory[e] == 0) ++counts[Tile::row_in_tile(part, e / Tile::cols) * Tile::cols + e % Tile::cols];
+        __syncthreads();
+    }
+}
+template <class Tile, bool DownK>
+__global__ void count_places(int* counts) {
+    using Part = Carrier<typename Tile::Real, DownK, Tile::rows, Tile::depth, Tile::threads, Tile::padding>;
+    for (int s = 0; s < Part::count; ++s) ++counts[Part::term(s) * Tile::rows + Part::place(s)];
+}
+
+template <class Tile>
+void covers(const char* rule) {
+    const auto ones = [&](std::vector<int>& counts) {
+        for (const int count : counts) check(count == 1, rule);
+        std::fill(counts.begin(), counts.end(), 0);
+    };
+    std::vector<int> elements(Tile::rows * Tile::cols), places(Tile::rows * Tile::depth);
+    run(count_elements<Tile>, 1, Tile::threads, tile_bytes<Tile>(), elements.data());
+    ones(elements);
+    run(count_places<Tile, true>, 1, Tile::threads, 0, places.data());
+    ones(places);
+    run(count_places<Tile, false>, 1, Tile::threads, 0, places.data());
+    ones(places);
+    check(tile_bytes<Tile>() <= 48 * 1024, "a tile needs no permission for its shared memory");
+    check(Tile::threads * static_cast<int>(sizeof(double)) <= static_cast<int>(tile_bytes<Tile>()),
+          "an epilogue's sums fit where the tile was");
+}
+
+void tiles() {
+    covers<Tiles<float>::Small>("small tile of float32: every element once");
+    covers<Tiles<float>::Large>("large tile of float32: every element once");
+    covers<Tiles<double>::Small>("tile of float64: every element once");
+    covers<Tf32Small>("small tile of tf32: every element once");
+    covers<Tf32Large>("large tile of tf32: every element once");
+    covers<Bfloat16Small>("small tile of bfloat16: every element once");
+    covers<Bfloat16Large>("large tile of bfloat16: every element once");
+}
+
+// Integers that tf32 and bfloat16 have leave nothing to rounding: the large tiles, which tests of networks are too small for.
+template <class Tile>
+void multiplies(const char* rule) {
+    const int m = Tile::rows + 3, n = 2 * Tile::cols - 5, k = 2 * Tile::depth + 7;
+    using T = typename Tile::Real;
+    std::vector<T> a(static_cast<std::size_t>(m * k)), b(static_cast<std::size_t>(n * k)),
+        c(static_cast<std::size_t>(m * n));
+    for (std::size_t i = 0; i < a.size(); ++i) a[i] = static_cast<T>(static_cast<int>(i * 7 % 31) - 15);
+    for (std::size_t i = 0; i < b.size(); ++i) b[i] = static_cast<T>(static_cast<int>(i * 5 % 23) - 11);
+    static const Stream stream;
+    multiply_by<Tile, false, false>(m, n, k, Operand<T>{a.data(), k}, Operand<T>{b.data(), k},
+                                    Activate<T>{nullptr, {}, {c.data(), m, n, n}, Op::identity, T{0}, false}, stream);
+    for (int i = 0; i < m; ++i)
+        for (int j = 0; j < n; ++j) {
+            T sum = 0;
+            for (int t = 0; t < k; ++t)
+                sum += a[static_cast<std::size_t>(i * k + t)] * b[static_cast<std::size_t>(j * k + t)];
+            check(c[static_cast<std::size_t>(i * n + j)] == sum, rule);
+        }
+}
+
+}  // namespace
+
+int test() {
+    barriers_and_shuffles();
+    dies([] { run(leave_a_barrier, 1, 64, 0); }, "a barrier that a thread has left ends the process");
+    dies([] { run(wait_at_two_barriers, 1, 64, 0); }, "threads at different barriers end the process");
+    tiles();
+    multiplies<Tiles<float>::Small>("small product of float32 is exact");
+    multiplies<Tiles<float>::Large>("large product of float32 is exact");
+    multiplies<Tiles<double>::Small>("product of float64 is exact");
+    multiplies<Tf32Small>("small product of tf32 is exact");
+    multiplies<Tf32Large>("large product of tf32 is exact");
+    multiplies<Bfloat16Small>("small product of bfloat16 is exact");
+    multiplies<Bfloat16Large>("large product of bfloat16 is exact");
+    std::printf("%d failed\n", failed);
+    return failed > 0;
+}
+
+}  // namespace cuda
+}  // namespace chainrule
+
+int main() { return chainrule::cuda::test(); }

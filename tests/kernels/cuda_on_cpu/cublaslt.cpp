@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MIT
+// cuBLASLt on the CPU, as far as cpp/cuda/library.cuh uses it: column-major products of float32, float64 and bfloat16, and the
+// bias epilogue. It refuses what the real one refuses: misaligned matrices, a leading dimension shorter than a column.
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <string>
+
+#include "cuda/cublaslt.hpp"
+#include "cuda_runtime.h"
+
+namespace {
+
+using namespace chainrule::cuda;
+
+constexpr int kInvalid = 7;  // CUBLAS_STATUS_INVALID_VALUE
+
+struct Product {
+    int compute, scale;
+    std::int32_t transpose_a = 0, transpose_b = 0;
+    std::uint32_t epilogue = 1;
+    const void* bias = nullptr;
+};
+struct Layout {
+    int type;
+    std::uint64_t rows, cols;
+    std::int64_t ld;
+};
+
+std::size_t size_of(int type) { return type == lt::kReal64 ? 8 : type == lt::kReal32 ? 4 : 2; }
+
+double element(const void* data, const Layout& layout, std::uint64_t row, std::uint64_t col, bool tf32) {
+    const std::uint64_t at = col * static_cast<std::uint64_t>(layout.ld) + row;
+    if (layout.type == lt::kReal64) return static_cast<const double*>(data)[at];
+    std::uint32_t bits;
+    if (layout.type == lt::kBfloat16) {
+        bits = static_cast<std::uint32_t>(static_cast<const std::uint16_t*>(data)[at]) << 16;
+    } else {
+        std::memcpy(&bits, static_cast<const float*>(data) + at, 4);
+        if (tf32) bits = (bits + 0x1000u) & 0xffffe000u;
+    }
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return static_cast<double>(value);
+}
+
+void put(void* data, const Layout& layout, std::uint64_t row, std::uint64_t col, double value) {
+    const std::uint64_t at = col * static_cast<std::uint64_t>(layout.ld) + row;
+    if (layout.type == lt::kReal64)
+        static_cast<double*>(data)[at] = value;
+    else
+        static_cast<float*>(data)[at] = static_cast<float>(value);
+}
+
+bool aligned(const void* data, const Layout& layout) {
+    const std::size_t step = static_cast<std::size_t>(layout.ld) * size_of(layout.type);
+    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && step % 16 == 0 &&
+           static_cast<std::uint64_t>(layout.ld) >= layout.rows;
+}
+
+void multiply(const Product& p, const void* a, const Layout& la, const void* b, const Layout& lb, void* d,
+              const Layout& ld) {
+    const bool tf32 = p.compute == lt::kComputeTf32;
+    const std::uint64_t depth = p.transpose_a ? la.rows : la.cols;
+    const Layout vector = {ld.type, ld.rows, 1, static_cast<std::int64_t>(ld.rows)};
+    for (std::uint64_t j = 0; j < ld.cols; ++j)
+        for (std::uint64_t i = 0; i < ld.rows; ++i) {
+            double sum = p.epilogue == lt::kBias ? element(p.bias, vector, i, 0, false) : 0;
+            for (std::uint64_t k = 0; k < depth; ++k)
+                sum += (p.transpose_a ? element(a, la, k, i, tf32) : element(a, la, i, k, tf32)) *
+                       (p.transpose_b ? element(b, lb, j, k, tf32) : element(b, lb, k, j, tf32));
+            put(d, ld, i, j, sum);
+        }
+}
+
+int create(void** handle) { return *handle = new int(0), 0; }
+int destroy(void* handle) { return delete static_cast<int*>(handle), 0; }
+int product_create(void** product, int compute, int scale) { return *product = new Product{compute, scale}, 0; }
+int product_destroy(void* product) { return delete static_cast<Product*>(product), 0; }
+int product_set(void* product, int attribute, const void* value, std::size_t size) {
+    Product& p = *static_cast<Product*>(product);
+    const auto take = [&](auto& to) { return size == sizeof to ? (std::memcpy(&to, value, size), 0) : kInvalid; };
+    switch (attribute) {
+        case lt::kTransposeA: return take(p.transpose_a);
+        case lt::kTransposeB: return take(p.transpose_b);
+        case lt::kEpilogue: return take(p.epilogue);
+        case lt::kBiasPointer: return take(p.bias);
+        default: return kInvalid;
+    }
+}
+int layout_create(void** layout, int type, std::uint64_t rows, std::uint64_t cols, std::int64_t ld) {
+    return *layout = new Layout{type, rows, cols, ld}, 0;
+}
+int layout_destroy(void* layout) { return delete static_cast<Layout*>(layout), 0; }
+int preference_create(void** preference) { return create(preference); }
+int preference_destroy(void* preference) { return destroy(preference); }
+int preference_set(void*, int attribute, const void*, std::size_t size) {
+    return (attribute == lt::kWorkspaceBytes && size == 8) || (attribute == lt::kReductionSchemes && size == 4)
+               ? 0
+               : kInvalid;
+}
+int heuristic(void*, void*, void*, void*, void*, void*, void*, int, lt::Heuristic* found, int* count) {
+    return *found = lt::Heuristic{}, *count = 1, 0;
+}
+int matmul(void*, void* product, const void*, const void* a, void* a_layout, const void* b, void* b_layout, const void*,
+           const void*, void*, void* d, void* d_layout, const lt::Algorithm*, void*, std::size_t, void* stream) {
+    const Product p = *static_cast<Product*>(product);
+    const Layout la = *static_cast<Layout*>(a_layout), lb = *static_cast<Layout*>(b_layout);
+    const Layout ld = *static_cast<Layout*>(d_layout);
+    if (!aligned(a, la) || !aligned(b, lb) || !aligned(d, ld) || la.type != lb.type) return kInvalid;
+    const std::uint64_t m = p.transpose_a ? la.cols : la.rows, n = p.transpose_b ? lb.rows : lb.cols;
+    const std::uint64_t k = p.transpose_a ? la.rows : la.cols, other = p.transpose_b ? lb.cols : lb.rows;
+    if (m != ld.rows || n != ld.cols || k != other) return kInvalid;
+    cuda_on_cpu::enqueue(static_cast<cudaStream_t>(stream), [=] { multiply(p, a, la, b, lb, d, ld); });
+    return 0;
+}
+
+}  // namespace
+
+void* cuda_on_cpu::library_symbol(const char* name) {
+    static const std::map<std::string, void*> functions = {
+        {"cublasLtCreate", reinterpret_cast<void*>(create)},
+        {"cublasLtDestroy", reinterpret_cast<void*>(destroy)},
+        {"cublasLtMatmul", reinterpret_cast<void*>(matmul)},
+        {"cublasLtMatmulDescCreate", reinterpret_cast<void*>(product_create)},
+        {"cublasLtMatmulDescDestroy", reinterpret_cast<void*>(product_destroy)},
+        {"cublasLtMatmulDescSetAttribute", reinterpret_cast<void*>(product_set)},
+        {"cublasLtMatrixLayoutCreate", reinterpret_cast<void*>(layout_create)},
+        {"cublasLtMatrixLayoutDestroy", reinterpret_cast<void*>(layout_destroy)},
+        {"cublasLtMatmulPreferenceCreate", reinterpret_cast<void*>(preference_create)},
+        {"cublasLtMatmulPreferenceDestroy", reinterpret_cast<void*>(preference_destroy)},
+        {"cublasLtMatmulPreferenceSetAttribute", reinterpret_cast<void*>(preference_set)},
+        {"cublasLtMatmulAlgoGetHeuristic", reinterpret_cast<void*>(heuristic)},
+    };
+    const auto found = functions.find(name);
+    return found == functions.end() ? nullptr : found->second;
+}

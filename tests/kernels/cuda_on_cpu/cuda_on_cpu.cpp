@@ -1,0 +1,392 @@
+// SPDX-License-Identifier: MIT
+// See cuda_runtime.h beside this file.
+#include "cuda_runtime.h"
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_on_cpu {
+namespace {
+
+constexpr std::size_t kStackBytes = 256 * 1024;
+
+// A thread of a block. It runs on a fiber of its own from its first barrier on; threads that meet none share one fiber.
+struct Fiber {
+    ucontext_t context;
+    void* stack = nullptr;
+    void* fake_stack = nullptr;
+    enum class State { free, running, at_barrier, at_exchange, done } state = State::free;
+    unsigned thread = 0;
+    bool waited = false;
+    const char* file = nullptr;
+    int line = 0;
+};
+
+struct Warp {
+    std::vector<unsigned char> bytes[2];  // two, so that nobody overwrites what a slower lane still reads
+    int turn = 0;
+    unsigned arrived = 0;
+};
+
+class Block;
+thread_local Block* current = nullptr;
+
+[[noreturn]] void die(const std::string& text) {
+    std::fprintf(stderr, "cuda_on_cpu: %s\n", text.c_str());
+    std::abort();
+}
+
+bool backward() {
+    const char* order = std::getenv("CHAINRULE_EMULATOR_ORDER");
+    return order != nullptr && std::strcmp(order, "backward") == 0;
+}
+
+std::vector<std::unique_ptr<Fiber>>& pool() {
+    thread_local std::vector<std::unique_ptr<Fiber>> fibers;
+    return fibers;
+}
+
+class Block {
+   public:
+    Block(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t shared, bool reversed)
+        : kernel_(kernel), reversed_(reversed), shared_(std::malloc(shared > 0 ? shared : 1)) {
+        blockDim = block;
+        gridDim = grid;
+        std::memset(shared_, 0xff, shared);
+    }
+    ~Block() { std::free(shared_); }
+
+    void run(dim3 where) {
+        Block* const before = std::exchange(current, this);
+        blockIdx = where;
+        const unsigned count = blockDim.x;
+        fibers_.assign(count, nullptr);
+        warps_.assign((count + 31) / 32, Warp{});
+        next_ = done_ = waiting_ = 0;
+        while (done_ < count) {
+            bool moved = false;
+            if (next_ < count) moved = start();
+            for (unsigned t = 0; !moved && t < count; ++t) {
+                Fiber* fiber = fibers_[reversed_ ? count - 1 - t : t];
+                if (fiber && fiber->state == Fiber::State::running) {
+                    enter(fiber);
+                    moved = true;
+                }
+            }
+            if (!moved) release(count);
+        }
+        for (Fiber* fiber : fibers_)
+            if (fiber) fiber->state = Fiber::State::free;
+        current = before;
+    }
+
+    void barrier(const char* file, int line) {
+        active_->file = file;
+        active_->line = line;
+        ++waiting_;
+        leave(Fiber::State::at_barrier);
+    }
+    const unsigned char* exchange(const void* mine, std::size_t size) {
+        Warp& warp = warps_[threadIdx.x / 32];
+        std::vector<unsigned char>& bytes = warp.bytes[warp.turn];
+        if (bytes.size() < 32 * size) bytes.resize(32 * size);
+        std::memcpy(bytes.data() + threadIdx.x % 32 * size, mine, size);
+        const unsigned first = threadIdx.x / 32 * 32;
+        const unsigned lanes = blockDim.x - first < 32 ? blockDim.x - first : 32;
+        if (++warp.arrived == lanes) {
+            warp.arrived = 0;
+            warp.turn ^= 1;
+            for (unsigned t = first; t < first + lanes; ++t)
+                if (fibers_[t] && fibers_[t]->state == Fiber::State::at_exchange)
+                    fibers_[t]->state = Fiber::State::running;
+        } else {
+            leave(Fiber::State::at_exchange);
+        }
+        return bytes.data();
+    }
+    void* shared() const { return shared_; }
+
+    // The life of a fiber: threads, one after the other, until one of them has to wait; then that one alone.
+    void live() {
+        for (;;) {
+            Fiber* self = active_;
+            kernel_();
+            ++done_;
+            self->state = Fiber::State::done;
+            if (next_ < blockDim.x && !self->waited) {
+                take(self);
+                continue;
+            }
+            leave(Fiber::State::done);
+        }
+    }
+
+   private:
+    void take(Fiber* fiber) {
+        const unsigned thread = reversed_ ? blockDim.x - 1 - next_ : next_;
+        ++next_;
+        fiber->thread = thread;
+        fiber->waited = false;
+        fiber->state = Fiber::State::running;
+        fibers_[thread] = fiber;
+        threadIdx = dim3(thread, 0, 0);
+        active_ = fiber;
+    }
+    bool start() {
+        Fiber* fiber = nullptr;
+        for (const auto& candidate : pool())
+            if (candidate->state == Fiber::State::free) {
+                fiber = candidate.get();
+                break;
+            }
+        if (!fiber) {
+            pool().push_back(std::make_unique<Fiber>());
+            fiber = pool().back().get();
+            fiber->stack = ::mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+            if (fiber->stack == MAP_FAILED) die("no memory for a fiber");
+        }
+#if defined(__SANITIZE_ADDRESS__)
+        __asan_unpoison_memory_region(fiber->stack, kStackBytes);  // frames of threads that have ended
+#endif
+        prepare(fiber->context, fiber->stack);
+        fiber->fake_stack = nullptr;
+        take(fiber);
+        enter(fiber);
+        return true;
+    }
+    static void prepare(ucontext_t& context, void* stack) {
+        getcontext(&context);
+        context.uc_stack.ss_sp = stack;
+        context.uc_stack.ss_size = kStackBytes;
+        context.uc_link = nullptr;
+        makecontext(&context, &Block::begin, 0);
+    }
+    static void begin() {
+#if defined(__SANITIZE_ADDRESS__)
+        __sanitizer_finish_switch_fiber(nullptr, &current->host_stack_, &current->host_stack_size_);
+#endif
+        current->live();
+    }
+    void enter(Fiber* fiber) {
+        active_ = fiber;
+        threadIdx = dim3(fiber->thread, 0, 0);
+#if defined(__SANITIZE_ADDRESS__)
+        __sanitizer_start_switch_fiber(&host_fake_stack_, fiber->stack, kStackBytes);
+#endif
+        swapcontext(&host_, &fiber->context);
+#if defined(__SANITIZE_ADDRESS__)
+        __sanitizer_finish_switch_fiber(host_fake_stack_, nullptr, nullptr);
+#endif
+    }
+    void leave(Fiber::State state) {
+        Fiber* fiber = active_;
+        fiber->state = state;
+        fiber->waited = true;
+#if defined(__SANITIZE_ADDRESS__)
+        __sanitizer_start_switch_fiber(state == Fiber::State::done ? nullptr : &fiber->fake_stack, host_stack_,
+                                       host_stack_size_);
+#endif
+        swapcontext(&fiber->context, &host_);
+#if defined(__SANITIZE_ADDRESS__)
+        __sanitizer_finish_switch_fiber(fiber->fake_stack, &host_stack_, &host_stack_size_);
+#endif
+    }
+    // Nobody can move: a barrier that all have reached, or a mistake.
+    void release(unsigned count) {
+        if (waiting_ != count)
+            die("__syncthreads reached by " + std::to_string(waiting_) + " of " + std::to_string(count) +
+                " threads of a block; the others have ended or wait for their warp");
+        for (Fiber* fiber : fibers_)
+            if (fiber->line != fibers_[0]->line || std::strcmp(fiber->file, fibers_[0]->file) != 0)
+                die("threads of a block wait at different barriers: " + std::string(fiber->file) + ":" +
+                    std::to_string(fiber->line) + " and " + fibers_[0]->file + ":" + std::to_string(fibers_[0]->line));
+        waiting_ = 0;
+        for (Fiber* fiber : fibers_) fiber->state = Fiber::State::running;
+    }
+
+    const std::function<void()>& kernel_;
+    const bool reversed_;
+    void* const shared_;
+    std::vector<Fiber*> fibers_;
+    std::vector<Warp> warps_;
+    Fiber* active_ = nullptr;
+    unsigned next_ = 0, done_ = 0, waiting_ = 0;
+    ucontext_t host_;
+    void* host_fake_stack_ = nullptr;
+    const void* host_stack_ = nullptr;
+    std::size_t host_stack_size_ = 0;
+};
+
+}  // namespace
+
+void* shared_memory() { return current->shared(); }
+void block_barrier(const char* file, int line) { current->barrier(file, line); }
+const unsigned char* exchange(const void* mine, std::size_t size) { return current->exchange(mine, size); }
+
+void run(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t shared) {
+    const bool reversed = backward();
+    const unsigned count = grid.x * grid.y * grid.z;
+    for (unsigned n = 0; n < count; ++n) {
+        const unsigned b = reversed ? count - 1 - n : n;
+        Block(kernel, grid, block, shared, reversed).run(dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y));
+    }
+}
+
+}  // namespace cuda_on_cpu
+
+// ---- the host's side --------------------------------------------------------------------------------------------------
+
+struct CudaGraph {
+    std::vector<std::function<void()>> nodes;
+    bool open = true;
+};
+struct CudaStream {
+    std::shared_ptr<CudaGraph> capturing;
+    bool origin = false;
+};
+struct CudaEvent {
+    std::shared_ptr<CudaGraph> capturing;
+};
+
+namespace {
+
+std::mutex mutex;
+std::map<void*, std::size_t>& allocations() {
+    static auto* sizes = new std::map<void*, std::size_t>;
+    return *sizes;
+}
+std::size_t in_use = 0;
+
+std::size_t capacity() {
+    const char* bytes = std::getenv("CHAINRULE_EMULATOR_MEMORY");
+    return bytes ? std::strtoull(bytes, nullptr, 10) : std::size_t{8} << 30;
+}
+
+}  // namespace
+
+cudaError_t cuda_on_cpu::enqueue(cudaStream_t stream, std::function<void()> work) {
+    if (stream && stream->capturing && stream->capturing->open) {
+        stream->capturing->nodes.push_back(std::move(work));
+    } else {
+        work();
+    }
+    return cudaSuccess;
+}
+
+const char* cudaGetErrorString(cudaError_t code) {
+    switch (code) {
+        case cudaSuccess: return "no error";
+        case cudaErrorMemoryAllocation: return "out of memory";
+        case cudaErrorNotReady: return "not ready";
+        default: return "invalid argument";
+    }
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+    std::strcpy(properties->name, "CUDA on the CPU, for tests");
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+    switch (which) {
+        case cudaDevAttrMultiProcessorCount: *value = 132; break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(cuda_on_cpu::kSharedBytes); break;
+        case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+        case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+    }
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    *total = capacity();
+    *free = in_use < *total ? *total - in_use : 0;
+    return cudaSuccess;
+}
+cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (in_use + bytes > capacity()) return cudaErrorMemoryAllocation;
+    if (::posix_memalign(memory, 256, bytes > 0 ? bytes : 1) != 0) return cudaErrorMemoryAllocation;
+    std::memset(*memory, 0xff, bytes);
+    allocations()[*memory] = bytes;
+    in_use += bytes;
+    return cudaSuccess;
+}
+cudaError_t cudaFree(void* memory) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = allocations().find(memory);
+    if (memory == nullptr) return cudaSuccess;
+    if (found == allocations().end()) return cudaErrorInvalidValue;
+    in_use -= found->second;
+    allocations().erase(found);
+    std::free(memory);
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+    return cuda_on_cpu::enqueue(stream, [=] { std::memcpy(to, from, bytes); });
+}
+cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t stream) {
+    return cuda_on_cpu::enqueue(stream, [=] { std::memset(to, value, bytes); });
+}
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    *attributes = {cudaMemoryTypeUnregistered, 0};
+    for (const auto& [start, bytes] : allocations())
+        if (pointer >= start && pointer < static_cast<char*>(start) + bytes) attributes->type = cudaMemoryTypeDevice;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return *stream = new CudaStream, cudaSuccess; }
+cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+    if (event->capturing && event->capturing->open) stream->capturing = event->capturing;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+    stream->capturing = std::make_shared<CudaGraph>();
+    stream->origin = true;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+    stream->capturing->open = false;
+    *graph = new CudaGraph{stream->capturing->nodes, false};
+    stream->capturing.reset();
+    return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+    return *executable = new CudaGraph(*graph), cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+    return cuda_on_cpu::enqueue(stream, [executable] {
+        for (const auto& node : executable->nodes) node();
+    });
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) { return delete executable, cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return *event = new CudaEvent, cudaSuccess; }
+cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    return event->capturing = stream->capturing, cudaSuccess;
+}
+cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: MIT
+// CUDA on the CPU, for tests: what cpp/cuda.cu needs of CUDA's run time, so that a host compiler builds it and its kernels
+// really run. It is slow, and strict where a GPU is lax:
+//   blocks run one after the other, a block's threads as fibers that change at barriers, shuffles and products of a warp;
+//   a barrier that part of a block has left, or that its threads reach at different places, ends the process with a word;
+//   device and shared memory are of the exact size and full of NaN, so that AddressSanitizer and plain sums see misuse;
+//   CHAINRULE_EMULATOR_ORDER=backward runs blocks and threads from the last to the first: a missing barrier, or a block that
+//   waits for another one, then changes the results; CHAINRULE_EMULATOR_MEMORY is how many bytes the device has.
+#pragma once
+
+#define CUDA_ON_CPU 1
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __restrict__ __restrict
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <tuple>
+#include <utility>
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+// ---- what a kernel sees -----------------------------------------------------------------------------------------------
+
+extern thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_on_cpu {
+void* shared_memory();
+void block_barrier(const char* file, int line);
+// Gives all lanes of the warp this one's bytes: lane l's are at `all + l * size`; they stay until the next exchange.
+const unsigned char* exchange(const void* mine, std::size_t size);
+void run(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t shared);
+}  // namespace cuda_on_cpu
+
+#define __syncthreads() cuda_on_cpu::block_barrier(__FILE__, __LINE__)
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    return reinterpret_cast<const T*>(cuda_on_cpu::exchange(&value, sizeof(T)))[lane ^ mask];
+}
+template <class T>
+T __shfl_down_sync(unsigned, T value, int delta) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    return reinterpret_cast<const T*>(
+        cuda_on_cpu::exchange(&value, sizeof(T)))[lane + delta < 32 ? lane + delta : lane];
+}
+inline void __syncwarp() {
+    const char nothing = 0;
+    cuda_on_cpu::exchange(&nothing, 1);
+}
+
+// ---- what the host calls ----------------------------------------------------------------------------------------------
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorInvalidValue = 1, cudaErrorNotReady = 600 };
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrComputeCapabilityMinor
+};
+enum cudaMemcpyKind { cudaMemcpyDefault = 4 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
+enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
+constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
+
+struct CudaStream;
+struct CudaEvent;
+struct CudaGraph;
+using cudaStream_t = CudaStream*;
+using cudaEvent_t = CudaEvent*;
+using cudaGraph_t = CudaGraph*;
+using cudaGraphExec_t = CudaGraph*;
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    std::size_t dynamicSmemBytes;
+    cudaStream_t stream;
+};
+struct cudaDeviceProp {
+    char name[256];
+};
+struct cudaPointerAttributes {
+    cudaMemoryType type;
+    int device;
+};
+
+const char* cudaGetErrorString(cudaError_t code);
+cudaError_t cudaGetLastError();
+cudaError_t cudaDriverGetVersion(int* version);
+cudaError_t cudaRuntimeGetVersion(int* version);
+cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device);
+cudaError_t cudaDeviceSynchronize();
+cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total);
+cudaError_t cudaMalloc(void** memory, std::size_t bytes);
+cudaError_t cudaFree(void* memory);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t stream);
+cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t stream);
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer);
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaEventQuery(cudaEvent_t event);
+template <class F>
+cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) {
+    return cudaSuccess;
+}
+
+namespace cuda_on_cpu {
+// Now, or as a node of the graph that the stream is making.
+cudaError_t enqueue(cudaStream_t stream, std::function<void()> work);
+// cuBLASLt's function of that name, as cublaslt.cpp beside this file has it.
+void* library_symbol(const char* name);
+constexpr std::size_t kSharedBytes = 227 * 1024;
+}  // namespace cuda_on_cpu
+
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
+    if (config->dynamicSmemBytes > cuda_on_cpu::kSharedBytes || config->blockDim.x > 1024) return cudaErrorInvalidValue;
+    const std::tuple<P...> kept(std::forward<A>(arguments)...);
+    return cuda_on_cpu::enqueue(config->stream, [=, shape = *config] {
+        cuda_on_cpu::run([&] { std::apply(kernel, kept); }, shape.gridDim, shape.blockDim, shape.dynamicSmemBytes);
+    });
+}

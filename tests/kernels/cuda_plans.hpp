@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: MIT
+// How the GPU engine cuts its work: sizes, and what the resident schedule puts where. Plain arithmetic; no GPU, no CUDA.
+#pragma once
+
+#include <set>
+
+#include "cuda/program.hpp"
+#include "harness.hpp"
+
+namespace chainrule {
+namespace {
+
+// Eight threads read 16 bytes each in one turn of shared memory's 32 banks of 4 bytes: of eight neighbouring rows, or of one.
+void cuda_strides() {
+    context.type = "";
+    for (Index cols = 1; cols <= 300; ++cols) {
+        const Index stride = cuda::resident_stride(cols);
+        std::set<Index> banks;
+        for (Index row = 0; row < 8; ++row)
+            for (Index word = 0; word < 4; ++word) banks.insert((row * stride + word) % 32);
+        check(stride >= cols && stride % 4 == 0, "a row is whole groups of 16 bytes");
+        check(stride < cols + 8, "no more is lost than two groups");
+        check(banks.size() == 32, "eight rows meet no bank twice");
+    }
+}
+
+void cuda_tiles() {
+    context.type = "";
+    for (const Index n : {1, 63, 64, 65, 127, 128, 129, 4096}) {
+        check(cuda::tiles_across(n, 64) * 64 >= n && (cuda::tiles_across(n, 64) - 1) * 64 < n, "tiles cover, no more");
+        check(cuda::most_tiles(n, n) >= cuda::tiles_across(n, 128) * cuda::tiles_across(n, 128),
+              "small tiles are most");
+    }
+    check(!cuda::wants_large_tiles(128, 256, 132), "few large tiles leave processors idle");
+    check(cuda::wants_large_tiles(4096, 4096, 132), "1024 large tiles are enough for 132 processors");
+    check(!cuda::wants_library(8.0 * 128 * 256), "small steps stay with our own products");
+    check(cuda::wants_library(1024.0 * 1024 * 1024), "large ones go to the library");
+}
+
+// ---- programs -------------------------------------------------------------------------------------------------------
+
+struct Piece {  // of shared memory
+    Index first, size;
+    bool operator<(const Piece& other) const { return first < other.first; }
+};
+
+template <class T>
+std::vector<Layer<T>> layers_of(std::initializer_list<Index> widths, Op op, bool dropout) {
+    using Kind = typename Layer<T>::Kind;
+    std::vector<Layer<T>> layers;
+    for (auto width = widths.begin(); width + 1 != widths.end(); ++width) {
+        layers.push_back({Kind::linear, width[0], width[1], true});
+        if (width + 2 == widths.end()) break;
+        layers.push_back({Kind::op, width[1], width[1], false, op});
+        if (dropout) layers.push_back({Kind::dropout, width[1], width[1]});
+    }
+    return layers;
+}
+
+// Every matrix of a program that has a place of its own: none may touch another, all lie within the whole.
+template <class T>
+std::set<Piece> pieces_of(const cuda::Program& p, Index batch) {
+    using Step = cuda::Program::Step;
+    std::set<Piece> pieces;
+    Index parameters = 0;
+    const auto matrix = [&](int place, int cols) { pieces.insert({place, batch * cuda::resident_stride(cols)}); };
+    for (int n = 0; n < p.count; ++n) {
+        const Step& s = p.steps[n];
+        const Index size = (s.inputs + s.bias) * cuda::resident_stride(s.outputs);
+        if (s.kind == Step::Kind::linear) pieces.insert({s.weights, size});
+        if (s.kind == Step::Kind::linear) parameters = std::max(parameters, s.weights + size);
+        if (s.keeps_z) matrix(s.z, s.outputs);
+        matrix(s.x, s.inputs);
+        matrix(s.y, s.outputs);
+        matrix(s.dy, s.outputs);
+        if (s.pulls) matrix(s.dx, s.inputs);
+    }
+    for (const int slot : p.slots)
+        if (slot >= 0) pieces.insert({slot, parameters});
+    if (p.gradient >= 0) pieces.insert({p.gradient, parameters});
+    pieces.insert({p.sums, cuda::kResidentThreads * static_cast<Index>(sizeof(double) / sizeof(T))});
+    return pieces;
+}
+
+template <class T>
+void check_program(std::initializer_list<Index> widths, Op op, bool dropout, Index batch, bool stored) {
+    const std::vector<Layer<T>> layers = layers_of<T>(widths, op, dropout);
+    const bool slots[kSlots] = {true, true, false};
+    const cuda::Program p = cuda::plan_resident(layers, 1, batch, slots, stored);
+    check(p.count > 0, "so few layers are resident");
+    Index end = 0;
+    for (const Piece& piece : pieces_of<T>(p, batch)) {
+        check(piece.first >= end && piece.first % 4 == 0, "matrices lie apart, at multiples of 16 bytes");
+        end = piece.first + piece.size;
+    }
+    check(end <= p.total, "all of it is within the whole");
+    check(p.slots[2] < 0 && (p.gradient >= 0) == stored, "what is not there has no place");
+    for (int n = 1; n < p.count; ++n) {
+        check(p.steps[n].x == p.steps[n - 1].y, "a part begins where the one before ends");
+        check(!p.steps[n].pulls || p.steps[n].dx == p.steps[n - 1].dy, "and so do its cotangents");
+    }
+}
+
+void cuda_programs() {
+    in_both_types([](auto zero) {
+        using T = decltype(zero);
+        for (const Op op : {Op::tanh, Op::gelu, Op::softmax, Op::identity})
+            for (const bool dropout : {false, true})
+                for (const Index batch : {1, 7, 32}) {
+                    check_program<T>({8, 64, 64, 1}, op, dropout, batch, false);
+                    check_program<T>({3, 5, 2}, op, dropout, batch, true);
+                    check_program<T>({1, 1}, op, dropout, batch, false);
+                }
+        const std::vector<Layer<T>> many(cuda::kResidentLayers + 1, Layer<T>{Layer<T>::Kind::linear, 1, 1});
+        check(cuda::plan_resident(many, 1, 1, {}, false).count == 0, "too many layers are not resident");
+        const std::vector<Layer<T>> huge(2, Layer<T>{Layer<T>::Kind::linear, Index{1} << 20, Index{1} << 20});
+        check(cuda::plan_resident(huge, 1, 1, {}, false).total > Index{1} << 30,
+              "a sum of sizes that int has no room for");
+    });
+    // The network of the resident schedule's goal, with Adam, within what one block of an sm_90 may have.
+    const bool adam[kSlots] = {true, true, false};
+    const auto p = cuda::plan_resident(layers_of<float>({8, 64, 64, 1}, Op::relu, false), 1, 32, adam, false);
+    check(p.total * 4 <= 227 * 1024, "8-64-64-1 with Adam and 32 rows fits");
+}
+
+}  // namespace
+}  // namespace chainrule

@@ -1,0 +1,643 @@
+# SPDX-License-Identifier: MIT
+"""The GPU's engine: every op, loss, rule, derivative and schedule against the CPU's in float64.
+
+The CPU's results are held to reference.py by the other files. These tests run on a GPU, and on the emulated
+engine that CHAINRULE_CUDA_MODULE names; sizes are small enough for that, and lie around the kernels' tiles.
+"""
+
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import chainrule as cr
+from chainrule import _core, devices
+from conftest import CUDA_MODULE, assert_same_bits, assert_within, eps, layers_of, typed
+from test_losses import each_loss
+from test_losses import sample as sample_loss
+from test_ops import assert_right, each_op, roundings, saved, size_of
+from test_ops import sample as sample_op
+from test_optim import RULES, each_rule
+
+pytestmark = pytest.mark.gpu
+cuda = sys.modules.get("chainrule._cuda") if devices.count() else None
+PRECISIONS = ["float32", "tf32", "bfloat16", "float64"]
+ROUNDED = {"tf32": 2.0**-10, "bfloat16": 2.0**-8}  # operands of products, relatively: tf32 may be cut off
+NO_LIMITS = (-math.inf, math.inf)
+
+
+def of(name, precision):
+    return getattr(cuda, name + ("64" if precision == "float64" else "32"))
+
+
+def real(precision):
+    return np.dtype("float64" if precision == "float64" else "float32")
+
+
+class Pair:
+    """A network on the GPU, and its twin of the same numbers on the CPU in float64."""
+
+    def __init__(self, layers, precision, rng):
+        self.precision, self.dtype = precision, real(precision)
+        self.gpu = of("Network", precision)(layers, precision, 0)
+        self.cpu = _core.Network64(layers)
+        for k, (_, _, shape) in enumerate(self.gpu.parameters):
+            scale = math.sqrt(shape[-1]) if len(shape) > 1 else 1
+            self.gpu.set_parameter(k, (rng.standard_normal(shape) / scale).astype(self.dtype))
+        self.follow()
+
+    def follow(self):
+        """The CPU's parameters become the GPU's."""
+        for k in range(len(self.gpu.parameters)):
+            self.cpu.set_parameter(k, self.gpu.get_parameter(k).astype(float))
+
+    def numbers(self, rng, *shape):
+        return rng.standard_normal(shape).astype(self.dtype)
+
+    def assert_same_parameters(self, relative, what=""):
+        for k, (_, name, _) in enumerate(self.gpu.parameters):
+            close(self.gpu.get_parameter(k), self.cpu.get_parameter(k), relative, f"{what}{name} {k} ")
+
+
+def wide(array):
+    """In float64; labels, None and all else as they are."""
+    return array.astype(float) if isinstance(array, np.ndarray) and array.dtype != np.int64 else array
+
+
+# Networks here have sums of up to 70 terms in 3 layers, there and back, of up to some 3 times the largest
+# result: 3 · 2 · 70 · 3 roundings, and as many again for what they do to the slopes.
+ROUNDINGS = 2500
+
+
+def close(got, exact, relative, what=""):
+    """got = exact to `relative` of the largest number in exact."""
+    got, exact = np.asarray(got, float), np.asarray(exact, float)
+    assert got.shape == exact.shape, f"{what}{got.shape} and {exact.shape}"
+    assert_within(got, exact, np.array(relative * max(np.abs(exact).max(initial=0), 1e-3)), what)
+
+
+def all_close(got, exact, relative, what=""):
+    """The same for whatever is made of arrays and numbers."""
+    if isinstance(exact, dict):
+        assert got.keys() == exact.keys()
+        got, exact = list(got.values()), list(exact.values())
+    if isinstance(exact, (tuple, list)):
+        assert len(got) == len(exact)
+        for place, (a, b) in enumerate(zip(got, exact, strict=True)):
+            all_close(a, b, relative, f"{what}[{place}] ")
+    else:
+        close(got, exact, relative, what)
+
+
+@pytest.fixture(params=["float32", "float64"])
+def precision(request):
+    return request.param
+
+
+@pytest.fixture(params=["by size", *(cuda.schedules() if cuda else [])])
+def schedule(request):
+    """Trainers made in the test take this schedule."""
+    cuda.force_schedule("" if request.param == "by size" else request.param)
+    yield request.param
+    cuda.force_schedule("")
+
+
+# ---- single ops --------------------------------------------------------------------------------------------
+
+
+@each_op
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (5, 33), (70, 65)], ids=str)
+def test_op(row, shape, dtype, rng):
+    """A formula that the GPU computes otherwise, at the CPU's bounds; rows and columns around a warp."""
+    precision = dtype.name
+    net = of("Network", precision)([(row.name, shape[1], shape[1], row.a, False, None)], precision, 0)
+    x, v = sample_op(rng, row, shape, dtype), rng.standard_normal(shape).astype(dtype)
+    y = net.predict(x)
+    assert_right(row, x, y, "cuda")
+    bound = roundings(row, shape[1]) * eps(dtype) * size_of(row, v)
+    x64, v64 = wide(x), wide(v)
+    kept = np.ascontiguousarray(wide(saved(row, x, y)))
+    for name, (f, got) in {"vjp": net.vjp(x, v, False), "jvp": net.jvp(x, v, None)}.items():
+        assert_same_bits(f, y, name)
+        assert_within(got, getattr(_core, f"op_{name}")(row.name, v64, kept, row.a), bound, name)
+    twin = _core.Network64([(row.name, shape[1], shape[1], row.a, False, None)])
+    close(net.second(x, False), twin.second(x64, False), 64 * eps(dtype) * roundings(row, shape[1]), "second")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_of_every_width(precision, bias, rng):
+    """Rows, columns or terms lost or counted twice at the edges of tiles."""
+    edges = [1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200]
+    for place, outputs in enumerate(edges):
+        inputs, rows = edges[(5 * place + 3) % len(edges)], edges[(7 * place + 1) % len(edges)]
+        pair = Pair(layers_of([inputs, outputs], bias=bias), precision, rng)
+        x, dy = pair.numbers(rng, rows, inputs), pair.numbers(rng, rows, outputs)
+        w, b = pair.gpu.get_parameter(0), pair.gpu.get_parameter(1) if bias else np.zeros(outputs)
+        what = f"{rows} × {inputs} → {outputs}: "
+        step = (inputs + 2) * eps(pair.dtype) + 2.01 * ROUNDED.get(precision, 0)  # both operands
+        exact, parts = wide(x) @ wide(w).T + b, np.abs(wide(x)) @ np.abs(wide(w)).T + np.abs(b)
+        assert_within(pair.gpu.predict(x), exact, step * parts, what)
+        if precision in ("float32", "float64"):
+            all_close(
+                pair.gpu.backward(x, dy), pair.cpu.backward(wide(x), wide(dy)), 600 * eps(pair.dtype), what
+            )
+
+
+@each_loss
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_loss(row, reduction, weighted, dtype, rng):
+    """Value and ∂L/∂f of one output and of many, of one row and of several blocks."""
+    for rows, outputs in ((1, 1), (11, 5), (130, 2), (3, 70)):
+        f, y = sample_loss(row, rng, rows, outputs, dtype)
+        weight = (rng.random(rows) + 0.1).astype(dtype) if weighted else None
+        layers = [("identity", f.shape[1], f.shape[1], 0.0, False, None)]
+        net, twin = of("Network", dtype.name)(layers, dtype.name, 0), _core.Network64(layers)
+        loss = _core.Loss(row.name, row.a, reduction, None)
+        relative = (64 + 4 * f.size) * eps(dtype)
+        what = f"{rows} rows, {outputs} outputs: "
+        exact = twin.evaluate(wide(f), wide(y), wide(weight), loss)
+        assert net.evaluate(f, y, weight, loss) == pytest.approx(exact, rel=relative, abs=relative), what
+        got = net.input_gradient(f, y, weight, loss, NO_LIMITS)
+        close(got, twin.input_gradient(wide(f), wide(y), wide(weight), loss, NO_LIMITS), relative, what)
+
+
+# ---- networks ----------------------------------------------------------------------------------------------
+
+NETWORKS = {
+    "tanh": layers_of([5, 17, 9, 3], "tanh", "tanh"),
+    "gelu, silu": layers_of([3, 33, 70, 2], "gelu", "silu"),
+    "softplus, sigmoid": layers_of([4, 8, 8, 4], "softplus", "sigmoid", "softmax"),
+    "elu": layers_of([2, 31, 6], ("elu", 0.7), "log_softmax", bias=False),
+    "one": layers_of([1, 1]),
+}
+CROSS_ENTROPY = _core.Loss("cross_entropy", 0.0, "mean", None)
+
+
+def directions(pair, rng):
+    names = [f"{layer}.{name}" for layer, name, _ in pair.gpu.parameters]
+    shapes = [shape for _, _, shape in pair.gpu.parameters]
+    return {name: pair.numbers(rng, *shape) for name, shape in zip(names, shapes, strict=True)}
+
+
+MAPS = {
+    "predict": lambda net, d: net.predict(d["x"]),
+    "trace": lambda net, d: net.trace(d["x"]),
+    "vjp": lambda net, d: net.vjp(d["x"], d["c"], True),
+    "backward": lambda net, d: net.backward(d["x"], d["c"]),
+    "jvp": lambda net, d: net.jvp(d["x"], d["dx"], d["v"]),
+    "jvp in the parameters": lambda net, d: net.jvp(d["x"], None, d["v"]),
+    "sensitivity": lambda net, d: net.sensitivity(d["x"], d["x"].shape[1] - 1),
+    "jacobian, reverse": lambda net, d: net.jacobian(d["x"], True),
+    "jacobian, forward": lambda net, d: net.jacobian(d["x"], False),
+    "jacobian in the parameters": lambda net, d: net.parameter_jacobian(d["x"]),
+    "second": lambda net, d: net.second(d["x"], False),
+    "laplacian": lambda net, d: net.second(d["x"], True),
+    "value_and_grad": lambda net, d: net.value_and_grad(d["x"], d["y"], d["w"], CROSS_ENTROPY),
+    "input_gradient": lambda net, d: net.input_gradient(d["x"], d["y"], d["w"], CROSS_ENTROPY, NO_LIMITS),
+    "hvp": lambda net, d: net.hvp(d["x"], d["y"], d["w"], CROSS_ENTROPY, NO_LIMITS, d["v"], False),
+    "gauss_newton": lambda net, d: net.hvp(d["x"], d["y"], d["w"], CROSS_ENTROPY, NO_LIMITS, d["v"], True),
+    "example_gradients": lambda net, d: net.example_gradients(d["x"], d["y"], CROSS_ENTROPY, NO_LIMITS),
+    "example_norms": lambda net, d: net.example_norms(d["x"], d["y"], CROSS_ENTROPY, NO_LIMITS),
+    "slopes": lambda net, d: net.value_and_grad(d["x"], d["y"], d["w"], CROSS_ENTROPY, d["dy"], 0.7),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("layers", NETWORKS.values(), ids=NETWORKS)
+def test_derivatives(name, layers, precision, rng):
+    """Every map that the CPU has, of one row and of more than a block."""
+    pair = Pair(layers, precision, rng)
+    for rows in (1, 37):
+        given = {
+            "x": pair.numbers(rng, rows, layers[0][1]),
+            "dx": pair.numbers(rng, rows, layers[0][1]),
+            "c": pair.numbers(rng, rows, layers[-1][2]),
+            "y": rng.integers(0, layers[-1][2], rows),
+            "w": pair.numbers(rng, rows) ** 2,
+            "dy": pair.numbers(rng, rows, layers[-1][2], layers[0][1]),
+            "v": directions(pair, rng),
+        }
+        exact = {key: wide(value) for key, value in given.items() if key != "v"}
+        exact["v"] = {key: wide(value) for key, value in given["v"].items()}
+        got, expected = MAPS[name](pair.gpu, given), MAPS[name](pair.cpu, exact)
+        second = (
+            4 if name in ("second", "laplacian", "hvp", "gauss_newton", "slopes") else 1
+        )  # sums of products of slopes
+        all_close(got, expected, second * ROUNDINGS * eps(pair.dtype), f"{rows} rows: ")
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_two_runs_give_the_same_bits(name, precision, rng):
+    """Sums in the order in which blocks happen to end."""
+    pair = Pair(NETWORKS["gelu, silu"], precision, rng)
+    given = {
+        "x": pair.numbers(rng, 150, 3), "dx": pair.numbers(rng, 150, 3), "c": pair.numbers(rng, 150, 2),
+        "y": rng.integers(0, 2, 150), "w": pair.numbers(rng, 150) ** 2, "dy": pair.numbers(rng, 150, 2, 3),
+        "v": directions(pair, rng),
+    }  # fmt: skip
+    first, second = (flat(MAPS[name](pair.gpu, given)) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert_same_bits(a, b)
+
+
+def flat(answer):
+    if isinstance(answer, dict):
+        answer = list(answer.values())
+    if isinstance(answer, (tuple, list)):
+        return [array for part in answer for array in flat(part)]
+    return [np.asarray(answer)]
+
+
+def test_what_does_not_fit_is_not_computed(precision, rng):
+    """None, as on the CPU, for arrays of another dtype or shape: Python then converts or complains."""
+    pair = Pair(NETWORKS["tanh"], precision, rng)
+    x, c = pair.numbers(rng, 4, 5), pair.numbers(rng, 4, 3)
+    for bad in ([[1.0] * 5], x.astype(np.float16), x[:, :4].copy(), np.asfortranarray(x), x[::2]):
+        assert pair.gpu.predict_as_is(bad) is None
+        assert pair.gpu.vjp(bad, c, False) is None and pair.gpu.jacobian(bad, True) is None
+    assert_same_bits(pair.gpu.predict_as_is(x), pair.gpu.predict(x))
+    assert_same_bits(pair.gpu.predict_as_is(x[1]), pair.gpu.predict(x[1:2])[0])
+    assert pair.gpu.predict(x[:0]).shape == (0, 3)
+
+
+def test_large_predictions_go_in_pieces(rng):
+    pair = Pair(layers_of([2, 5, 1], "relu"), "float32", rng)
+    x = pair.numbers(rng, 20_001, 2)
+    close(pair.gpu.predict(x), pair.cpu.predict(wide(x)), 100 * eps(np.float32))
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+TRAINED = layers_of([5, 17, 9, 2], "tanh", "silu")
+
+
+class Trained(Pair):
+    """Two trainings of one problem: on the GPU, and on the CPU in float64."""
+
+    rows = 37
+
+    def __init__(self, rng, precision="float64", rule=RULES[0], layers=TRAINED, weighted=False, sloped=False,
+                 loss=("mse", 0.0, "mean", None), batch_size=37, shuffle=False, dy_weight=0.5,
+                 **more):  # fmt: skip
+        super().__init__(layers, precision, rng)
+        self.x, y = self.numbers(rng, self.rows, layers[0][1]), self.numbers(rng, self.rows, layers[-1][2])
+        self.y = y.argmax(axis=1) if loss[0] == "cross_entropy" else y
+        self.weight = (rng.random(self.rows) + 0.1).astype(self.dtype) if weighted else None
+        dy = self.numbers(rng, self.rows, layers[-1][2], layers[0][1]) if sloped else None
+        names = ("l1", "l2", "clip_value", "clip_norm", "clip_example_norm")
+        options = batch_size, shuffle, 11, *(more.get(name, 0.0) for name in names)
+        self.lr, hyper = rule.lr, rule.engine_hyper()
+        sides = []
+        for net, kind, as_given in ((self.gpu, of, np.asarray), (self.cpu, typed, wide)):
+            type_of = precision if kind is of else np.float64
+            optimizer = kind("Optimizer", type_of)(net, rule.name, hyper)
+            data = (None if a is None else as_given(a) for a in (self.x, self.y, self.weight))
+            slopes = None if dy is None else as_given(dy)
+            trainer = kind("Trainer", type_of)(
+                net, optimizer, _core.Loss(*loss), *data, *options, slopes, dy_weight
+            )
+            sides.append((optimizer, trainer))
+        (self.optimizer, self.trainer), (self.cpu_optimizer, self.cpu_trainer) = sides
+
+    def assert_steps_equal(self, steps, relative):
+        """Each step of the CPU starts where the GPU stands, but keeps a memory of its own."""
+        for step in range(steps):
+            self.follow()
+            got = self.trainer.step(self.x, self.y, self.weight, self.lr)
+            exact = self.cpu_trainer.step(wide(self.x), wide(self.y), wide(self.weight), self.lr)
+            assert got == pytest.approx(exact, rel=relative), f"step {step}"
+            self.assert_same_parameters(relative, f"step {step}: ")
+
+    def assert_runs_equal(self, epochs, relative):
+        """Whole epochs, each side on its own."""
+        rates = np.full(epochs, self.lr)
+        got, exact = self.trainer.run(0, rates), self.cpu_trainer.run(0, rates)
+        close(got, exact, relative, "losses ")
+        self.assert_same_parameters(relative)
+
+
+@each_rule
+def test_steps_follow_the_cpu(rule, schedule, rng):
+    """A wrong rule, a lost state, a bias correction with the wrong step number; bound as in test_optim."""
+    pair = Trained(rng, rule=rule)
+    pair.assert_steps_equal(8, 1e-12)
+    assert pair.optimizer.step_count == 8
+
+
+@each_rule
+def test_float32_steps_follow_too(rule, schedule, rng):
+    Trained(rng, "float32", rule).assert_steps_equal(8, 5e-4)
+
+
+@pytest.mark.parametrize("more", [
+    {"weighted": True}, {"l1": 0.03}, {"l2": 0.2},
+    {"clip_value": 0.02}, {"clip_norm": 0.1}, {"clip_norm": 1e3},
+    {"l1": 0.01, "l2": 0.1, "clip_value": 0.05, "clip_norm": 0.1, "weighted": True},
+    {"clip_example_norm": 0.3}, {"clip_example_norm": 0.3, "weighted": True}, {"sloped": True},
+    {"sloped": True, "weighted": True, "l2": 0.1}, {"loss": ("mse", 0.0, "sum", None), "clip_value": 0.02},
+    {"loss": ("cross_entropy", 0.0, "mean", None)}, {"loss": ("huber", 0.5, "mean", None), "weighted": True},
+], ids=str)  # fmt: skip
+def test_treatments_follow_the_cpu(more, schedule, rng):
+    """Penalties, clips, weights, slopes, losses, in whole epochs of shuffled batches with a rest."""
+    Trained(rng, rule=RULES[2], batch_size=8, shuffle=True, **more).assert_runs_equal(2, 1e-10)
+
+
+@pytest.mark.parametrize("layers", [
+    layers_of([5, 1]), layers_of([1, 64, 64, 1], "relu", "relu"), layers_of([5, 130, 2], "gelu"),
+    layers_of([33, 70, 65, 3], "tanh", "leaky_relu", "log_softmax"), layers_of([5, 16, 2], "elu", bias=False),
+    layers_of([129, 3], ()), [("tanh", 5, 5, 0.0, False, None), *layers_of([5, 4, 2], "softmax")],
+], ids=lambda layers: "-".join(row[0] for row in layers))  # fmt: skip
+@pytest.mark.parametrize("batch_size", [1, 16, 37])
+def test_architectures_follow_the_cpu(layers, batch_size, schedule, rng):
+    """Widths around tiles and vectors, layers without a Linear before them, batches of one."""
+    Trained(rng, rule=RULES[6], layers=layers, batch_size=batch_size, shuffle=True).assert_runs_equal(1, 1e-9)
+
+
+def with_dropout(p):
+    return [*layers_of([5, 17], "tanh"), ("dropout", 17, 17, p, False, None), *layers_of([17, 2])]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.9])
+def test_dropout_and_order_are_the_cpus(p, schedule, rng):
+    """The same seed drops the same activations and takes the same rows, or every digit would differ."""
+    pair = Trained(rng, rule=RULES[0], layers=with_dropout(p), batch_size=8, shuffle=True)
+    pair.assert_runs_equal(3, 1e-10)
+    close(pair.gpu.predict(pair.x), pair.cpu.predict(wide(pair.x)), 1e-10)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_two_trainings_give_the_same_bits(precision, schedule, rng):
+    state = rng.bit_generator.state
+    ends = []
+    for _ in range(2):
+        rng.bit_generator.state = state
+        pair = Trained(rng, precision, RULES[6], with_dropout(0.2), batch_size=8, shuffle=True)
+        losses = pair.trainer.run(0, np.full(3, 0.01))
+        ends.append(
+            [losses, pair.gpu.get_parameter(0), pair.gpu.get_parameter(3), *pair.optimizer.get_state()]
+        )
+    for a, b in zip(*ends, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_epochs_in_one_call_or_in_many(schedule, rng):
+    """What is kept between launches, and what starts anew; rates by epoch and by step."""
+    state, ends = rng.bit_generator.state, []
+    for how in ("one call", "a call an epoch", "rates by step"):
+        rng.bit_generator.state = state
+        pair = Trained(rng, "float32", RULES[6], with_dropout(0.2), batch_size=8, shuffle=True)
+        rates = np.array([0.01, 0.02, 0.005])
+        if how == "a call an epoch":
+            losses = np.concatenate([pair.trainer.run(k, rates[k : k + 1]) for k in range(3)])
+        else:
+            losses = pair.trainer.run(0, np.repeat(rates[:, None], 5, axis=1) if "step" in how else rates)
+        ends.append([losses, pair.gpu.get_parameter(0), *pair.optimizer.get_state()])
+    for other in ends[1:]:
+        for a, b in zip(ends[0], other, strict=True):
+            assert_same_bits(a, b)
+
+
+def test_a_state_goes_on_where_it_was(schedule, rng):
+    """get_state and set_state, and from the GPU to the CPU: an optimizer's memory moved with its network."""
+    pair = Trained(rng, rule=RULES[6])
+    pair.assert_steps_equal(3, 1e-12)
+    pair.cpu_optimizer.set_state(pair.optimizer.get_state())
+    pair.optimizer.set_state(pair.cpu_optimizer.get_state())
+    pair.assert_steps_equal(3, 1e-12)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_rounded_products_train_as_well(precision, schedule, rng):
+    """As float64's, to 5 % of the first loss: rounding errors are not biased."""
+    pair = Trained(rng, precision, RULES[6], batch_size=8, shuffle=True)
+    rates = np.full(30, 0.01)
+    got, exact = pair.trainer.run(0, rates), pair.cpu_trainer.run(0, rates)
+    assert exact[-1] < 0.5 * exact[0]
+    assert_within(got, exact, 0.05 * exact[0], "losses ")
+
+
+def test_snapshots_and_changes(rng):
+    pair = Trained(rng, "float32")
+    before, changes = pair.gpu.get_parameter(0), pair.gpu.changes
+    snapshot = pair.gpu.snapshot()
+    pair.trainer.run(0, np.full(1, 0.1))
+    assert pair.gpu.changes != changes and (pair.gpu.get_parameter(0) != before).any()
+    pair.gpu.restore(snapshot)
+    assert_same_bits(pair.gpu.get_parameter(0), before)
+    assert pair.gpu.all_finite()
+    pair.gpu.set_parameter(0, np.full_like(before, np.inf))
+    assert not pair.gpu.all_finite()
+
+
+# ---- public use --------------------------------------------------------------------------------------------
+
+X = np.linspace(-1, 1, 150).reshape(50, 3)
+Y = np.sin(2 * X).sum(axis=1)
+
+
+def networks(device, count, **more):
+    layers = cr.Linear(3, 16), cr.Tanh(), cr.Dropout(0.1), cr.Linear(16, 1)
+    return [cr.Sequential(*layers, seed=seed, device=device, **more) for seed in range(count)]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop", "lbfgs", "levenberg_marquardt"])
+def test_fit_is_the_cpus(optimizer):
+    """The whole way through: validation, schedule, early stopping, history; in float64, digit by digit."""
+    histories, nets = [], []
+    for device in ("cpu", "cuda"):
+        net = cr.mlp([3, 8, 1], activation="tanh", seed=1, dtype="float64", device=device)
+        schedule = None if "_" in optimizer else cr.CosineAnnealingLR(6)
+        stop = cr.EarlyStopping("val_loss", patience=2)
+        histories.append(net.fit(X, Y, loss="mse", optimizer=optimizer, epochs=6, schedule=schedule, seed=3,
+                                 validation_split=0.2, callbacks=[stop]))  # fmt: skip
+        nets.append(net)
+    assert histories[0].epochs == histories[1].epochs
+    for name in ("loss", "val_loss"):
+        close(histories[1][name], histories[0][name], 1e-7, name)
+    close(nets[1].predict(X), nets[0].predict(X), 1e-7)
+    assert nets[1].evaluate(X, Y, loss="mse") == pytest.approx(nets[0].evaluate(X, Y, loss="mse"), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradcheck(dtype):
+    """All derivatives again, against central differences of a float64 network on the CPU."""
+    net = cr.mlp([3, 8, 2], activation="gelu", seed=2, dtype=dtype, device="cuda")
+    assert cr.gradcheck(net, X[:5], [0, 1, 1, 0, 1], "cross_entropy").ok
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["one data set", "one each"])
+def test_many_networks_have_the_bits_of_each_alone(own, schedule, rng):
+    options = {"loss": "mse", "epochs": 3, "batch_size": 16}
+    nets, alone = networks("cuda", 5), networks("cuda", 5)
+    optimizers, seeds = [cr.Adam(0.001 * (k + 1)) for k in range(5)], [3, 1, 4, 1, 5]
+    data = (rng.standard_normal((5, 20, 3)), rng.standard_normal((5, 20, 1))) if own else (X, Y)
+    histories = cr.fit_many(nets, *data, optimizer=optimizers, seed=seeds, **options)
+    for k, (net, twin, history) in enumerate(zip(nets, alone, histories, strict=True)):
+        rows = [array[k] for array in data] if own else data
+        assert twin.fit(*rows, optimizer=optimizers[k], seed=seeds[k], **options).history == history.history
+        for name, value in twin.state_dict().items():
+            assert_same_bits(net.state_dict()[name], value, name)
+
+
+def test_of_many_one_diverges(schedule):
+    nets, alone = networks("cuda", 3), networks("cuda", 3)
+    with pytest.raises(FloatingPointError, match=r"in networks \[1\]"):
+        cr.fit_many(nets, X, Y, loss="mse", optimizer=[cr.SGD(0.1), cr.SGD(1e30), cr.SGD(0.1)], epochs=4)
+    for k in (0, 2):
+        alone[k].fit(X, Y, loss="mse", optimizer=cr.SGD(0.1), epochs=4)
+    for net, twin in zip(nets, alone, strict=True):
+        assert_same_bits(net.predict(X), twin.predict(X))
+
+
+def test_divergence_puts_the_weights_back(schedule):
+    net = networks("cuda", 1)[0]
+    before = net.predict(X)
+    with pytest.raises(FloatingPointError, match="weights are those from before"):
+        net.fit(X, Y, loss="mse", optimizer=cr.SGD(1e20), epochs=20)
+    assert_same_bits(net.predict(X), before)
+    net.fit(X, Y, loss="mse")
+
+
+def test_ctrl_c_leaves_a_network_that_works(schedule):
+    net = networks("cuda", 1)[0]
+    timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        net.fit(X, Y, loss="mse", epochs=10**6)
+    timer.join()
+    assert np.isfinite(net.predict(X)).all()
+    net.fit(X, Y, loss="mse")
+
+
+def test_steps_of_ones_own(schedule):
+    """train_step on batches of changing size, with and without weights, between predictions."""
+    nets = [networks(device, 1, dtype="float64")[0] for device in ("cpu", "cuda")]
+    optimizers = [cr.Adam(0.01), cr.Adam(0.01)]
+    for first, last in ((0, 32), (32, 50), (0, 7), (0, 50)):
+        rows = slice(first, last)
+        for weight in (None, np.arange(last - first) + 1.0):
+            a, b = (
+                net.train_step(X[rows], Y[rows], loss="huber", optimizer=optimizer, sample_weight=weight)
+                for net, optimizer in zip(nets, optimizers, strict=True)
+            )
+            assert a == pytest.approx(b, rel=1e-9)
+            close(nets[1].predict(X), nets[0].predict(X), 1e-9)
+
+
+# ---- arrays on the device ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64"])
+def test_an_array_there_and_back(dtype, rng):
+    given = (100 * rng.standard_normal((7, 5))).astype(dtype)
+    array = cuda.upload(given, 0)
+    assert (array.shape, array.dtype, array.device) == ((7, 5), np.dtype(dtype), 0)
+    assert array.__dlpack_device__() == (2, 0)
+    given[:] = 0  # a copy
+    again = cuda.from_dlpack(array)
+    assert again.numpy().any()
+    assert_same_bits(again.numpy(), array.numpy())
+    del array
+    assert_same_bits(np.asarray(again), again.numpy())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_predictions_that_stay_there(precision, rng):
+    net = networks("cuda", 1, dtype=precision)[0]
+    x = X.astype(net.array_dtype)
+    f = net.predict(cuda.upload(x, 0))
+    assert (f.shape, f.dtype) == ((50, 1), net.array_dtype)
+    assert_same_bits(f.numpy(), net.predict(x))
+
+
+def test_training_on_arrays_there():
+    a, b = networks("cuda", 2)
+    b.load_state_dict(a.state_dict())
+    x, y = X.astype(np.float32), Y.astype(np.float32)
+    assert a.fit(x, y, loss="mse").history == b.fit(cuda.upload(x, 0), cuda.upload(y, 0), loss="mse").history
+    assert_same_bits(a.predict(x), b.predict(x))
+
+
+@pytest.mark.skipif(bool(CUDA_MODULE), reason="PyTorch has no emulated GPU")
+def test_tensors_of_pytorch():
+    torch = pytest.importorskip("torch")
+    net = networks("cuda", 1)[0]
+    x = torch.tensor(X, dtype=torch.float32, device="cuda:0")
+    f = torch.from_dlpack(net.predict(x * 2))  # on PyTorch's stream: ours must wait for it, and it for ours
+    assert f.device == x.device
+    assert_same_bits(f.cpu().numpy(), net.predict((2 * X).astype(np.float32)))
+    net.fit(x, torch.tensor(Y, device="cuda:0"), loss="mse")
+
+
+# ---- limits ------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_says_how_much_and_leaves_the_network_usable():
+    with pytest.raises(MemoryError, match=r"expected .*[\d,]+.* bytes.* got"):
+        cr.Sequential(cr.Linear(2**20, 2**20), device="cuda")
+    net = cr.mlp([2, 3000, 3000, 1], device="cuda")
+    before = net.predict(X[:, :2])
+    with pytest.raises(MemoryError):
+        cr.per_example_grads(net, np.zeros((2**20, 2)), np.zeros(2**20), "mse")
+    assert_same_bits(net.predict(X[:, :2]), before)
+    net.fit(X[:, :2], Y, loss="mse")
+
+
+def test_other_threads_use_other_networks(rng):
+    """Two trainings at a time, each with the bits that it has alone."""
+    nets, alone = networks("cuda", 2), networks("cuda", 2)
+    threads = [
+        threading.Thread(target=net.fit, args=(X, Y), kwargs={"loss": "mse", "epochs": 5}) for net in nets
+    ]
+    for thread in threads:
+        thread.start()
+    for thread, net, twin in zip(threads, nets, alone, strict=True):
+        thread.join()
+        twin.fit(X, Y, loss="mse", epochs=5)
+        assert_same_bits(net.predict(X), twin.predict(X))
+
+
+EVERY_KERNEL = """
+import sys, numpy as np, chainrule as cr
+from chainrule import _cuda
+rng = np.random.default_rng(0)
+X, y = rng.standard_normal((70, 5)), rng.integers(0, 3, 70)
+for schedule in ["", *_cuda.schedules()]:
+    _cuda.force_schedule(schedule)
+    for dtype in ("float32", "tf32", "bfloat16", "float64"):
+        layers = cr.Linear(5, 33), cr.GELU(), cr.Dropout(0.2), cr.Linear(33, 65), cr.Tanh(), cr.Linear(65, 3)
+        nets = [cr.Sequential(*layers, seed=k, dtype=dtype, device="cuda") for k in range(3)]
+        nets[0].fit(X, y, loss="cross_entropy", l2=0.1, clip_norm=1.0, validation_split=0.2)
+        nets[0].fit(X, y, loss="cross_entropy", optimizer="rmsprop", clip_example_norm=1.0)
+        cr.fit_many(nets, X, y, loss="cross_entropy", batch_size=16)
+        nets[0].train_step(X, y, loss="cross_entropy", optimizer=cr.SGD(0.1, momentum=0.9))
+net = cr.mlp([5, 33, 3], activation="silu", device="cuda")
+cr.gradcheck(net, X[:3], y[:3], "cross_entropy"), cr.laplacian(net, X)
+cr.per_example_grads(net, X, y, "cross_entropy"), cr.jacobian(net, X, wrt="parameters")
+net.fit(X, X[:, :3], loss="mse", dy=np.zeros((70, 3, 5)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(CUDA_MODULE), reason="compute-sanitizer looks at GPUs only")
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="there is no compute-sanitizer here")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_sanitizer(tool):
+    """Addresses out of range, races for shared memory, reads before writes, barriers in branches."""
+    command = [
+        "compute-sanitizer",
+        f"--tool={tool}",
+        "--error-exitcode=9",
+        sys.executable,
+        "-c",
+        EVERY_KERNEL,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
