@@ -164,8 +164,9 @@ class Call {
    public:
     template <class F>
     Call(const F& f)
-        : context_(&f),
-          call_([](const void* context, Arguments... arguments) { (*static_cast<const F*>(context))(arguments...); }) {}
+        : context_(&f), call_([](const void* callable, Arguments... arguments) {
+              (*static_cast<const F*>(callable))(arguments...);
+          }) {}
     void operator()(Arguments... arguments) const { call_(context_, arguments...); }
 
    private:
