@@ -105,7 +105,7 @@ __global__ void count_elements(int* counts) {
     CHAINRULE_SHARED(typename Tile::Real, memory);
     Tile tile;
     for (int part = 0; part < Tile::parts; ++part) {
-        tile.put(part, memory);
+        tile.put_part(memory);
         __syncthreads();
         for (int e = static_cast<int>(threadIdx.x); e < Tile::part_rows * Tile::cols; e += Tile::threads)
             if (memory[e] == 0) ++counts[Tile::row_in_tile(part, e / Tile::cols) * Tile::cols + e % Tile::cols];

@@ -116,7 +116,7 @@ def test_its_name_is_shown():
 
 @pytest.mark.parametrize("dtype", ["bf16", "bfloat", "float16", np.float16, np.uint16, None])
 def test_unknown_dtypes_list_the_known_ones(dtype):
-    with pytest.raises(ValueError, match=r"expected one of 'float32', 'float64', 'bfloat16', got"):
+    with pytest.raises(ValueError, match=r"expected one of 'float32', 'float64', 'bfloat16', 'tf32', got"):
         cr.mlp([2, 6, 1], dtype=dtype)
 
 

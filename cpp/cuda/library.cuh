@@ -36,7 +36,8 @@ struct Pack {
 
 // An epilogue over a product that lies in memory, by tiles as the small ones of our own.
 template <class T, class Epilogue>
-__global__ void __launch_bounds__(kThreads) finish_product(int m, int n, const T* c, Index stride, Epilogue epilogue) {
+__global__ void __launch_bounds__(kThreads, 4)
+    finish_product(int m, int n, const T* c, Index stride, Epilogue epilogue) {
     CHAINRULE_SHARED(T, memory);
     const int row = static_cast<int>(blockIdx.x) * static_cast<int>(kSmallTile);
     const int col = static_cast<int>(blockIdx.y) * static_cast<int>(kSmallTile);

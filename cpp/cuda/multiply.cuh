@@ -73,13 +73,14 @@ struct Simt {
             }
         }
     }
-    __device__ void put(int part, T* to) const {
+    // Puts the first part, and moves the others up: an index that is known only at run time would send all of `sum` to memory.
+    __device__ void put_part(T* to) {
         T* const row = to + static_cast<int>(threadIdx.x) / across * Cols;
         CHAINRULE_UNROLL(8)
-        for (int r = 0; r < PerRow; ++r) {
-            if (r != part) continue;
+        for (int c = 0; c < PerCol; ++c) {
+            row[col_of(c)] = sum[0][c];
             CHAINRULE_UNROLL(8)
-            for (int c = 0; c < PerCol; ++c) row[col_of(c)] = sum[r][c];
+            for (int r = 1; r < PerRow; ++r) sum[r - 1][c] = sum[r][c];
         }
     }
     // Of the tile, the row that lies in row `slot` of part `part`.
@@ -137,17 +138,17 @@ struct TensorCores {
             }
         }
     }
-    __device__ void put(int part, float* to) const {
+    __device__ void put_part(float* to) {
         float* const row = to + (static_cast<int>(threadIdx.x) / 32 / warps_across * 8 + group()) * Cols;
         CHAINRULE_UNROLL(4)
-        for (int i = 0; i < Down; ++i) {
+        for (int j = 0; j < Across; ++j) {
             CHAINRULE_UNROLL(2)
-            for (int half = 0; half < 2; ++half) {
-                if (2 * i + half != part) continue;
+            for (int e = 0; e < 2; ++e) {
+                row[first_col() + 8 * j + 2 * turn() + e] = sum[0][j][e];
                 CHAINRULE_UNROLL(4)
-                for (int j = 0; j < Across; ++j) {
-                    row[first_col() + 8 * j + 2 * turn()] = sum[i][j][2 * half];
-                    row[first_col() + 8 * j + 2 * turn() + 1] = sum[i][j][2 * half + 1];
+                for (int i = 0; i < Down; ++i) {
+                    if (i > 0) sum[i - 1][j][2 + e] = sum[i][j][e];
+                    sum[i][j][e] = sum[i][j][2 + e];
                 }
             }
         }
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     // Part by part through shared memory: one text of the epilogue instead of one for each element of a thread's, and
     // neighbouring threads write neighbouring columns.
     for (int part = 0; part < Tile::parts; ++part) {
-        tile.put(part, memory);
+        tile.put_part(memory);
         __syncthreads();
         for (int e = static_cast<int>(threadIdx.x); e < Tile::part_rows * Tile::cols; e += Tile::threads) {
             const int i = row + Tile::row_in_tile(part, e / Tile::cols), j = col + e % Tile::cols;
