@@ -60,7 +60,7 @@ def html_table(rows: Sequence[Row], align: str, *, foot: bool = False) -> str:
     """The same table in HTML, its last row a footer if `foot`.
 
     >>> html_table([("a<b",), ("1",)], "r")[:60]
-    '<table><thead><tr><th style="text-align:right">a&lt;b</th></t'
+    '<table><thead><tr><th style="text-align:right">a&lt;b</th></'
     """
     from html import escape
 
