@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import chainrule as cr
 from chainrule.__main__ import main
 from chainrule.data import TableModel, split_rows
 from chainrule.io import save
+from chainrule.tables import read_table
 from chainrule.terminal import Screen, confusion_lines, curve, picture
 
 
@@ -437,6 +439,119 @@ def test_interrupted(flowers, capsys, monkeypatch):
     assert not os.path.exists("model.safetensors")
 
 
+# ------------------------------------------------------------ explain and draw
+
+
+@pytest.fixture
+def flower_model(flowers, capsys):
+    """A classifier of `kind`, 4 inputs → 3 → 2, that has the row's target to explain."""
+    options = ["--ignore", "price", "--hidden", 3, "--activation", "tanh", "--epochs", 3]
+    assert run(capsys, "train", "flowers.csv", "--target", "kind", *options)[0] == 0
+    return TableModel.load("model.safetensors")
+
+
+def write_row(path, **cells):
+    row = {"id": "n0", "size": "4.5", "colour": "red", "kind": "small", "price": "1"} | cells
+    Path(path).write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n", encoding="utf-8")
+    return path
+
+
+def test_explaining_a_row(flower_model, capsys):
+    """What it prints is explain's own text, for that row as the model sees it and its encoded target."""
+    with open("new.csv", encoding="utf-8") as file:
+        kinds = [row["kind"] for row in csv.DictReader(file)]
+    table = read_table("new.csv")
+    for options, row, wrt in (([], 1, "0.weight"), (["--row", 4, "--wrt", "2.bias"], 4, "2.bias")):
+        code, out, err = run(capsys, "explain", "model.safetensors", "new.csv", *options)
+        assert (code, err) == (0, "")
+        x = flower_model.preprocessor.transform(table, np.float32)[row - 1]
+        y = ("big", "small").index(kinds[row - 1])
+        expected = str(cr.explain(flower_model.net, x, y, "cross_entropy", wrt=wrt))
+        assert out == "\n".join(line.rstrip() for line in expected.split("\n")) + "\n"
+        assert "softmax(f) − onehot(y)" in out
+
+
+def test_explaining_a_regression(flowers, capsys):
+    run(capsys, "train", "flowers.csv", "--target", "price", "--hidden", "none", "--epochs", 2)
+    code, out, _ = run(capsys, "explain", "model.safetensors", "new.csv", "--wrt", "x")
+    assert code == 0 and out.startswith("∂L/∂x = ∂L/∂f · J_{x}[φ¹]\n") and "2 (f − y)" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "state"),
+    [([], "structure"), (["new.csv"], "forward and reverse"), (["row.csv", "--row", 1], "forward")],
+)
+def test_drawing(flower_model, capsys, options, state):
+    write_row("row.csv", kind="")  # no target: no cotangents
+    code, out, err = run(capsys, "draw", "model.safetensors", *options, "-o", "picture.svg")
+    assert (code, err) == (0, "")
+    chain = "x → Linear → Tanh → Linear → f" + ("" if state == "structure" else " → cross_entropy")
+    assert out == f"Saved as picture.svg: {chain}; {state}\n"
+    assert ElementTree.parse("picture.svg").getroot().tag.endswith("svg")
+
+
+def test_drawing_a_row_draws_that_row(flower_model, capsys):
+    run(capsys, "draw", "model.safetensors", "new.csv", "--row", 3)
+    table = read_table("new.csv")
+    x = flower_model.preprocessor.transform(table, np.float32)[2]
+    y = flower_model.preprocessor.targets(table)[2]
+    assert Path("graph.svg").read_text("utf-8") == str(cr.draw(flower_model.net, x, y, "cross_entropy"))
+
+
+def test_drawing_any_network(capsys):
+    cr.mlp([2, 1]).save("net.safetensors")
+    assert run(capsys, "draw", "net.safetensors")[:2] == (
+        0,
+        "Saved as graph.svg: x → Linear → f; structure\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "nowhere.safetensors", "new.csv"], "nowhere.safetensors: No such file or directory"),
+        (["explain", "model.safetensors", "nowhere.csv"], "nowhere.csv: No such file or directory"),
+        (["explain", "model.safetensors", "new.csv", "--row", 8], "[explain] --row: expected 1 to 7, got 8"),
+        (["explain", "model.safetensors", "empty.csv"], "[explain] --row: expected a file with rows, got 1"),
+        (
+            ["explain", "model.safetensors", "unknown.csv"],
+            "[explain] target 'kind': expected a value in row 1 of 'unknown.csv', got none; a loss needs one",
+        ),
+        (
+            ["explain", "model.safetensors", "other.csv"],
+            "[table] target 'kind': expected one of 'big', 'small', got 'blue'",
+        ),
+        (
+            ["explain", "model.safetensors", "new.csv", "--wrt", "1.weight"],
+            "[explain] wrt must be a known name: expected one of '0.weight', '0.bias', '2.weight', '2.bias', "
+            "'x', got '1.weight'",
+        ),
+        (
+            ["explain", "net.safetensors", "new.csv"],
+            "[load] preprocessing of 'net.safetensors': expected a file of `chainrule train`, "
+            "got only a network; use chainrule.load",
+        ),
+        (
+            ["draw", "model.safetensors", "-o", "graph.png"],
+            "[draw] path must end in .svg: expected 'name.svg', got 'graph.png'",
+        ),
+        (
+            ["draw", "model.safetensors", "--row", 2],
+            "[draw] --row: expected a data file to take it from, got only row 2",
+        ),
+        (["draw", "model.safetensors", "new.csv", "--row", 9], "[draw] --row: expected 1 to 7, got 9"),
+        (["draw", "model.safetensors", "-o", "nowhere/g.svg"], "nowhere/g.svg: No such file or directory"),
+    ],
+)
+def test_mistakes_in_explaining_and_drawing(flower_model, capsys, arguments, message):
+    cr.mlp([2, 1]).save("net.safetensors")
+    Path("empty.csv").write_text("id,size,colour,kind,price\n")
+    write_row("unknown.csv", kind="")
+    write_row("other.csv", kind="blue")
+    assert run(capsys, *arguments) == (1, "", f"chainrule: error: {message}\n")
+    assert not Path("graph.svg").exists() and not Path("graph.png").exists()
+
+
 # ------------------------------------------------------------ demo, info and the like
 
 
@@ -489,7 +604,7 @@ def test_info(capsys):
 
 def test_version_and_help(capsys):
     assert run(capsys, "--version") == (0, f"chainrule {cr.__version__}\n", "")
-    for command in ([], ["train"], ["predict"], ["demo"], ["info"]):
+    for command in ([], ["train"], ["predict"], ["explain"], ["draw"], ["demo"], ["info"]):
         code, out, _ = run(capsys, *command, "--help")
         assert code == 0 and out.startswith("usage: chainrule") and out.isascii()
         assert "None" not in out and "SUPPRESS" not in out
@@ -521,6 +636,9 @@ def test_an_ascii_terminal_gets_ascii(flowers):
     assert "4 -> 64 -> 64 -> 2" in done.stdout.decode("ascii") or "-> 64 -> 64 -> 2" in done.stdout.decode(
         "ascii"
     )
+    done = program("explain", "model.safetensors", "new.csv", env=environment)
+    text = done.stdout.decode("ascii")
+    assert "dL/dW1 = dL/df * J_{phi4}[phi5] * " in text and "?" not in text
 
 
 def test_a_reader_that_goes_away_does_not_take_the_model_along(flowers):

@@ -7,6 +7,7 @@ import json
 import pickle
 import threading
 import weakref
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -276,6 +277,26 @@ def test_summary_counts():
     assert lines[4].split() == ["3", "Linear(100,", "10)", "(B,", "10)", "1,010", "1,000"]
     assert lines[5].split() == ["total", "7,510", "7,400"]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_summary_is_a_table_in_notebooks():
+    """The same cells; markup in a layer's name is text."""
+
+    class Odd(cr.Layer):
+        def forward(self, x):
+            return x
+
+        def vjp(self, x, y, dy):
+            return dy
+
+    summary = cr.Sequential(cr.Linear(64, 100), Odd(), cr.Linear(100, 10)).summary()
+    assert isinstance(summary, str) and str(summary) == summary and summary.count("\n") == 4
+    table = ElementTree.fromstring(summary._repr_html_())
+    rows = [[cell.text or "" for cell in row] for row in table.iter("tr")]
+    assert rows[0] == ["", "layer", "output", "parameters", "multiplies"]
+    assert rows[2] == ["1", "<Odd>", "(B, 100)", "0", "?"]
+    assert rows[-1] == ["", "total", "", "7,510", "7,400"]
+    assert [row.split() for row in summary.splitlines()] == [" ".join(row).split() for row in rows]
 
 
 def test_mlp_builds_what_it_says():

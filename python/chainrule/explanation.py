@@ -427,4 +427,5 @@ def _to_parameter(link: Link, name: str, x: Array) -> Factor:
 
 
 def _layer(link: Link) -> str:
-    return f"{link.index}: {link.layer!r}"
+    name = f"Linear({link.inputs}, {link.outputs})" if isinstance(link.layer, Linear) else repr(link.layer)
+    return f"{link.index}: {name}"

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 EPS = 6e-6  # ∛u
 _ROWS = 16  # of the batch, for the maps of one layer: rows do not mix, so more would say the same
+_BENT = 1e-3  # of the largest slope: a step of 6e-6 changes the slope of a smooth function by far less
 _ROUNDING = 16 * float(np.finfo(np.float64).eps)  # of a value that came about in a few operations
 
 # ------------------------------------------------------------ the result
@@ -246,7 +247,8 @@ def _judge(
         low, high = np.minimum(found.left, found.right), np.maximum(found.left, found.right)
         between = (low - found.noise <= analytic) & (analytic <= high + found.noise)
         crossed = found.crossed.reshape(-1, *[1] * (error.ndim - 1))
-        kinks = wrong & np.isfinite(analytic) & (between | crossed)
+        bent = high - low > _BENT * scale + 2 * found.noise
+        kinks = np.isfinite(analytic) & (crossed | (between & (wrong | bent)))
     judged = ~kinks
     largest = float(relative[judged].max(initial=0.0))
     checked = int(judged.sum())

@@ -42,9 +42,9 @@ _PANEL = 60  # height of the numbers or bars of a value
 _LABEL = 20  # height of a line with a label
 _BAND = _LABEL + _PANEL + 16 + _HEIGHT + _LABEL + _PANEL  # one row of the chain
 _GAP = 44  # between two rows: the arrows that lead from one to the other
-_MARGIN, _TOP = 38, 22
+_MARGIN, _TOP = 44, 22
 _BARS, _BAR_HEIGHT = 84, 42
-_SMALL, _NORMAL, _TITLE = 10, 11, 13  # font sizes
+_LEAST, _SMALL, _NORMAL, _TITLE = 8, 10, 11, 13  # font sizes
 _EM = 0.64  # mean width of a character, in font sizes, of the widest common sans-serif
 _MOST_NUMBERS = 4  # of a value written out; longer ones are bars
 _MOST_BARS = 28
@@ -217,7 +217,7 @@ class _Canvas:
         width: float = math.inf, anchor: str = "middle",
     ) -> None:  # fmt: skip
         """A line of text at x, its baseline at y, made smaller and then cut to fit into `width`."""
-        size = max(_SMALL, min(size, width / (_EM * max(len(text), 1))))
+        size = max(_LEAST, min(size, width / (_EM * max(len(text), 1))))
         most = int(min(width / (_EM * size), 1e6))
         text = text if len(text) <= most else text[: most - 1] + "…"
         weight = ' font-weight="600"' if bold else ""
@@ -365,11 +365,11 @@ def _draw_arrows(
     x += _BOX
     middle = y + _HEIGHT + _LABEL + _PANEL + _GAP / 2
     canvas.arrow(
-        [(x + 2, y + _FORWARD_Y), (x + 26, y + _FORWARD_Y), (x + 26, middle + 5), (left - 12, middle + 5),
-         (left - 12, up), (stop, up)], "forward", forward,
+        [(x + 2, y + _FORWARD_Y), (x + 26, y + _FORWARD_Y), (x + 26, middle + 5), (left - 18, middle + 5),
+         (left - 18, up), (stop, up)], "forward", forward,
     )  # fmt: skip
     canvas.arrow(
-        [(stop, down), (left - 22, down), (left - 22, middle - 5), (x + 16, middle - 5),
+        [(stop, down), (left - 28, down), (left - 28, middle - 5), (x + 16, middle - 5),
          (x + 16, y + _REVERSE_Y), (x + 2, y + _REVERSE_Y)], "reverse", reverse,
     )  # fmt: skip
 
@@ -387,7 +387,7 @@ def _draw_vector(canvas: _Canvas, centre: float, top: float, row: Array | None, 
         return
     _draw_bars(canvas, centre - _BARS / 2, top + 2, values, kind)
     ends = (number(float(v), 2) for v in (values.min(), values.max()))
-    canvas.text(centre, top + _BAR_HEIGHT + 15, " … ".join(ends), kind, _SMALL)
+    canvas.text(centre, top + _BAR_HEIGHT + 15, " … ".join(ends), kind, _SMALL, width=_SLOT + 24)
 
 
 def _draw_bars(canvas: _Canvas, left: float, top: float, values: Array, kind: str) -> None:
