@@ -306,6 +306,7 @@ def test_not_a_number_is_a_failure(data):
 
     check = cr.gradcheck(around(Broken()), *data, "mse")
     assert not row(check, "Broken.vjp").ok and not row(check, "0.weight").ok
+    assert row(check, "2.weight").ok and row(check, "2.bias").ok  # above it, nothing is wrong
 
 
 # ---- kinks ---------------------------------------------------------------------------------------
@@ -320,6 +321,14 @@ def test_differences_against_closed_form():
     np.testing.assert_allclose(found.left, [12 - 6 * h + h * h, -1], atol=1e-9)
     np.testing.assert_allclose(found.right, [12 + 6 * h + h * h, 1], atol=1e-9)
     np.testing.assert_array_equal(x, [2.0, 0.0])
+
+
+def test_a_jump_of_the_bend_is_not_failed():
+    """ELU at 0: the slope is 1 on both sides, its own slope 1 and 0, which shifts the difference by h/4."""
+    net = cr.Sequential(cr.Linear(2, 2), cr.ELU(), dtype="float64")
+    net.load_state_dict({"0.weight": np.eye(2), "0.bias": np.zeros(2)})
+    check = cr.gradcheck(net, [[0.0, 0.0]], [[3.0, 1.0]], "mse")
+    assert check.ok and row(check, "0.bias").kinks == 2
 
 
 @pytest.mark.parametrize("layer", [cr.ReLU(), cr.LeakyReLU(0.1), cr.ELU(2.0)], ids=repr)
@@ -419,6 +428,16 @@ def test_what_is_refused(how, error, message, data):
     arguments = {"loss": "mse", "y": y} | how
     with pytest.raises(error, match=message):
         cr.gradcheck(cr.mlp([3, 2]), X, arguments.pop("y"), arguments.pop("loss"), **arguments)
+
+
+def test_what_is_no_network_is_refused():
+    for see in (cr.gradcheck, cr.explain, cr.draw):
+        op = see.__name__
+        message = rf"^\[{op}\] net must be a network: expected a Sequential, got 'net'$"
+        with pytest.raises(TypeError, match=message):
+            see("net", [1.0], [1.0], "mse")
+    with pytest.raises(TypeError, match=r"^\[draw\] net must be a network"):
+        cr.draw([cr.Linear(1, 1)])
 
 
 def test_bfloat16_is_refused(data):

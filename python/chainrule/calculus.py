@@ -38,7 +38,7 @@ class Network(training.Network, Protocol):
 _MOST_PARAMETERS = 5000  # whose Hessian is formed: 200 MB in float64
 
 
-def _engine(op: str, net: Network) -> Any:
+def exact(op: str, net: Network) -> Any:
     """The engine's network, if its derivatives are exact."""
     core = getattr(net, "_core", None)
     if core is None:
@@ -185,7 +185,7 @@ class Trace:
             >>> trace.dphi[0], trace.grads["0.weight"]
             (array([[0., 0.]], dtype=float32), array([[1., 2.]], dtype=float32))
         """
-        core = _engine("backward", self._net)
+        core = exact("backward", self._net)
         if core.changes != self._changes:
             raise ValueError(
                 "[backward] the network must be the one that was traced: "
@@ -219,7 +219,7 @@ def vjp(net: Network, X: Any, c: Any, params: bool = False) -> Any:
         >>> bool((dX == net.state_dict()["0.weight"]).all())
         True
     """
-    core = _engine("vjp", net)
+    core = exact("vjp", net)
     answer = core.vjp(X, c, params) if params is False or params is True else None
     if answer is None:
         matrix = _inputs("vjp", net, X)
@@ -245,7 +245,7 @@ def jvp(net: Network, X: Any, dX: Any = None, dparams: Any = None) -> tuple[Arra
         >>> df
         array([[1.]], dtype=float32)
     """
-    core = _engine("jvp", net)
+    core = exact("jvp", net)
     answer: tuple[Array, Array] | None = core.jvp(X, dX, dparams)
     if answer is None:
         matrix = _inputs("jvp", net, X)
@@ -267,7 +267,7 @@ def jacobian(net: Network, X: Any, wrt: str = "inputs", mode: str = "auto") -> A
         mode: "reverse" makes it row by row, O sweeps down; "forward" column by column, one sweep up for each
             input (or parameter); "auto" takes whichever are fewer.
 
-    Shapes: X (B, I): (B, O, I); a single row (I,): (O, I). In the parameters, a dict of (B, O, *shape).
+    Shapes: X (B, I): (B, O, I), in the parameters a dict of (B, O, *shape); a single row (I,): without the B.
     Raises: TypeError or ValueError for what does not fit, an unknown name, or dtype bfloat16.
 
     Example:
@@ -278,20 +278,21 @@ def jacobian(net: Network, X: Any, wrt: str = "inputs", mode: str = "auto") -> A
         >>> {name: J.shape for name, J in cr.jacobian(net, np.zeros((5, 3)), wrt="parameters").items()}
         {'0.weight': (5, 2, 2, 3), '0.bias': (5, 2, 2)}
     """
-    core = _engine("jacobian", net)
+    core = exact("jacobian", net)
     inputs = one_of("jacobian", "wrt", wrt, ("inputs", "parameters")) == "inputs"
     mode = one_of("jacobian", "mode", mode, ("auto", "forward", "reverse"))
-    if not inputs:
-        matrix = _inputs("jacobian", net, X)
-        return _forward_in_parameters(net, matrix) if mode == "forward" else core.parameter_jacobian(matrix)
     reverse = net.out_features <= net.in_features if mode == "auto" else mode == "reverse"
-    answer = core.jacobian(X, reverse)
-    if answer is None:
-        array = real_array("jacobian", "X", X)
-        single = array.shape == (net.in_features,)
-        answer = core.jacobian(_inputs("jacobian", net, array[None, :] if single else array), reverse)
+    answer = core.jacobian(X, reverse) if inputs else None
+    if answer is not None:
+        return answer
+    array = real_array("jacobian", "X", X)
+    single = array.shape == (net.in_features,)
+    matrix = _inputs("jacobian", net, array[None, :] if single else array)
+    if inputs:
+        answer = core.jacobian(matrix, reverse)
         return answer[0] if single else answer
-    return answer
+    answer = _forward_in_parameters(net, matrix) if mode == "forward" else core.parameter_jacobian(matrix)
+    return {name: J[0] for name, J in answer.items()} if single else answer
 
 
 def _forward_in_parameters(net: Network, X: Array) -> Gradient:
@@ -333,7 +334,7 @@ def input_gradient(net: Network, X: Any, y: Any, loss: Any, sample_weight: Any =
         >>> cr.input_gradient(net, [[1.0]], [1.0], loss="least_squares")  # (f − y) ∂f/∂x = (2 − 1) 2
         array([[2.]], dtype=float32)
     """
-    core = _engine("input_gradient", net)
+    core = exact("input_gradient", net)
     answer: Array = _of_loss("input_gradient", net, X, y, loss, sample_weight, core.input_gradient)
     return answer
 
@@ -359,7 +360,7 @@ def sensitivity(net: Network, X: Any, d: int, y: Any = None, loss: Any = None) -
         array([3.], dtype=float32)
     """
     op = "sensitivity"
-    core = _engine(op, net)
+    core = exact(op, net)
     d = whole(op, "d", d, 0, net.in_features - 1)
     if (y is None) != (loss is None):
         raise ValueError(
@@ -394,7 +395,7 @@ def per_example_grads(net: Network, X: Any, y: Any, loss: Any) -> Gradient:
         >>> cr.per_example_grads(net, [[1.0], [2.0]], [1.0, 1.0], loss="least_squares")["0.weight"].ravel()
         array([-1., -2.], dtype=float32)
     """
-    core = _engine("per_example_grads", net)
+    core = exact("per_example_grads", net)
 
     def ask(X: Any, y: Any, weight: None, loss: _core.Loss, domain: tuple[float, float]) -> Any:
         return core.example_gradients(X, y, loss, domain)
@@ -417,7 +418,7 @@ def per_example_grad_norms(net: Network, X: Any, y: Any, loss: Any) -> Array:
         >>> cr.per_example_grad_norms(net, [[1.0], [2.0]], [1.0, 1.0], loss="least_squares")
         array([1., 2.], dtype=float32)
     """
-    core = _engine("per_example_grad_norms", net)
+    core = exact("per_example_grad_norms", net)
 
     def ask(X: Any, y: Any, weight: None, loss: _core.Loss, domain: tuple[float, float]) -> Any:
         return core.example_norms(X, y, loss, domain)
@@ -432,7 +433,7 @@ def per_example_grad_norms(net: Network, X: Any, y: Any, loss: Any) -> Array:
 def _product(
     op: str, net: Network, X: Any, y: Any, loss: Any, v: Any, weight: Any, gauss_newton: bool
 ) -> Any:
-    core = _engine(op, net)
+    core = exact(op, net)
 
     def ask(X: Any, y: Any, weight: Any, loss: _core.Loss, domain: tuple[float, float]) -> Any:
         return core.hvp(X, y, weight, loss, domain, v, gauss_newton)
@@ -503,7 +504,7 @@ def hessian(net: Network, X: Any, y: Any, loss: Any, sample_weight: Any = None) 
         array([[9., 3.],
                [3., 1.]], dtype=float32)
     """
-    core = _engine("hessian", net)
+    core = exact("hessian", net)
     count = sum(math.prod(shape) for shape in _shapes(net).values())
     if count > _MOST_PARAMETERS:
         raise ValueError(
@@ -560,7 +561,7 @@ def input_hessian_diagonal(net: Network, X: Any) -> Array:
 
 
 def _second(op: str, net: Network, X: Any, total: bool) -> Array:
-    core = _engine(op, net)
+    core = exact(op, net)
     answer: Array | None = core.second(X, total)
     if answer is None:
         answer = core.second(_inputs(op, net, X), total)

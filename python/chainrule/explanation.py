@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import losses
+from .calculus import exact
 from .checks import one_of
 from .display import markdown_table, number, superscript, text_table
 from .layers import Dropout, Identity, Linear, Softmax, _BuiltIn
-from .links import Chain, Link, one_row, one_target, require_exact, value_and_gradient
+from .links import Chain, Link, one_row, one_target, value_and_gradient
 from .losses import CrossEntropy, GaussianNLL, Loss
 
 if TYPE_CHECKING:
@@ -376,7 +377,7 @@ def explain(net: Sequential, x: Any, y: Any, loss: Any, wrt: str = "0.weight") -
         ∂L/∂f J_{φ²}[φ³] J_{φ¹}[φ²] J_{W¹}[φ¹]
     """
     rule = losses.resolve("explain", loss)
-    require_exact("explain", net)
+    exact("explain", net)
     one_of("explain", "wrt", wrt, [*net.state_dict(), "x"])
     row = one_row("explain", net, x)
     target = one_target("explain", net, rule, y)

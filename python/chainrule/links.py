@@ -119,12 +119,6 @@ class Chain:
 # ------------------------------------------------------------ what the user passes
 
 
-def require_exact(op: str, net: Sequential) -> None:
-    """ValueError for a network whose products are rounded: its derivative is not that of its formula."""
-    if net.dtype != net.array_dtype:
-        raise ValueError(f"[{op}] derivatives are exact: expected dtype float32 or float64, got {net.dtype}")
-
-
 def one_row(op: str, net: Sequential, x: Any) -> Array:
     """One example (I,) or (1, I) as a row (1, I) of float64."""
     array = real_array(op, "x", x)
