@@ -3,6 +3,7 @@
 
 import itertools
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -257,6 +258,13 @@ def test_saving(net, tmp_path):
         drawing.save(tmp_path / "g.png")
     with pytest.raises(FileNotFoundError):
         drawing.save(tmp_path / "nowhere" / "g.svg")
+
+
+def test_the_readmes_picture_is_what_its_lines_draw():
+    chain = cr.Sequential(cr.Linear(3, 4), cr.Tanh(), cr.Linear(4, 2), seed=0, dtype="float64")
+    picture = Path(__file__).resolve().parent.parent / "python" / "examples" / "chain.svg"
+    drawn = cr.draw(chain, [0.5, -1.0, 2.0], 1, "cross_entropy")
+    assert picture.read_text(encoding="utf-8") == str(drawn)
 
 
 def test_names_are_escaped():

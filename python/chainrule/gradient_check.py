@@ -285,7 +285,7 @@ class _Problem:
         )
 
     def evaluate(self) -> tuple[float, Array]:
-        """L, and the signs of everything that has a kink at 0, or, as ELU with alpha 1, a jump of its bend."""
+        """L, and the signs of all that has a kink at 0 or, as ELU with alpha 1, a jump of its bend."""
         phi = self.twin.trace(self.X).phi
         value, _ = value_and_gradient(self.rule, phi[-1], self.y)
         kinked = (ReLU, LeakyReLU, ELU)

@@ -162,7 +162,7 @@ class _Scene(NamedTuple):
 
 
 def _seen(net: Sequential, x: Any, y: Any, rule: Loss | None) -> _Scene:
-    if x is not None or not hasattr(net, "_core"):  # a rounded network has its structure, but no derivatives
+    if x is not None or not hasattr(net, "_core"):
         exact("draw", net)
     chain = Chain(net)
     if x is None:

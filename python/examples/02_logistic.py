@@ -4,8 +4,11 @@
 Lecture: Loss Function For Classification
 
     p(y=1|x) = σ(fₙ) = 1/(1 + exp(−fₙ))
+    p(y=0|x) = 1 − σ(fₙ) = 1/(1 + exp(fₙ))
+    L(w) = ∑ₙ yₙ log p(y=1|x) + (1 − yₙ) log p(y=0|x)
     L(w) = ∑ₙ yₙ log σ(fₙ) + (1 − yₙ) log(1 − σ(fₙ))
     ∂σ(z)/∂z = σ(z)(1 − σ(z))
+    ∂Lₙ/∂fₙ = yₙ 1/(σ(fₙ)) σ(fₙ)(1 − σ(fₙ)) + (1 − yₙ) 1/(1 − σ(fₙ)) σ(fₙ)(1 − σ(fₙ))(−1)
     ∂Lₙ/∂fₙ = yₙ (1 − σ(fₙ)) − (1 − yₙ) σ(fₙ)
 
 The sign: this L is the logarithm of the probability of the data, a log-likelihood. It is to become large, so
@@ -39,7 +42,10 @@ assert np.allclose(slope, sigma(f) * (1 - sigma(f)))
 assert np.allclose(slope, gradient(lambda f: sigma(f).sum(), f))
 
 # the gradient in fₙ, with the lecture's sign and with ours
-lecture = y * (1 - sigma(f)) - (1 - y) * sigma(f)
+s = sigma(f)
+assert np.allclose(1 - s, 1 / (1 + np.exp(f)))
+lecture = y * (1 - s) - (1 - y) * s
+assert np.allclose(lecture, y / s * s * (1 - s) + (1 - y) / (1 - s) * s * (1 - s) * (-1))
 L, dL_df = cr.Logistic(reduction="sum")(z, y)
 assert np.allclose(lecture, y - sigma(f)) and np.allclose(lecture, gradient(log_likelihood, f))
 assert np.isclose(L, -log_likelihood(f)) and np.allclose(dL_df[:, 0], -lecture)

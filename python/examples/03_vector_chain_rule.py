@@ -3,7 +3,8 @@
 
 Lecture: Detour: Vector Chain Rule
 
-    y = f(u), u = g(v), v = h(x)
+    y = f(u) = f(g(h(x))), u = g(v) = g(h(x)), v = h(x)
+    (Jₓ[y])_{mn} = ∂y_m/∂xₙ
     ∂y/∂x = ∂y/∂u ∂u/∂v ∂v/∂x
     ∇ₓy = ∂y/∂u ∂u/∂v ∇ₓv
     ∇ₓy = ∂y/∂u ∇ᵥu Jₓ[v]

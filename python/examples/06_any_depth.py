@@ -5,6 +5,7 @@ Lecture: Let's Generalize Everything
 
     x → φ¹ → ⋯ → φᴸ⁻¹ → φᴸ → L
     ∂L/∂φˡ = ∇_{φᴸ}L J_{φᴸ⁻¹}[φᴸ] ⋯ J_{φˡ}[φˡ⁺¹]
+    ∂L/∂Wˡ = ∇_{φᴸ}L J_{φᴸ⁻¹}[φᴸ] ⋯ J_{φˡ}[φˡ⁺¹] J_{Wˡ}[φˡ]
     ∂L/∂Wˡ = ∂L/∂φˡ ∂φˡ/∂Wˡ
 
 Step 1 passes x through the network and stores every φˡ. Step 2 begins with the row ∂L/∂φᴸ and multiplies it
@@ -32,6 +33,10 @@ row = dL_df[0]
 for ell in range(len(net), 0, -1):
     assert np.allclose(row, trace.dphi[ell][0])
     linear = isinstance(net[ell - 1], cr.Linear)
+    if linear:  # J_Wˡ[φˡ] = I ⊗ φˡ⁻¹ᵀ, all examples together
+        rows = zip(trace.dphi[ell], trace.phi[ell - 1], strict=True)
+        terms = [c @ np.kron(np.eye(len(c)), phi) for c, phi in rows]
+        assert np.allclose(trace.grads[f"{ell - 1}.weight"].ravel(), sum(terms))
     row = row @ (state[f"{ell - 1}.weight"] if linear else np.diag(1 - trace.phi[ell][0] ** 2))
 assert np.allclose(row, trace.dphi[0][0])
 
