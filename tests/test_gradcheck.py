@@ -196,7 +196,16 @@ def test_gradients_of_zero_pass(rng):
     best = np.linalg.lstsq(np.hstack([X, np.ones((20, 1))]), y, rcond=None)[0].T
     net.load_state_dict({"0.weight": best[:, :3], "0.bias": best[:, 3]})
     check = cr.gradcheck(net, X, y, "least_squares")
-    assert check.ok, str(check)
+    assert check.ok and not any(row.kinks for row in check.rows), str(check)
+
+
+def test_small_gradients_of_a_curved_loss_are_no_kinks(rng):
+    """Near a minimum the two one-sided slopes differ by more than the slope itself: curvature, no kink."""
+    X = rng.standard_normal((20, 3))
+    net = cr.mlp([3, 4, 1], activation="tanh", seed=1, dtype="float64")
+    y = net(X) + 1e-6 * rng.standard_normal((20, 1))
+    check = cr.gradcheck(net, X, y, "least_squares")
+    assert check.ok and not any(row.kinks for row in check.rows), str(check)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])

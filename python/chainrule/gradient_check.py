@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 EPS = 6e-6  # ∛u
 _ROWS = 16  # of the batch, for the maps of one layer: rows do not mix, so more would say the same
-_BENT = 1e-3  # of the largest slope: a step of 6e-6 changes the slope of a smooth function by far less
+_BENT = 1e-3  # of the largest slope: one-sided slopes that differ by more deserve a second look
+_CLOSER = 4  # times: rounding grows as much, and the two slopes of a smooth function come as much closer
 _ROUNDING = 16 * float(np.finfo(np.float64).eps)  # of a value that came about in a few operations
 
 # ------------------------------------------------------------ the result
@@ -192,13 +193,42 @@ def _in_float64(data: training.Data, rule: Loss) -> Array:
 
 
 class _Differences(NamedTuple):
-    """Of a function at some coordinates: to both sides, from the left, from the right, and their noise."""
+    """Of a function at some coordinates (along the first axis): central, from the left, from the right."""
 
     central: Array
     left: Array
     right: Array
     noise: Array  # what rounding alone can make of `central`
     crossed: Array  # whether a kink is known to lie between the two points
+
+    @property
+    def gap(self) -> Array:
+        """How far apart the two one-sided slopes are: h·|L″|, or the height of a kink."""
+        return np.asarray(np.abs(self.right - self.left))
+
+    def encloses(self, slope: Array) -> Array:
+        """Whether a slope lies between the one from the left and the one from the right: right, at a kink."""
+        low, high = np.minimum(self.left, self.right), np.maximum(self.left, self.right)
+        inside: Array = (low - self.noise <= slope) & (slope <= high + self.noise)
+        return inside
+
+    def error(self, analytic: Array, scale: float, tolerance: float) -> Array:
+        """|analytic − central| in units of `scale`, or, if that is larger, of what rounding can hide."""
+        unit = np.maximum(np.maximum(scale, self.noise / tolerance), np.finfo(np.float64).tiny)
+        relative = np.abs(analytic - self.central) / unit
+        return np.where(np.isnan(relative), math.inf, relative)
+
+
+class _Block(NamedTuple):
+    """Derivatives to check together: a parameter, the input, a map."""
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    analytic: Array
+    look: Callable[[Array, float], _Differences]  # (places along the first axis, eps)
+    where: Callable[[tuple[int, ...]], str]  # an index in words
+    blame: str = ""  # what a message begins with
 
 
 def _differences(
@@ -232,37 +262,48 @@ def _value_and_signs(answer: Any) -> tuple[Any, Array]:
     return answer if isinstance(answer, tuple) else (answer, np.zeros(0))
 
 
-def _judge(
-    name: str, shape: tuple[int, ...], size: int, analytic: Array, found: _Differences, tolerance: float,
-    where: Callable[[tuple[int, ...]], str],
-) -> Check:  # fmt: skip
-    """Compare derivatives with differences; `where` puts an index into words."""
-    with np.errstate(invalid="ignore"):
-        error = np.abs(analytic - found.central)
+def _judge(block: _Block, settings: _Settings) -> Check:
+    """Compare a block's derivatives with differences, and look again, closer, where they raise suspicion.
+
+    Closer, the slopes left and right of a smooth point approach each other; those of a kink stay apart.
+    """
+    analytic, tolerance = block.analytic, settings.tolerance
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = block.look(np.arange(len(analytic)), settings.eps)
         scale = float(np.max(np.maximum(np.abs(analytic), np.abs(found.central)), initial=0.0))
-        # Where the derivatives are so small that rounding hides them, their size is what rounding can hide.
-        relative = error / np.maximum(np.maximum(scale, found.noise / tolerance), np.finfo(np.float64).tiny)
-        relative = np.where(np.isnan(relative), math.inf, relative)
-        wrong = relative > tolerance
-        # A slope between the one from the left and the one from the right: right, at a kink.
-        low, high = np.minimum(found.left, found.right), np.maximum(found.left, found.right)
-        between = (low - found.noise <= analytic) & (analytic <= high + found.noise)
-        crossed = found.crossed.reshape(-1, *[1] * (error.ndim - 1))
-        bent = high - low > _BENT * scale + 2 * found.noise
-        kinks = np.isfinite(analytic) & (crossed | (between & (wrong | bent)))
-    judged = ~kinks
-    largest = float(relative[judged].max(initial=0.0))
-    checked = int(judged.sum())
-    ok = not (wrong & judged).any()
+        error = found.error(analytic, scale, tolerance)
+        crossed = found.crossed.reshape(-1, *[1] * (analytic.ndim - 1))
+        kinks = np.broadcast_to(crossed, analytic.shape) & np.isfinite(analytic)
+        bent = found.gap > _BENT * scale + 4 * found.noise
+        again = np.flatnonzero(((error > tolerance) | bent).reshape(len(analytic), -1).any(axis=1))
+        if len(again):
+            closer, part = block.look(again, settings.eps / _CLOSER), analytic[again]
+            # Richardson: errors in h² cancel, which counts where a small slope changes fast.
+            square = _CLOSER**2
+            better = closer._replace(central=(square * closer.central - found.central[again]) / (square - 1))
+            now = np.minimum(*(look.error(part, scale, tolerance) for look in (closer, better)))
+            wrong = error[again] > tolerance
+            stays = bent[again] & (closer.gap > np.maximum(found.gap[again] / 2, 4 * closer.noise))
+            kinks[again] |= closer.encloses(part) & np.where(wrong, now > tolerance, stays)
+            error[again] = np.where(wrong, now, error[again])
+    return _checked(block, found, error, kinks, tolerance)
+
+
+def _checked(block: _Block, found: _Differences, error: Array, kinks: Array, tolerance: float) -> Check:
+    """The check's row of the table, with the worst place in words where it fails."""
+    wrong = (error > tolerance) & ~kinks
     message = ""
-    if not ok:
-        at = np.unravel_index(int(np.where(wrong & judged, relative, -1.0).argmax()), error.shape)
-        place = tuple(int(k) for k in at)
-        message = (
-            f"relative error {largest:.2g} {where(place)}, "
-            f"{number(float(analytic[place]), 6)} instead of {number(float(found.central[place]), 6)}"
-        )
-    return Check(name, shape, checked, size, int(kinks.sum()), largest, ok, message)
+    if wrong.any():
+        flat = int(np.where(wrong, error, -1.0).argmax())
+        place = tuple(int(k) for k in np.unravel_index(flat, error.shape))
+        got, expected = (number(float(values[place]), 6) for values in (block.analytic, found.central))
+        where = f"relative error {error[place]:.2g} {block.where(place)}"
+        message = f"{block.blame}{where}, {got} instead of {expected}"
+    largest = float(error[~kinks].max(initial=0.0))
+    count = int(kinks.sum())
+    return Check(
+        block.name, block.shape, kinks.size - count, block.size, count, largest, not message, message
+    )
 
 
 # ------------------------------------------------------------ the whole chain
@@ -306,24 +347,27 @@ def _check_chain(problem: _Problem, settings: _Settings) -> list[Check]:
             twin.load_state_dict({name: value}, strict=False)
             return problem.evaluate()
 
-        checks.append(_check_block(name, value, grads[name], moved, problem, settings))
+        checks.append(_check_array(name, f"∂L/∂{name}: ", value, grads[name], moved, problem.size, settings))
         moved()  # the last difference has left its own value there
-    checks.append(_check_block("x", problem.X, problem.dphi[0], problem.evaluate, problem, settings))
-    return checks
+    X, dX = problem.X, problem.dphi[0]
+    return [*checks, _check_array("x", "∂L/∂x: ", X, dX, problem.evaluate, problem.size, settings)]
 
 
-def _check_block(
-    name: str, array: Array, analytic: Array, function: Callable[[], Any], problem: _Problem,
+def _check_array(
+    name: str, blame: str, array: Array, analytic: Array, function: Callable[[], Any], size: float,
     settings: _Settings,
 ) -> Check:  # fmt: skip
+    """The derivatives of a function in the elements of an array that it reads."""
     places = settings.chosen(array.size)
-    found = _differences(function, array, places, settings.eps, problem.size)
+
+    def look(which: Array, eps: float) -> _Differences:
+        return _differences(function, array, places[which], eps, size)
 
     def where(place: tuple[int, ...]) -> str:
         return f"at {_index(places[place[0]], array.shape)}"
 
-    check = _judge(name, array.shape, array.size, analytic.ravel()[places], found, settings.tolerance, where)
-    return check if check.ok else check._replace(message=f"∂L/∂{name}: {check.message}")
+    chosen = analytic.ravel()[places]
+    return _judge(_Block(name, array.shape, array.size, chosen, look, where, blame), settings)
 
 
 def _index(place: int, shape: tuple[int, ...]) -> str:
@@ -371,24 +415,28 @@ def _check_products(
 ) -> tuple[Check, Check | None]:
     """vjp and jvp against differences of forward, a column of x at a time for all rows together."""
     columns = settings.chosen(link.inputs)
-    jacobian = _jacobian_by_differences(link, x, y, columns, settings.eps)
-    slopes = (jacobian.central, jacobian.left, jacobian.right)
-    products = [*((u * slope).sum(axis=2) for slope in slopes), (np.abs(u) * jacobian.noise).sum(axis=2)]
 
-    def judge(name: str, shape: tuple[int, ...], analytic: Array, found: _Differences) -> Check:
-        def where(place: tuple[int, ...]) -> str:
-            return f"at row {place[1]}, input {columns[place[0]]}"
+    def jacobian(which: Array, eps: float) -> _Differences:
+        return _jacobian_by_differences(link, x, y, columns[which], eps)
 
-        size = analytic.size // len(columns) * link.inputs
-        return _judge(f"{link.kind}.{name}", shape, size, analytic, found, settings.tolerance, where)
+    def product(which: Array, eps: float) -> _Differences:
+        found = jacobian(which, eps)
+        slopes = ((u * slope).sum(axis=2) for slope in (found.central, found.left, found.right))
+        noise = (np.abs(u) * found.noise).sum(axis=2)
+        return _Differences._make([*slopes, noise, found.crossed])
+
+    def where(place: tuple[int, ...]) -> str:
+        return f"at row {place[1]}, input {columns[place[0]]}"
 
     pulled = link.vjp(x, y, u)[0].T[columns]
-    vjp = judge("vjp", x.shape, pulled, _Differences._make([*products, jacobian.crossed]))
+    vjp = _judge(_Block(f"{link.kind}.vjp", x.shape, x.size, pulled, product, where), settings)
     if type(link.layer).jvp is Layer.jvp:
         return vjp, None
     units = np.eye(link.inputs)[columns]
     pushed = np.stack([link.jvp(x, y, np.tile(unit, (len(x), 1))) for unit in units])
-    return vjp, judge("jvp", (link.outputs, link.inputs), pushed, jacobian)
+    shape = (link.outputs, link.inputs)
+    block = _Block(f"{link.kind}.jvp", shape, x.size * link.outputs, pushed, jacobian, where)
+    return vjp, _judge(block, settings)
 
 
 def _jacobian_by_differences(link: Link, x: Array, y: Array, columns: Array, eps: float) -> _Differences:
@@ -443,17 +491,11 @@ def _check_transpose(link: Link, x: Array, y: Array, u: Array, t: Array, toleran
 def _check_parameter(link: Link, name: str, x: Array, y: Array, u: Array, settings: _Settings) -> Check:
     """What vjp gives for a parameter against differences of ⟨u, forward⟩."""
     array, analytic = link.params[name], link.vjp(x, y, u)[1][name]
-    places = settings.chosen(array.size)
-    size = float(np.abs(u * y).sum())
-    found = _differences(lambda: float((u * link.forward(x)).sum()), array, places, settings.eps, size)
-
-    def where(place: tuple[int, ...]) -> str:
-        return f"at {_index(places[place[0]], array.shape)}"
-
-    title = f"{link.kind}.vjp of {name!r}"
-    check = _judge(title, array.shape, array.size, analytic.ravel()[places], found, settings.tolerance, where)
-    text = f"{link.kind}.vjp's gradient of {name!r} disagrees with {link.kind}.forward: {check.message}"
-    return check if check.ok else check._replace(message=text)
+    blame = f"{link.kind}.vjp's gradient of {name!r} disagrees with {link.kind}.forward: "
+    return _check_array(
+        f"{link.kind}.vjp of {name!r}", blame, array, analytic,
+        lambda: float((u * link.forward(x)).sum()), float(np.abs(u * y).sum()), settings,
+    )  # fmt: skip
 
 
 def _takes_parameters(layer: Layer) -> bool:
@@ -474,17 +516,17 @@ def _check_tangent_of_parameters(link: Link, x: Array, y: Array, settings: _Sett
             value[...] = start[name] + h[0] * direction[name]
         return link.forward(x)
 
-    size = np.abs(y)
-    found = _differences(along, h, np.zeros(1, dtype=int), settings.eps, size)
-    along()
-    title = f"{link.kind}.jvp of its parameters"
+    def look(which: Array, eps: float) -> _Differences:
+        return _differences(along, h, which, eps, np.abs(y))
 
     def where(place: tuple[int, ...]) -> str:
         return f"at row {place[1]}, output {place[2]}"
 
-    check = _judge(title, y.shape, y.size, analytic[None], found, settings.tolerance, where)
-    text = f"{link.kind}.jvp along the parameters disagrees with {link.kind}.forward: {check.message}"
-    return check if check.ok else check._replace(message=text)
+    blame = f"{link.kind}.jvp along the parameters disagrees with {link.kind}.forward: "
+    title = f"{link.kind}.jvp of its parameters"
+    check = _judge(_Block(title, y.shape, y.size, analytic[None], look, where, blame), settings)
+    along()
+    return check
 
 
 def _check_loss(rule: CustomLoss, problem: _Problem, settings: _Settings) -> Check:
@@ -492,15 +534,8 @@ def _check_loss(rule: CustomLoss, problem: _Problem, settings: _Settings) -> Che
     f = problem.phi[-1].copy()
     name = getattr(rule.function, "__name__", type(rule.function).__name__)
     value, df = value_and_gradient(rule, f, problem.y)
-    places = settings.chosen(f.size)
     size = abs(value) + float(np.abs(df * f).sum())
-    found = _differences(lambda: value_and_gradient(rule, f, problem.y)[0], f, places, settings.eps, size)
-
-    def where(place: tuple[int, ...]) -> str:
-        row, output = divmod(int(places[place[0]]), f.shape[1])
-        return f"at row {row}, output {output}"
-
-    analytic = df.ravel()[places]
-    check = _judge(f"{name}: ∂L/∂f", f.shape, f.size, analytic, found, settings.tolerance, where)
-    text = f"{name}'s gradient ∂L/∂f disagrees with its value: {check.message}"
-    return check if check.ok else check._replace(message=text)
+    return _check_array(
+        f"{name}: ∂L/∂f", f"{name}'s gradient ∂L/∂f disagrees with its value: ", f, df,
+        lambda: value_and_gradient(rule, f, problem.y)[0], size, settings,
+    )  # fmt: skip
