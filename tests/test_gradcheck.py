@@ -273,6 +273,39 @@ def test_a_wrong_vjp_shows_in_the_chain_below_it_and_not_above(data):
     }  # fmt: skip
 
 
+class Bent(Affine):
+    """y = (x aᵀ)² + b, so that vjp_jvp has every term: of x, of dy, and of the parameters."""
+
+    factor = 2.0
+
+    def forward(self, x):
+        return np.square(x @ self.params["A"].T) + self.params["b"]
+
+    def vjp(self, x, y, dy):
+        c = 2 * dy * (x @ self.params["A"].T)
+        return c @ self.params["A"], {"A": c.T @ x, "b": dy.sum(axis=0)}
+
+    def jvp(self, x, y, dx, dparams=None):
+        z, dz = x @ self.params["A"].T, dx @ self.params["A"].T
+        return 2 * z * dz if dparams is None else 2 * z * (dz + x @ dparams["A"].T) + dparams["b"]
+
+    def vjp_jvp(self, x, y, dy, dx, ddy, dparams):
+        weight, moved = self.params["A"], dparams["A"]
+        z, dz = x @ weight.T, dx @ weight.T + x @ moved.T
+        c, dc = 2 * dy * z, self.factor * (ddy * z + dy * dz)
+        return dc @ weight + c @ moved, {"b": ddy.sum(axis=0), "A": dc.T @ x + c.T @ dx}
+
+
+def test_vjp_jvp_is_checked_against_vjp(data):
+    check = cr.gradcheck(around(Bent(4, 5)), *data, "mse")
+    assert check.ok and row(check, "Bent.vjp_jvp").checked == 6 * 4 + 5 * 4 + 5
+    wrong = Bent(4, 5)
+    wrong.factor = 1.9
+    check = cr.gradcheck(around(wrong), *data, "mse")
+    assert [row.name for row in check.rows if not row.ok] == ["Bent.vjp_jvp"]
+    assert check.failures[0].startswith("Bent.vjp_jvp disagrees with Bent.vjp: relative error 0")
+
+
 def test_a_missing_jvp_is_said_and_is_no_failure(data):
     check = cr.gradcheck(around(SineWithoutJvp()), *data, "mse")
     assert check.ok

@@ -129,9 +129,10 @@ def gradcheck(
     ∂L/∂w ≈ (L(w + h) − L(w − h)) / 2h, h = eps·max(1, |w|)
 
     Checked are ∂L/∂W for each parameter and ∂L/∂X, on a float64 twin of the network; for layers of your own
-    each map by itself: vjp and jvp against differences of forward, ⟨u, J t⟩ = ⟨u J, t⟩, the gradients of
-    parameters, and that rows do not mix; for a loss of your own ∂L/∂f against the value. Where the function
-    has a kink within h of the point, the difference is no derivative: reported as a kink, not as a failure.
+    each map by itself: vjp and jvp against differences of forward, vjp_jvp of vjp, ⟨u, J t⟩ = ⟨u J, t⟩, the
+    gradients of parameters, and that rows do not mix; for a loss of your own ∂L/∂f against the value. Where
+    the function has a kink within h of the point, the difference is no derivative: reported as a kink, not as
+    a failure.
 
     Args:
         tolerance: the greatest error, relative to the largest derivative of the block (a parameter, a map);
@@ -393,6 +394,8 @@ def _check_maps(link: Link, problem: _Problem, settings: _Settings) -> list[Chec
         checks.append(_check_parameter(link, name, x, y, u, settings))
     if link.params and _takes_parameters(link.layer):
         checks.append(_check_tangent_of_parameters(link, x, y, settings))
+    if hasattr(link.layer, "vjp_jvp"):
+        checks.append(_check_second(link, x, y, u, t, settings))
     return checks
 
 
@@ -505,26 +508,55 @@ def _takes_parameters(layer: Layer) -> bool:
 
 def _check_tangent_of_parameters(link: Link, x: Array, y: Array, settings: _Settings) -> Check:
     """jvp(x, y, 0, dparams) along one random direction in all parameters."""
-    params = link.params
-    direction = {name: settings.rng.standard_normal(value.shape) for name, value in params.items()}
-    start = {name: value.copy() for name, value in params.items()}
+    direction = _random(link.params, settings)
     analytic = np.asarray(link.layer.jvp(x, y, np.zeros_like(x), direction))  # type: ignore[call-arg]
+    names = "jvp of its parameters", f"jvp along the parameters disagrees with {link.kind}.forward"
+    return _check_along(link, names, direction, analytic, lambda h: link.forward(x), settings)
+
+
+def _check_second(link: Link, x: Array, y: Array, dy: Array, dx: Array, settings: _Settings) -> Check:
+    """vjp_jvp along one random direction in everything that vjp reads."""
+    ddy, direction = settings.rng.standard_normal(dy.shape), _random(link.params, settings)
+
+    def flat(answer: Any) -> Array:
+        c, grads = answer if isinstance(answer, tuple) else (answer, {})
+        return np.concatenate([c.ravel(), *(np.ravel(grads[name]) for name in link.params)])
+
+    def pulled(h: float) -> Array:
+        moved = x + h * dx
+        return flat(link.vjp(moved, link.forward(moved), dy + h * ddy))
+
+    analytic = flat(link.vjp_jvp(x, y, dy, dx, ddy, direction or None))
+    names = "vjp_jvp", f"vjp_jvp disagrees with {link.kind}.vjp"
+    return _check_along(link, names, direction, analytic, pulled, settings)
+
+
+def _random(params: dict[str, Array], settings: _Settings) -> dict[str, Array]:
+    return {name: settings.rng.standard_normal(value.shape) for name, value in params.items()}
+
+
+def _check_along(
+    link: Link, names: tuple[str, str], direction: dict[str, Array], analytic: Array,
+    function: Callable[[float], Array], settings: _Settings,
+) -> Check:  # fmt: skip
+    """A tangent against differences of function(h), the parameters h along the direction."""
+    start = {name: value.copy() for name, value in link.params.items()}
     h = np.zeros(1)
 
     def along() -> Array:
-        for name, value in params.items():
+        for name, value in link.params.items():
             value[...] = start[name] + h[0] * direction[name]
-        return link.forward(x)
+        return function(h[0])
 
     def look(which: Array, eps: float) -> _Differences:
-        return _differences(along, h, which, eps, np.abs(y))
+        return _differences(along, h, which, eps, size)
 
     def where(place: tuple[int, ...]) -> str:
-        return f"at row {place[1]}, output {place[2]}"
+        return f"at {list(place[1:])}"
 
-    blame = f"{link.kind}.jvp along the parameters disagrees with {link.kind}.forward: "
-    title = f"{link.kind}.jvp of its parameters"
-    check = _judge(_Block(title, y.shape, y.size, analytic[None], look, where, blame), settings)
+    title, blame = (f"{link.kind}.{name}" for name in names)
+    size, shape = np.abs(along()), analytic.shape
+    check = _judge(_Block(title, shape, analytic.size, analytic[None], look, where, f"{blame}: "), settings)
     along()
     return check
 

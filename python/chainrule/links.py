@@ -66,6 +66,10 @@ class Link:
             return t @ self.params["weight"].T
         return np.asarray(self._maps.jvp(x, y, t))
 
+    def vjp_jvp(self, *given: Any) -> Any:
+        """The tangent of what vjp gives, as `Layer` has it."""
+        return self._maps.vjp_jvp(*given)
+
     def jacobian(self, x: Array) -> Array:
         """J_x[y] (O, I) at one row x (1, I): its rows are the vjp's of the unit cotangents."""
         if isinstance(self.layer, Linear):
