@@ -36,15 +36,6 @@ py::dict parameter_arrays(const PyNetwork<E>& self, std::initializer_list<Index>
     return arrays;
 }
 
-template <class E>
-py::dict named_gradient(const PyNetwork<E>& self, const typename E::Real* flat) {
-    using T = typename E::Real;
-    std::vector<T*> data;
-    py::dict arrays = parameter_arrays(self, {}, data);
-    for (std::size_t k = 0; k < data.size(); ++k) self.net.read(self.net.parameters()[k], flat, data[k]);
-    return arrays;
-}
-
 // A dict of arrays by parameter into a direction, with 0 for what is missing; whether all of it fits.
 template <class E>
 bool take_direction(const PyNetwork<E>& self, const py::object& given, typename E::Direction& direction) {
@@ -261,22 +252,21 @@ py::object of_loss(PyNetwork<E>& self, const py::object& X, const py::object& y,
     return f(lease, examples, self.net.multiplies_per_row() * static_cast<double>(examples.data.rows));
 }
 
-// The loss and its gradient, by the sweep of a training step.
 template <class E>
 py::object value_and_grad_as_is(PyNetwork<E>& self, const py::object& X, const py::object& y, const LossSpec& spec,
                                 std::pair<double, double> domain) {
     using T = typename E::Real;
-    const Examples<T> examples(self.net, X, y, py::none(), spec, domain);
-    if (!examples.fit) return py::none();
-    typename E::Step step(self.net, examples.loss, examples.data.rows, examples.data.target_cols);
-    double value;
-    const T* flat;
-    {
-        const Unlocked unlocked(3 * self.net.multiplies_per_row() * static_cast<double>(examples.data.rows));
-        value = step.sweep(examples.data, nullptr, examples.data.rows, Noise{});
-        flat = step.gradient();
-    }
-    return tuple_of({py::float_(value), named_gradient(self, flat)});
+    return of_loss(self, X, y, py::none(), spec, domain,
+                   [&](auto& lease, const auto& examples, double work) -> py::object {
+                       std::vector<T*> data;
+                       const py::dict arrays = parameter_arrays(self, {}, data);
+                       double value;
+                       {
+                           const Unlocked unlocked(3 * work);
+                           value = lease->gradient(examples.data, examples.loss, data.data());
+                       }
+                       return tuple_of({py::float_(value), arrays});
+                   });
 }
 
 template <class E>

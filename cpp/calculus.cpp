@@ -86,7 +86,7 @@ void Derivatives<T>::sensitivity(Index rows, const T* x, Index input, T* f, T* d
 template <class T>
 void Derivatives<T>::vjp(Index rows, const T* x, const T* c, T* f, T* const* dphi, T* const* to) {
     const Index depth = net_.depth(), lowest = dphi[0] ? 0 : tape_.lowest();
-    T* flat = to ? gradient() : nullptr;
+    T* flat = to ? flat_gradient() : nullptr;
     for (std::size_t k = 0; to && rows == 0 && k < net_.parameters().size(); ++k)
         std::fill_n(to[k], net_.parameters()[k].size, T{0});
     if (lowest == 0) tape_.prepare_inputs();
@@ -306,10 +306,31 @@ void Derivatives<T>::input_gradient(const Dataset<T>& data, const Loss<T>& loss,
     });
 }
 
+// Of a loss of our own.
+template <class T>
+double Derivatives<T>::gradient(const Dataset<T>& data, const Loss<T>& loss, T* const* to) {
+    T* const flat = flat_gradient();
+    double value = 0;
+    T scale = 0;
+    by_batches(data, loss, [&](const Batch& batch) {
+        tape_.shape(batch.first, batch.rows, 1, {Kind::primal, Kind::cotangent});
+        up_and_down(
+            batch, 2, [&](Index begin, Index end) { tape_.forward(begin, end); },
+            [&](Index begin, Index end) { loss_gradient(batch, begin, end); },
+            [&](Index begin, Index end) { tape_.cotangents(begin, end, tape_.lowest(), flat); });
+        for (Index i = 0; i < batch.rows; ++i)
+            value += static_cast<double>(values_[i]) *
+                     (data.weight ? static_cast<double>(data.weight[batch.first + i]) : 1.0);
+        scale = batch.scale;
+        leave_gradient(Kind::cotangent, net_.depth(), batch.first, data.rows, to);
+    });
+    return value * static_cast<double>(scale);
+}
+
 template <class T>
 void Derivatives<T>::hvp(const Dataset<T>& data, const Loss<T>& loss, T* const* to) {
     const Index low = net_.first_cotangent();
-    T* const flat = gradient();
+    T* const flat = flat_gradient();
     by_batches(data, loss, [&](const Batch& batch) {
         tape_.shape(batch.first, batch.rows, 1,
                     {Kind::primal, Kind::tangent, Kind::cotangent, Kind::cotangent_tangent});
@@ -327,7 +348,7 @@ void Derivatives<T>::hvp(const Dataset<T>& data, const Loss<T>& loss, T* const* 
 template <class T>
 void Derivatives<T>::gauss_newton(const Dataset<T>& data, const Loss<T>& loss, T* const* to) {
     const Index low = net_.first_cotangent();
-    T* const flat = gradient();
+    T* const flat = flat_gradient();
     by_batches(data, loss, [&](const Batch& batch) {
         tape_.shape(batch.first, batch.rows, 1, {Kind::primal, Kind::tangent, Kind::cotangent});
         up_and_down(
@@ -433,7 +454,7 @@ void Derivatives<T>::own_gradients(Index begin, Index end, T* const* to) const {
 }
 
 template <class T>
-T* Derivatives<T>::gradient() {
+T* Derivatives<T>::flat_gradient() {
     if (gradient_.size() < net_.size()) gradient_ = Array<T>(net_.size());
     if (net_.has_external()) std::fill_n(gradient_.data(), net_.size(), T{0});
     return gradient_.data();

@@ -35,7 +35,9 @@ class Derivatives {
     // ∂²f_o/∂x_i² (rows, O, I), or its sum over i (rows, O).
     void second(Index rows, const T* x, bool sum, T* to);
 
-    // Of the loss over all examples: its gradient in X; H v and Jᵀ H_L J v for v = `direction()`.
+    // Of the loss over all examples: itself and its gradient, with the bits of a training step; its gradient in X; H v and
+    // Jᵀ H_L J v for v = `direction()`.
+    double gradient(const Dataset<T>& data, const Loss<T>& loss, T* const* to);
     void input_gradient(const Dataset<T>& data, const Loss<T>& loss, T* dx);
     void hvp(const Dataset<T>& data, const Loss<T>& loss, T* const* to);
     void gauss_newton(const Dataset<T>& data, const Loss<T>& loss, T* const* to);
@@ -65,7 +67,7 @@ class Derivatives {
     void example_gradients(Index begin, Index end, T* const* to) const;
     void own_gradients(Index begin, Index end, T* const* to) const;
     double square_of_gradient(Index layer, Index row) const;
-    T* gradient();
+    T* flat_gradient();
     void leave_gradient(Kind cotangents, Index moving, Index first, Index all, T* const* to);
     void add_gradient(Kind cotangents, Index moving, bool add);
 

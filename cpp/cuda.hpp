@@ -156,7 +156,7 @@ class Direction {
 template <class T>
 class Derivatives {
    public:
-    explicit Derivatives(const Network<T>& net);
+    explicit Derivatives(Network<T>& net);
     ~Derivatives();
     Direction<T>& direction() { return direction_; }
 
@@ -166,6 +166,7 @@ class Derivatives {
     void jacobian(Index rows, const T* x, bool reverse, T* j);
     void parameter_jacobian(Index rows, const T* x, T* const* j);
     void second(Index rows, const T* x, bool sum, T* to);
+    double gradient(const Dataset<T>& data, const Loss<T>& loss, T* const* to);
     void input_gradient(const Dataset<T>& data, const Loss<T>& loss, T* dx);
     void hvp(const Dataset<T>& data, const Loss<T>& loss, T* const* to);
     void gauss_newton(const Dataset<T>& data, const Loss<T>& loss, T* const* to);
@@ -182,7 +183,7 @@ class Derivatives {
 template <class T>
 class DerivativesOf {
    public:
-    explicit DerivativesOf(const Network<T>& net) : net_(net) {}
+    explicit DerivativesOf(Network<T>& net) : net_(net) {}
     class Lease {
        public:
         explicit Lease(DerivativesOf& owner)
@@ -206,7 +207,7 @@ class DerivativesOf {
     };
 
    private:
-    const Network<T>& net_;
+    Network<T>& net_;
     std::atomic<bool> taken_{false};
     std::unique_ptr<Derivatives<T>> kept_;
 };

@@ -217,11 +217,16 @@ void multiply_narrow(Index rows, Index cols, Index depth, Operand<T> a, const T*
 // bits that a sum of one term has, the sign of zero included.
 template <class T>
 void outer(Index rows, Index cols, const T* a, const T* b, T* c, bool add) {
+    constexpr Index W = kWidth<T>;
     for (Index i = 0; i < rows; ++i, c += cols) {
-        Index j = 0;
-        for (; j + kWidth<T> <= cols; j += kWidth<T>)
-            store(c + j, (Vec<T>{} + a[i]) * load(b + j) + (add ? load(c + j) : Vec<T>{}));
-        for (; j < cols; ++j) c[j] = a[i] * b[j] + (add ? c[j] : T{0});
+        const Vec<T> factor = Vec<T>{} + a[i];
+        const auto row = [&](auto before) {
+            Index j = 0;
+#pragma GCC unroll 4
+            for (; j + W <= cols; j += W) store(c + j, factor * load(b + j) + before(j));
+            for (; j < cols; ++j) c[j] = a[i] * b[j] + (add ? c[j] : T{0});
+        };
+        add ? row([c](Index j) { return load(c + j); }) : row([](Index) { return Vec<T>{}; });
     }
 }
 

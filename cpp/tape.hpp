@@ -17,6 +17,8 @@ namespace chainrule {
 
 // A direction Ẇ in the space of parameters, in both layouts that products with W want; `backward` only for layers that
 // a cotangent passes on its way to the parameters: the first ones' is never read, and there often are most of the weights.
+// Tried: for one row, panels made where the product wants them, from the caller's array. Along 784-256-128-10 jvp took 31 µs
+// instead of 44, but H v 55 instead of 58: not worth a second mode.
 template <class T>
 class Direction {
    public:

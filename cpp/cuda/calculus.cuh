@@ -79,7 +79,7 @@ void Direction<T>::set(const Parameter& parameter, const T* from) {
 template <class T>
 struct Derivatives<T>::Work {
     using Kind = typename Tape<T>::Kind;
-    explicit Work(const Network<T>& network) : net(network), tape(net, false), control(net.device(), 1, "a loss") {}
+    explicit Work(Network<T>& network) : net(network), tape(net, false), control(net.device(), 1, "a loss") {}
 
     // f(first, rows) for pieces of whole examples, `seeds` rows of derivatives each, in so many kinds of matrices.
     template <class F>
@@ -116,7 +116,7 @@ struct Derivatives<T>::Work {
     void loss_gradient(const LossRows<T>& rows) { map_each(rows.f.rows, rows, stream()); }
     void outer_products(Index first, T* const* to);
 
-    const Network<T>& net;
+    Network<T>& net;
     Tape<T> tape;
     Buffer<Control> control;
     Buffer<T> flat, out, values;
@@ -168,7 +168,7 @@ void Derivatives<T>::Work::outer_products(Index first, T* const* to) {
 }
 
 template <class T>
-Derivatives<T>::Derivatives(const Network<T>& net) : direction_(net) {
+Derivatives<T>::Derivatives(Network<T>& net) : direction_(net) {
     const OnDevice here(net.device());
     work_ = std::make_unique<Work>(net);
 }
@@ -290,6 +290,16 @@ void Derivatives<T>::input_gradient(const Dataset<T>& data, const Loss<T>& loss,
         w.tape.cotangents(0, w.stream());
         w.tape.store(Kind::cotangent, 0, dx + first * w.net.inputs(), w.stream());
     });
+}
+
+template <class T>
+double Derivatives<T>::gradient(const Dataset<T>& data, const Loss<T>& loss, T* const* to) {
+    Network<T>& net = work_->net;
+    Step<T> step(net, loss, data.rows, data.target_cols);
+    const double value = step.sweep(data, nullptr, data.rows, Noise{});
+    const T* flat = step.gradient();
+    for (std::size_t k = 0; k < net.parameters().size(); ++k) net.read(net.parameters()[k], flat, to[k]);
+    return value;
 }
 
 template <class T>

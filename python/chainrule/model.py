@@ -286,7 +286,7 @@ class Sequential:
             >>> value, grads["0.weight"]
             (0.5, array([[-2.]], dtype=float32))
         """
-        plain = sample_weight is None and dy is None and dy_weight == 1.0
+        plain = sample_weight is None and dy is None and dy_weight == 1.0 and self.dtype == self.array_dtype
         built_in = calculus.known(loss) if plain else None
         if built_in is not None:
             engine, domain = built_in.reduced, built_in.loss.domain
