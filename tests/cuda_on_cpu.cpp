@@ -137,6 +137,10 @@ void covers(const char* rule) {
 }
 
 void tiles() {
+    covers<Tiles<float>::Tiny>("tiny tile of float32: every element once");
+    covers<Tiles<double>::Tiny>("tiny tile of float64: every element once");
+    covers<Tf32Tiny>("tiny tile of tf32: every element once");
+    covers<Bfloat16Tiny>("tiny tile of bfloat16: every element once");
     covers<Tiles<float>::Small>("small tile of float32: every element once");
     covers<Tiles<float>::Large>("large tile of float32: every element once");
     covers<Tiles<double>::Small>("tile of float64: every element once");
@@ -174,6 +178,10 @@ int test() {
     dies([] { run(leave_a_barrier, 1, 64, 0); }, "a barrier that a thread has left ends the process");
     dies([] { run(wait_at_two_barriers, 1, 64, 0); }, "threads at different barriers end the process");
     tiles();
+    multiplies<Tiles<float>::Tiny>("tiny product of float32 is exact");
+    multiplies<Tiles<double>::Tiny>("tiny product of float64 is exact");
+    multiplies<Tf32Tiny>("tiny product of tf32 is exact");
+    multiplies<Bfloat16Tiny>("tiny product of bfloat16 is exact");
     multiplies<Tiles<float>::Small>("small product of float32 is exact");
     multiplies<Tiles<float>::Large>("large product of float32 is exact");
     multiplies<Tiles<double>::Small>("product of float64 is exact");

@@ -404,6 +404,17 @@ def test_epochs_in_one_call_or_in_many(schedule, rng):
             assert_same_bits(a, b)
 
 
+def test_an_epoch_of_more_steps_than_a_launch_takes(schedule, rng):
+    """Each launch of the resident schedule goes on at the row where the one before stopped."""
+
+    class Long(Trained):
+        rows = 1100
+
+    for shuffle in (False, True):
+        pair = Long(rng, rule=RULES[0], layers=layers_of([3, 2]), batch_size=1, shuffle=shuffle)
+        pair.assert_runs_equal(2, 1e-9)
+
+
 def test_a_state_goes_on_where_it_was(schedule, rng):
     """get_state and set_state, and from the GPU to the CPU: an optimizer's memory moved with its network."""
     pair = Trained(rng, rule=RULES[6])

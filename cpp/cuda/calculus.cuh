@@ -96,11 +96,12 @@ struct Derivatives<T>::Work {
         tape.load(Kind::primal, 0, x + first * net.inputs(), stream());
         tape.forward(nullptr, stream());
     }
-    T* gradient() {
-        if (flat.size() < net.size()) {
-            flat.grow(net.device(), net.size(), "a gradient");
-            cuda::clear(flat.data(), net.size(), stream());
-        }
+    T* gradient(bool zero = false) {
+        const OnDevice here(net.device());
+        const std::lock_guard<std::mutex> lock(net.runtime().mutex);
+        zero = zero || flat.size() < net.size();
+        flat.grow(net.device(), net.size(), "a gradient");
+        if (zero) cuda::clear(flat.data(), net.size(), stream());
         return flat.data();
     }
     // That gradient, once the stream has made it: to[k] is parameter k's.
@@ -208,8 +209,7 @@ void Derivatives<T>::vjp(Index rows, const T* x, const T* c, T* f, T* const* dph
     Work& w = *work_;
     using Kind = typename Work::Kind;
     const Index depth = w.net.depth(), to = dphi[0] ? 0 : w.net.first_cotangent();
-    T* flat = parameters ? w.gradient() : nullptr;
-    if (parameters && rows == 0) cuda::clear(flat, w.net.size(), w.stream());
+    T* flat = parameters ? w.gradient(rows == 0) : nullptr;
     w.tape.keep_all(std::any_of(dphi + 1, dphi + depth + 1, [](const T* wanted) { return wanted != nullptr; }));
     w.by_pieces(rows, 1, 2, [&](Index first, Index count) {
         w.start(first, count, 1, {Kind::primal, Kind::cotangent}, x);

@@ -91,6 +91,8 @@ class Library {
 
    private:
     static constexpr Index kWorkspace = Index{32} << 20;
+    static constexpr std::uint32_t kAlignment =
+        16;  // in bytes, of what a product takes; the library would count on 256
     using Shape = std::tuple<bool, bool, Index, Index, Index, Index, Index, Index, bool>;
     struct Ready {
         const void* data;
@@ -107,7 +109,8 @@ class Library {
     };
     static Index padded(Index cols) { return round_up(cols, 8); }
     static bool aligned(const void* data, Index stride) {
-        return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride * static_cast<Index>(sizeof(T)) % 16 == 0;
+        return reinterpret_cast<std::uintptr_t>(data) % kAlignment == 0 &&
+               stride * static_cast<Index>(sizeof(T)) % kAlignment == 0;
     }
     static Direct direct_of(const Activate<T>& e) {
         const bool plain = e.op == Op::identity && !e.add && !e.z.data && aligned(e.y.data, e.y.stride);
@@ -157,6 +160,8 @@ class Library {
         set(plan.product, lt::kTransposeA, b_down ? lt::kPlain : lt::kTransposed);
         set(plan.product, lt::kTransposeB, a_down ? lt::kTransposed : lt::kPlain);
         set(plan.product, lt::kEpilogue, bias ? lt::kBias : lt::kNoEpilogue);
+        // Nobody reads there: the choice of an algorithm looks at how the pointer is aligned.
+        if (bias) set(plan.product, lt::kBiasPointer, std::uintptr_t{kAlignment});
         const auto layout = [&](void*& made, int of, Index across, Index down, Index stride) {
             check_library(lt_.MatrixLayoutCreate(&made, of, static_cast<std::uint64_t>(across),
                                                  static_cast<std::uint64_t>(down), stride),
@@ -176,9 +181,13 @@ class Library {
         check_library(lt_.MatmulPreferenceCreate(&preference), "choosing an algorithm");
         const std::uint64_t bytes = kWorkspace;
         const std::uint32_t in_order = 2 | 4;  // parts of a sum are kept apart and added by one kernel
+        const std::uint32_t alignment = kAlignment;
         int status = lt_.MatmulPreferenceSetAttribute(preference, lt::kWorkspaceBytes, &bytes, sizeof bytes);
         if (status == 0)
             status = lt_.MatmulPreferenceSetAttribute(preference, lt::kReductionSchemes, &in_order, sizeof in_order);
+        for (const int operand : lt::kAlignments)
+            if (status == 0)
+                status = lt_.MatmulPreferenceSetAttribute(preference, operand, &alignment, sizeof alignment);
         lt::Heuristic best{};
         int count = 0;
         if (status == 0)
@@ -226,7 +235,7 @@ struct Arithmetic {
         if (library && k > 0)
             return (stream == side ? side_library : library)
                 ->template multiply<ADownK, BDownK>(m, n, k, a, b, epilogue, stream);
-        multiply_tiles<ADownK, BDownK>(precision, wants_large_tiles(m, n, processors), m, n, k, a, b, epilogue, stream);
+        multiply_tiles<ADownK, BDownK>(precision, tile_size(m, n, processors), m, n, k, a, b, epilogue, stream);
     }
 };
 

@@ -13,9 +13,9 @@ namespace cuda {
 constexpr int kThreads = 256;
 
 template <class F>
-__global__ void __launch_bounds__(kThreads) over_elements(unsigned count, unsigned cols, F f) {
+__global__ void __launch_bounds__(kThreads) over_elements(Index first, unsigned count, unsigned cols, F f) {
     const unsigned i = blockIdx.x * kThreads + threadIdx.x;
-    if (i < count) f(static_cast<Index>(i / cols), static_cast<Index>(i % cols));
+    if (i < count) f(first + static_cast<Index>(i / cols), static_cast<Index>(i % cols));
 }
 template <class F>
 __global__ void __launch_bounds__(kThreads) over_each(Index count, F f) {
@@ -27,8 +27,13 @@ inline dim3 blocks_for(Index threads) { return dim3(static_cast<unsigned>((threa
 
 template <class F>
 void map_elements(Index rows, Index cols, const F& f, cudaStream_t stream) {
-    launch(over_elements<F>, blocks_for(rows * cols), kThreads, 0, stream, static_cast<unsigned>(rows * cols),
-           static_cast<unsigned>(cols), f);
+    // As many rows at a time as 32 bits count: a thread's division by 64 bits would take longer than what it is there for.
+    const Index piece = std::max<Index>(1, (Index{1} << 31) / std::max<Index>(cols, 1));
+    for (Index first = 0; first < rows; first += piece) {
+        const Index count = std::min(piece, rows - first) * cols;
+        launch(over_elements<F>, blocks_for(count), kThreads, 0, stream, first, static_cast<unsigned>(count),
+               static_cast<unsigned>(cols), f);
+    }
 }
 template <class F>
 void map_each(Index count, const F& f, cudaStream_t stream) {

@@ -18,6 +18,8 @@ namespace cuda {
 inline void check(cudaError_t code, const char* what) {
     if (code == cudaSuccess) return;
     (void)cudaGetLastError();
+    if (code == cudaErrorMemoryAllocation)  // a stream, a graph or a kernel needs some, too
+        throw OutOfMemory(std::string("[cuda] out of memory: expected enough for ") + what + ", got less");
     throw std::runtime_error(std::string("[cuda] ") + what + " failed: " + cudaGetErrorString(code));
 }
 
