@@ -251,6 +251,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
 }
 
 // ---- epilogues ------------------------------------------------------------------------------------------------------
+// Each returns what it has put into memory.
 
 // Z = X Wᵀ + b, z kept where somebody needs it, and y = op(z). With `add`, to what is in y.
 template <class T>
@@ -260,12 +261,12 @@ struct Activate {
     Op op;
     T param;
     bool add;
-    __device__ void operator()(int i, int j, T sum) {
+    __device__ T operator()(int i, int j, T sum) {
         T* const to = y.data + i * y.stride + j;
         if (bias) sum = sum + bias[j];
         if (add) sum = sum + *to;
         if (z.data) z.data[i * z.stride + j] = sum;
-        *to = op_forward(op, sum, param);
+        return *to = op_forward(op, sum, param);
     }
     __device__ void finish(T*) {}
 };
@@ -278,10 +279,10 @@ struct Differentiate {
     Op op;
     T param;
     bool add;
-    __device__ void operator()(int i, int j, T sum) {
+    __device__ T operator()(int i, int j, T sum) {
         T* const to = dx.data + i * dx.stride + j;
         if (add) sum = sum + *to;
-        *to = saved.data ? op_vjp(op, sum, saved.data[i * saved.stride + j], param) : sum;
+        return *to = saved.data ? op_vjp(op, sum, saved.data[i * saved.stride + j], param) : sum;
     }
     __device__ void finish(T*) {}
 };
@@ -292,10 +293,10 @@ struct StoreGradient {
     T* to;
     int outputs, inputs;
     bool add;
-    __device__ void operator()(int o, int i, T sum) {
+    __device__ T operator()(int o, int i, T sum) {
         T* const place =
             to + (i < inputs ? static_cast<Index>(o) * inputs + i : static_cast<Index>(outputs) * inputs + o);
-        *place = add ? *place + sum : sum;
+        return *place = add ? *place + sum : sum;
     }
     __device__ void finish(T*) {}
 };
@@ -334,9 +335,9 @@ struct Rule {
         }
         return clip_value != 0 ? clamped(Vec<T>(gradient), Vec<T>(clip_value))[0] : gradient;
     }
-    __device__ void apply(Index place, T gradient) const {
+    __device__ T apply(Index place, T gradient) const {
         const State<T> state = {{slots[0], slots[1], slots[2]}};
-        theta[place] = rule_update(rule, place, theta[place], gradient, state, hyper[step ? *step : 0]);
+        return theta[place] = rule_update(rule, place, theta[place], gradient, state, hyper[step ? *step : 0]);
     }
 };
 
@@ -348,11 +349,11 @@ struct Update {
     int outputs, inputs;
     double* penalties;  // of each block
     double penalty = 0;
-    __device__ void operator()(int o, int i, T sum) {
+    __device__ T operator()(int o, int i, T sum) {
         const bool weight = i < inputs;
         const Index place =
             offset + (weight ? static_cast<Index>(o) * inputs + i : static_cast<Index>(outputs) * inputs + o);
-        rule.apply(place, rule.regularized(place, sum, weight, penalty));
+        return rule.apply(place, rule.regularized(place, sum, weight, penalty));
     }
     __device__ void finish(T* memory) {
         if (rule.l1 == 0 && rule.l2 == 0) return;

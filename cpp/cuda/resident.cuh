@@ -312,7 +312,10 @@ struct Block {
             if (p.steps[s].kind != Program::Step::Kind::linear) continue;
             each_gradient(p.steps[s], [&](int place, T gradient, bool weight) {
                 gradient = rule.regularized(place, gradient, weight, penalty);
-                if (!stored) return rule.apply(place, gradient);
+                if (!stored) {
+                    rule.apply(place, gradient);
+                    return;
+                }
                 at(p.gradient)[place] = gradient;
                 squares += static_cast<double>(gradient) * static_cast<double>(gradient);
             });

@@ -76,8 +76,10 @@ struct Trainer<T>::Work {
     }
     void choose();
     void open_library();
+    void reserve(Index count);
     void make_room(Index count);
     Job<T> job(const Source<T>& from, Index count) const;
+    void enqueue(const Source<T>& from, Index count, Index times);
     void enqueue(const Source<T>& from, Index count);
     void take_rates(std::int64_t count, const double* lr, Index lr_stride, Hyper<T>* to) const;
     void prepare(std::int64_t steps, const double* lr, Index lr_stride);
@@ -102,7 +104,7 @@ struct Trainer<T>::Work {
     std::vector<Hyper<T>> host_hyper;
     std::map<std::pair<Index, Index>, Graph> graphs;  // by rows and steps
     Schedule schedule = Schedule::fused;
-    std::unique_ptr<Library<T>> libraries[2];
+    std::unique_ptr<Library<T>> library;
     Program program;  // of the resident schedule
     Buffer<Job<T>> jobs;
     Event done;
@@ -133,18 +135,21 @@ void Trainer<T>::Work::choose() {
     net.runtime().stream.wait();
 }
 
-// A library for each stream, with room for every product of a step.
+template <class T>
+void Trainer<T>::Work::reserve(Index count) {
+    std::vector<typename Library<T>::Linear> layers;
+    for (const Layer<T>& g : net.layers())
+        if (g.kind == Layer<T>::Kind::linear) layers.push_back({g.inputs, g.outputs});
+    library->reserve(count, layers);
+}
+
+// A library with room for every product of a step.
 template <class T>
 void Trainer<T>::Work::open_library() {
-    for (auto& library : libraries) {
-        library = std::make_unique<Library<T>>(net.device(), net.precision());
-        for (const Layer<T>& g : net.layers())
-            if (g.kind == Layer<T>::Kind::linear) library->reserve(batch(), g.inputs, g.outputs);
-    }
+    library = std::make_unique<Library<T>>(net.device(), net.precision(), net.runtime().side);
+    reserve(batch());
     Arithmetic<T> how = net.runtime().how;
-    how.library = libraries[0].get();
-    how.side_library = libraries[1].get();
-    how.side = net.runtime().side;
+    how.library = library.get();
     step.tape.multiply_by(how);
 }
 
@@ -156,9 +161,7 @@ void Trainer<T>::Work::make_room(Index count) {
     step.capacity = 0;
     step.values.grow(net.device(), count, "the values of a loss");
     step.shape(count);
-    for (auto& library : libraries)
-        for (const Layer<T>& g : net.layers())
-            if (library && g.kind == Layer<T>::Kind::linear) library->reserve(count, g.inputs, g.outputs);
+    if (library) reserve(count);
     step.capacity = count;
 }
 
@@ -212,6 +215,13 @@ void Trainer<T>::Work::enqueue(const Source<T>& from, Index count) {
     step.end(from, count);
 }
 
+// Several, which need nothing of the library's from before.
+template <class T>
+void Trainer<T>::Work::enqueue(const Source<T>& from, Index count, Index times) {
+    if (library) library->forget();
+    for (Index s = 0; s < times; ++s) enqueue(from, count);
+}
+
 template <class T>
 void Trainer<T>::Work::take_rates(std::int64_t count, const double* lr, Index lr_stride, Hyper<T>* to) const {
     for (std::int64_t s = 0; s < count; ++s)
@@ -252,9 +262,7 @@ void Trainer<T>::Work::enqueue_epoch(Poller& look) {
     const auto launch_steps = [&](Index count, Index times) {
         auto found = graphs.find({count, times});
         if (found == graphs.end()) {
-            Graph graph(stream, [&] {
-                for (Index s = 0; s < times; ++s) enqueue(source, count);
-            });
+            Graph graph(stream, [&] { enqueue(source, count, times); });
             found = graphs.emplace(std::make_pair(count, times), std::move(graph)).first;
         }
         found->second.launch(stream);
@@ -374,7 +382,7 @@ double Trainer<T>::step(const Dataset<T>& batch, double lr) {
         upload(work.jobs.data(), &own, 1, work.net.runtime().stream);
         launch_resident(work.program, work.jobs.data(), 1, 1, work.net.runtime().stream);
     } else {
-        work.enqueue(work.step.batch.source(), batch.rows);
+        work.enqueue(work.step.batch.source(), batch.rows, 1);
     }
     ++work.optimizer.step_count;
     return work.step.get_control().value;
