@@ -114,7 +114,7 @@ struct Derivatives<T>::Work {
     }
     template <class F>
     void of_loss(const Dataset<T>& dataset, const Loss<T>& loss, std::initializer_list<Kind> kinds, F f);
-    void loss_gradient(const LossRows<T>& rows) { map_each(rows.f.rows, rows, stream()); }
+    void loss_gradient(const LossRows<T>& rows) { map_rows(rows.f.rows, rows.f.cols, rows, stream()); }
     void outer_products(Index first, T* const* to);
 
     const Network<T>& net;
@@ -302,7 +302,7 @@ void Derivatives<T>::hvp(const Dataset<T>& data, const Loss<T>& loss, T* const* 
               [&](Index first, Index count, const LossRows<T>& rows) {
                   w.tape.tangents(low, direction_.data(), w.stream());
                   w.loss_gradient(rows);
-                  map_each(count,
+                  map_rows(count, w.net.outputs(),
                            LossHvp<T>{rows, constant(w.tape.at(Kind::tangent, depth)),
                                       w.tape.at(Kind::cotangent_tangent, depth)},
                            w.stream());
@@ -324,8 +324,8 @@ void Derivatives<T>::gauss_newton(const Dataset<T>& data, const Loss<T>& loss, T
     w.of_loss(data, loss, {Kind::primal, Kind::tangent, Kind::cotangent},
               [&](Index first, Index count, const LossRows<T>& rows) {
                   w.tape.tangents(low, direction_.data(), w.stream());
-                  map_each(
-                      count,
+                  map_rows(
+                      count, w.net.outputs(),
                       LossHvp<T>{rows, constant(w.tape.at(Kind::tangent, depth)), w.tape.at(Kind::cotangent, depth)},
                       w.stream());
                   w.tape.cotangents(low, w.stream());

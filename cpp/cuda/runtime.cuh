@@ -116,11 +116,12 @@ class Graph {
 
 // kernel(arguments...) on blocks x threads with `shared` bytes for each block; nothing where there are no blocks.
 template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 blocks, int threads, std::size_t shared, cudaStream_t stream, A&&... arguments) {
+void launch(void (*kernel)(P...), dim3 blocks, dim3 threads, std::size_t shared, cudaStream_t stream,
+            A&&... arguments) {
     if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
     cudaLaunchConfig_t config{};
     config.gridDim = blocks;
-    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.blockDim = threads;
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     check(cudaLaunchKernelEx(&config, kernel, P(std::forward<A>(arguments))...), "launching a kernel");

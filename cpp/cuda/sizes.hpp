@@ -29,6 +29,9 @@ constexpr Index most_tiles(Index m, Index n) { return tiles_across(m, kTinyTile)
 // cuBLASLt's products from so many multiplications a step on: below, its launches and ours beside it take longer.
 constexpr bool wants_library(double multiplies) { return multiplies >= 1 << 27; }
 
+// How many threads go along a row of so many columns: a warp, or one where most of a warp would have nothing to do.
+constexpr int row_threads(Index cols) { return cols < 8 ? 1 : 32; }
+
 // ---- the resident schedule ------------------------------------------------------------------------------------------
 
 // Rows in shared memory begin an odd number of 16 bytes of float32 after one another: eight threads that read 16 bytes each,

@@ -206,7 +206,7 @@ void Step<T>::Work::forward(const Source<T>& data, Index rows, const typename Ta
 template <class T>
 void Step<T>::Work::run_loss(const Source<T>& data, Index rows) {
     const Index depth = net.depth();
-    map_each(rows,
+    map_rows(rows, net.outputs(),
              LossRows<T>{loss.op, static_cast<T>(loss.param), data, tape.at(Kind::primal, depth),
                          tape.at(Kind::cotangent, depth), control.data(), values.data()},
              net.runtime().stream);
