@@ -101,6 +101,18 @@ void bind_arrays(py::module_& m) {
     m.def("from_dlpack", &DeviceArray::from_dlpack, py::arg("source"));
 }
 
+// Where NVIDIA's wheels, of CUDA 13 and 12, and its installer put their libraries; none of these is on the loader's path.
+std::vector<std::string> library_folders() {
+    std::vector<std::string> folders;
+    const py::object spec = py::module_::import("importlib.util").attr("find_spec")("nvidia");
+    if (!spec.is_none() && !spec.attr("submodule_search_locations").is_none())
+        for (const py::handle& place : spec.attr("submodule_search_locations"))
+            for (const char* part : {"/cu13/lib/", "/cublas/lib/"})
+                folders.push_back(py::cast<std::string>(place) + part);
+    folders.push_back("/usr/local/cuda/lib64/");
+    return folders;
+}
+
 template <class T>
 void bind_cuda(py::module_& m, const py::module_& core, const std::string& bits) {
     using E = Cuda<T>;
@@ -123,6 +135,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.doc() = "The engine of chainrule on NVIDIA GPUs. Its names are an implementation detail; use the package's.";
     m.attr("__version__") = CHAINRULE_VERSION;
     const py::module_ core = py::module_::import("chainrule._core");
+    cuda::look_for_libraries(library_folders());
     m.def("state", &cuda::state);
     m.def("device_count", &cuda::device_count);
     m.def("device_name", &cuda::device_name, py::arg("device"));

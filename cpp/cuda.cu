@@ -17,15 +17,24 @@ namespace cuda {
 
 namespace {
 
-// A function of cuBLASLt, of the newest one that the loader finds or somebody has loaded already; never closed again.
+std::vector<std::string>& library_folders() {
+    static std::vector<std::string> folders;
+    return folders;
+}
+
+// A function of cuBLASLt, of the newest one that somebody has loaded already, the loader finds or a folder has; never closed
+// again.
 void* library_symbol(const char* name) {
 #ifdef CUDA_ON_CPU
     return cuda_on_cpu::library_symbol(name);
 #else
     static void* const library = [] {
         void* handle = nullptr;
-        for (const char* file : {"libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"})
-            if (!handle) handle = dlopen(file, RTLD_NOW | RTLD_LOCAL);
+        std::vector<std::string> folders = {""};
+        folders.insert(folders.end(), library_folders().begin(), library_folders().end());
+        for (const std::string& folder : folders)
+            for (const char* file : {"libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"})
+                if (!handle) handle = dlopen((folder + file).c_str(), RTLD_NOW | RTLD_LOCAL);
         return handle;
     }();
     return library ? dlsym(library, name) : nullptr;
@@ -78,6 +87,7 @@ int device_of(const void* pointer) {
 }
 
 void force_schedule(Schedule schedule) { forced_schedule.store(schedule); }
+void look_for_libraries(std::vector<std::string> folders) { library_folders() = std::move(folders); }
 
 void copy(int device, void* to, const void* from, std::size_t bytes) {
     const OnDevice here(device);
@@ -324,6 +334,8 @@ double Step<T>::sweep(const Dataset<T>& data, const std::int64_t*, Index rows, c
 
 template <class T>
 const T* Step<T>::gradient() {
+    const OnDevice here(work_->net.device());
+    const std::lock_guard<std::mutex> lock(work_->net.runtime().mutex);
     return work_->gradient();
 }
 

@@ -25,6 +25,8 @@ int device_count();   // 0 where there is none
 std::string device_name(int device);
 void synchronize(int device);
 void force_schedule(Schedule schedule);  // of trainers made from now on
+// Where cuBLASLt may lie if the loader does not know it; to be said before the first trainer is made.
+void look_for_libraries(std::vector<std::string> folders);
 
 // A network's parameters on a device: for each linear layer W (O, I), then b (O), as in a state dict.
 template <class T>

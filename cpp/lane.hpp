@@ -108,6 +108,43 @@ CHAINRULE_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 }
 CHAINRULE_INLINE Vec<float> sqrt(Vec<float> a) { return ::sqrtf(a.value); }
 CHAINRULE_INLINE Vec<double> sqrt(Vec<double> a) { return ::sqrt(a.value); }
+
+// The threads that share a row are those along x of a block with several rows of threads; in any other, each is alone. With more
+// than one they are a warp. Loops over columns begin at first_column(), and a join brings together what the threads have.
+#if defined(__CUDA_ARCH__) || defined(CUDA_ON_CPU)
+CHAINRULE_INLINE Index first_column() { return blockDim.y > 1 ? threadIdx.x : 0; }
+template <class T>
+CHAINRULE_INLINE Index column_step() {
+    return blockDim.y > 1 ? blockDim.x : 1;
+}
+template <class T>
+CHAINRULE_INLINE Vec<T> of_thread(Vec<T> v, Index other) {  // the one `other` is away
+    return __shfl_xor_sync(0xffffffffu, v.value, static_cast<int>(other));
+}
+#else  // for the host, which has none
+CHAINRULE_INLINE Index first_column() { return 0; }
+template <class T>
+CHAINRULE_INLINE Index column_step() {
+    return 1;
+}
+template <class T>
+CHAINRULE_INLINE Vec<T> of_thread(Vec<T> v, Index) {
+    return v;
+}
+#endif
+template <class T>
+CHAINRULE_INLINE Vec<T> join_sum(Vec<T> mine) {  // the same bits in each of them
+    for (Index other = column_step<T>() / 2; other > 0; other /= 2) mine = mine + of_thread(mine, other);
+    return mine;
+}
+template <class T>
+CHAINRULE_INLINE Vec<T> join_max(Vec<T> mine) {
+    for (Index other = column_step<T>() / 2; other > 0; other /= 2) {
+        const Vec<T> theirs = of_thread(mine, other);
+        if (theirs > mine) mine = theirs;
+    }
+    return mine;
+}
 template <class V, class I>
 CHAINRULE_INLINE V convert(I integer) {
     return V{static_cast<decltype(V{}.value)>(integer.value)};

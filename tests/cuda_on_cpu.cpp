@@ -30,7 +30,7 @@ void check(bool ok, const char* rule) {
 }
 
 template <class... P, class... A>
-void run(void (*kernel)(P...), int blocks, int threads, std::size_t shared, A... arguments) {
+void run(void (*kernel)(P...), int blocks, dim3 threads, std::size_t shared, A... arguments) {
     static const Stream stream;
     launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared, stream, arguments...);
 }
@@ -45,6 +45,7 @@ __global__ void reverse_through_shared(int* values) {
     values[at + t] = memory[blockDim.x - 1 - t];
 }
 __global__ void sum_of_warp(int* values) {
+    values += threadIdx.y * blockDim.x;
     int sum = values[threadIdx.x];
     for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
     values[threadIdx.x] = sum;
@@ -73,6 +74,9 @@ void barriers_and_shuffles() {
     for (int i = 0; i < 64; ++i) values[static_cast<std::size_t>(i)] = i;
     run(sum_of_warp, 1, 64, 0, values.data());
     check(values[5] == 31 * 16 && values[40] == 31 * 16 + 32 * 32, "a shuffle stays within its warp");
+    for (int i = 0; i < 96; ++i) values[static_cast<std::size_t>(i)] = i;
+    run(sum_of_warp, 1, dim3(32, 3), 0, values.data());
+    check(values[5] == 31 * 16 && values[95] == 31 * 16 + 64 * 32, "a row of 32 threads is a warp");
     double sum = 0;
     run(read_fresh_memory, 1, 1, sizeof(double), &sum);
     check(sum != sum, "fresh shared memory is NaN");
@@ -137,6 +141,10 @@ void covers(const char* rule) {
 }
 
 void tiles() {
+    covers<Tiles<float>::Tiny>("tiny tile of float32: every element once");
+    covers<Tiles<double>::Tiny>("tiny tile of float64: every element once");
+    covers<Tf32Tiny>("tiny tile of tf32: every element once");
+    covers<Bfloat16Tiny>("tiny tile of bfloat16: every element once");
     covers<Tiles<float>::Small>("small tile of float32: every element once");
     covers<Tiles<float>::Large>("large tile of float32: every element once");
     covers<Tiles<double>::Small>("tile of float64: every element once");
@@ -174,6 +182,10 @@ int test() {
     dies([] { run(leave_a_barrier, 1, 64, 0); }, "a barrier that a thread has left ends the process");
     dies([] { run(wait_at_two_barriers, 1, 64, 0); }, "threads at different barriers end the process");
     tiles();
+    multiplies<Tiles<float>::Tiny>("tiny product of float32 is exact");
+    multiplies<Tiles<double>::Tiny>("tiny product of float64 is exact");
+    multiplies<Tf32Tiny>("tiny product of tf32 is exact");
+    multiplies<Bfloat16Tiny>("tiny product of bfloat16 is exact");
     multiplies<Tiles<float>::Small>("small product of float32 is exact");
     multiplies<Tiles<float>::Large>("large product of float32 is exact");
     multiplies<Tiles<double>::Small>("product of float64 is exact");

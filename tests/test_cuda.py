@@ -154,7 +154,7 @@ def test_linear_of_every_width(precision, bias, rng):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_loss(row, reduction, weighted, dtype, rng):
     """Value and ∂L/∂f of one output and of many, of one row and of several blocks."""
-    for rows, outputs in ((1, 1), (11, 5), (130, 2), (3, 70)):
+    for rows, outputs in ((1, 1), (11, 5), (130, 2), (9, 8), (3, 70)):
         f, y = sample_loss(row, rng, rows, outputs, dtype)
         weight = (rng.random(rows) + 0.1).astype(dtype) if weighted else None
         layers = [("identity", f.shape[1], f.shape[1], 0.0, False, None)]
@@ -168,6 +168,20 @@ def test_loss(row, reduction, weighted, dtype, rng):
         close(got, twin.input_gradient(wide(f), wide(y), wide(weight), loss, NO_LIMITS), relative, what)
 
 
+@each_loss
+@pytest.mark.parametrize("outputs", [5, 34])
+def test_hessian_of_a_loss(row, outputs, dtype, rng):
+    """By a thread or a warp a row: through one layer, the sums of whose products are of 4 terms."""
+    f, y = sample_loss(row, rng, 9, outputs, dtype)
+    pair = Pair(layers_of([3, f.shape[1]]), dtype.name, rng)
+    x, weight, v = pair.numbers(rng, 9, 3), (rng.random(9) + 0.1).astype(dtype), directions(pair, rng)
+    loss = _core.Loss(row.name, row.a, "mean", None)
+    got = pair.gpu.hvp(x, y, weight, loss, NO_LIMITS, v, False)
+    wide_v = {name: wide(array) for name, array in v.items()}
+    exact = pair.cpu.hvp(wide(x), wide(y), wide(weight), loss, NO_LIMITS, wide_v, False)
+    all_close(got, exact, ROUNDINGS * eps(dtype))
+
+
 # ---- networks ----------------------------------------------------------------------------------------------
 
 NETWORKS = {
@@ -176,6 +190,7 @@ NETWORKS = {
     "softplus, sigmoid": layers_of([4, 8, 8, 4], "softplus", "sigmoid", "softmax"),
     "elu": layers_of([2, 31, 6], ("elu", 0.7), "log_softmax", bias=False),
     "one": layers_of([1, 1]),
+    "wide rows": layers_of([3, 9, 34], "silu", "softmax"),
 }
 CROSS_ENTROPY = _core.Loss("cross_entropy", 0.0, "mean", None)
 
@@ -234,12 +249,15 @@ def test_derivatives(name, layers, precision, rng):
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_two_runs_give_the_same_bits(name, precision, rng):
+@pytest.mark.parametrize("network", ["gelu, silu", "wide rows"])
+def test_two_runs_give_the_same_bits(name, network, precision, rng):
     """Sums in the order in which blocks happen to end."""
-    pair = Pair(NETWORKS["gelu, silu"], precision, rng)
+    pair = Pair(NETWORKS[network], precision, rng)
+    outputs = NETWORKS[network][-1][2]
     given = {
-        "x": pair.numbers(rng, 150, 3), "dx": pair.numbers(rng, 150, 3), "c": pair.numbers(rng, 150, 2),
-        "y": rng.integers(0, 2, 150), "w": pair.numbers(rng, 150) ** 2, "dy": pair.numbers(rng, 150, 2, 3),
+        "x": pair.numbers(rng, 150, 3), "dx": pair.numbers(rng, 150, 3), "c": pair.numbers(rng, 150, outputs),
+        "y": rng.integers(0, outputs, 150), "w": pair.numbers(rng, 150) ** 2,
+        "dy": pair.numbers(rng, 150, outputs, 3),
         "v": directions(pair, rng),
     }  # fmt: skip
     first, second = (flat(MAPS[name](pair.gpu, given)) for _ in range(2))
@@ -404,6 +422,17 @@ def test_epochs_in_one_call_or_in_many(schedule, rng):
             assert_same_bits(a, b)
 
 
+def test_an_epoch_of_more_steps_than_a_launch_takes(schedule, rng):
+    """Each launch of the resident schedule goes on at the row where the one before stopped."""
+
+    class Long(Trained):
+        rows = 1100
+
+    for shuffle in (False, True):
+        pair = Long(rng, rule=RULES[0], layers=layers_of([3, 2]), batch_size=1, shuffle=shuffle)
+        pair.assert_runs_equal(2, 1e-9)
+
+
 def test_a_state_goes_on_where_it_was(schedule, rng):
     """get_state and set_state, and from the GPU to the CPU: an optimizer's memory moved with its network."""
     pair = Trained(rng, rule=RULES[6])
@@ -421,6 +450,37 @@ def test_rounded_products_train_as_well(precision, schedule, rng):
     got, exact = pair.trainer.run(0, rates), pair.cpu_trainer.run(0, rates)
     assert exact[-1] < 0.5 * exact[0]
     assert_within(got, exact, 0.05 * exact[0], "losses ")
+
+
+@pytest.mark.parametrize("more", [{}, {"l2": 0.1}, {"clip_norm": 0.5}, {"clip_example_norm": 0.3}], ids=str)
+def test_packed_operands_are_those_of_the_step(more, rng):
+    """The library's, packed once a step, against tiles that round each time; graphs of 16 steps and of one.
+
+    Float32 sums in another order send a bfloat16 to its neighbour now and then, 2^-8 away; last step's
+    matrices are further off.
+    """
+
+    class Long(Trained):
+        rows = 163
+
+    layers = [
+        *layers_of([5, 70], "tanh"),
+        ("dropout", 70, 70, 0.2, False, None),
+        *layers_of([70, 33, 2], "gelu"),
+    ]
+    state, ends = rng.bit_generator.state, []
+    for schedule in ("fused", "library"):
+        rng.bit_generator.state = state
+        cuda.force_schedule(schedule)
+        pair = Long(rng, "bfloat16", RULES[0], layers, batch_size=8, shuffle=True, weighted=True, **more)
+        cuda.force_schedule("")
+        losses = [pair.trainer.run(epoch, np.full(1, 0.05)) for epoch in range(2)]
+        pair.gpu.set_parameter(0, pair.gpu.get_parameter(0) / 2)
+        if "clip_example_norm" not in more:
+            losses.append(pair.trainer.step(pair.x, pair.y, pair.weight, 0.05))
+        moves = [pair.gpu.get_parameter(k) - pair.cpu.get_parameter(k) for k in range(6)]
+        ends.append([*losses, *moves])
+    all_close(ends[1], ends[0], 2.0**-8)
 
 
 def test_snapshots_and_changes(rng):

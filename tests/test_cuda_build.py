@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 # What training spends its time in. A spill would send their sums through slow memory.
-HOT = r"multiply<|train_resident|finish_product|over_elements|over_each"
+HOT = r"multiply<|train_resident|finish_product|over_elements|over_each|over_rows"
 # Registers of a thread that let a block of 256 start at all; one more would be a launch that fails.
 MOST_REGISTERS = 255
 

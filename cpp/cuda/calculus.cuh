@@ -96,11 +96,12 @@ struct Derivatives<T>::Work {
         tape.load(Kind::primal, 0, x + first * net.inputs(), stream());
         tape.forward(nullptr, stream());
     }
-    T* gradient() {
-        if (flat.size() < net.size()) {
-            flat.grow(net.device(), net.size(), "a gradient");
-            cuda::clear(flat.data(), net.size(), stream());
-        }
+    T* gradient(bool zero = false) {
+        const OnDevice here(net.device());
+        const std::lock_guard<std::mutex> lock(net.runtime().mutex);
+        zero = zero || flat.size() < net.size();
+        flat.grow(net.device(), net.size(), "a gradient");
+        if (zero) cuda::clear(flat.data(), net.size(), stream());
         return flat.data();
     }
     // That gradient, once the stream has made it: to[k] is parameter k's.
@@ -113,7 +114,7 @@ struct Derivatives<T>::Work {
     }
     template <class F>
     void of_loss(const Dataset<T>& dataset, const Loss<T>& loss, std::initializer_list<Kind> kinds, F f);
-    void loss_gradient(const LossRows<T>& rows) { map_each(rows.f.rows, rows, stream()); }
+    void loss_gradient(const LossRows<T>& rows) { map_rows(rows.f.rows, rows.f.cols, rows, stream()); }
     void outer_products(Index first, T* const* to);
 
     Network<T>& net;
@@ -208,8 +209,7 @@ void Derivatives<T>::vjp(Index rows, const T* x, const T* c, T* f, T* const* dph
     Work& w = *work_;
     using Kind = typename Work::Kind;
     const Index depth = w.net.depth(), to = dphi[0] ? 0 : w.net.first_cotangent();
-    T* flat = parameters ? w.gradient() : nullptr;
-    if (parameters && rows == 0) cuda::clear(flat, w.net.size(), w.stream());
+    T* flat = parameters ? w.gradient(rows == 0) : nullptr;
     w.tape.keep_all(std::any_of(dphi + 1, dphi + depth + 1, [](const T* wanted) { return wanted != nullptr; }));
     w.by_pieces(rows, 1, 2, [&](Index first, Index count) {
         w.start(first, count, 1, {Kind::primal, Kind::cotangent}, x);
@@ -312,7 +312,7 @@ void Derivatives<T>::hvp(const Dataset<T>& data, const Loss<T>& loss, T* const* 
               [&](Index first, Index count, const LossRows<T>& rows) {
                   w.tape.tangents(low, direction_.data(), w.stream());
                   w.loss_gradient(rows);
-                  map_each(count,
+                  map_rows(count, w.net.outputs(),
                            LossHvp<T>{rows, constant(w.tape.at(Kind::tangent, depth)),
                                       w.tape.at(Kind::cotangent_tangent, depth)},
                            w.stream());
@@ -334,8 +334,8 @@ void Derivatives<T>::gauss_newton(const Dataset<T>& data, const Loss<T>& loss, T
     w.of_loss(data, loss, {Kind::primal, Kind::tangent, Kind::cotangent},
               [&](Index first, Index count, const LossRows<T>& rows) {
                   w.tape.tangents(low, direction_.data(), w.stream());
-                  map_each(
-                      count,
+                  map_rows(
+                      count, w.net.outputs(),
                       LossHvp<T>{rows, constant(w.tape.at(Kind::tangent, depth)), w.tape.at(Kind::cotangent, depth)},
                       w.stream());
                   w.tape.cotangents(low, w.stream());

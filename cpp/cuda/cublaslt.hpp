@@ -15,7 +15,8 @@ constexpr int kCompute32 = 68, kComputeTf32 = 77, kCompute64 = 70;              
 constexpr std::int32_t kPlain = 0, kTransposed = 1;                               // cublasOperation_t
 constexpr int kTransposeA = 3, kTransposeB = 4, kEpilogue = 7, kBiasPointer = 8;  // cublasLtMatmulDescAttributes_t
 constexpr std::uint32_t kNoEpilogue = 1, kBias = 4;                               // cublasLtEpilogue_t
-constexpr int kWorkspaceBytes = 1, kReductionSchemes = 3;  // cublasLtMatmulPreferenceAttributes_t
+constexpr int kWorkspaceBytes = 1, kReductionSchemes = 3,
+              kAlignments[] = {5, 6, 7, 8};  // cublasLtMatmulPreferenceAttributes_t
 
 struct Algorithm {
     std::uint64_t data[8];

@@ -66,7 +66,7 @@ static __device__ __forceinline__ T op_second(Op op, T v, T dx, T dv, T saved, T
     }
 }
 
-// ---- a row a thread -------------------------------------------------------------------------------------------------
+// ---- a row, by the threads that share it -------------------------------------------------------------------------------------------------
 
 template <class T>
 static __device__ __forceinline__ void row_forward(Op op, Index n, const T* x, T* y) {

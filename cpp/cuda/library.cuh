@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT
-// L2: large matrix products by cuBLASLt. The operands are brought into the form that it is fast with (gathered, rounded to
-// bfloat16, with their column of ones, in rows of whole 16 bytes) unless they have it; a bias alone goes into its own epilogue, any
-// other of ours runs over its result. Each shape's algorithm is chosen once, among those that sum in a fixed order.
+// L2: large matrix products by cuBLASLt. The operands are packed into the form that it is fast with (gathered, rounded to
+// bfloat16, with their column of ones, in whole lines) unless they have it: each matrix once a step, or by the epilogue that makes
+// it. A bias alone goes into the library's own epilogue, any other of ours is one pass over its result. Each shape's algorithm is
+// chosen once, among those that sum in a fixed order.
 #pragma once
 
 #include <map>
 #include <tuple>
+#include <vector>
 
 #include "cublaslt.hpp"
 #include "maps.cuh"
@@ -19,42 +21,53 @@ inline void check_library(int status, const char* what) {
                                  std::to_string(status));
 }
 
-// An operand as the library has it: rows of `stride` elements, zeros beside the last column.
+// A matrix as the library has it: `cols` columns, one of ones, and zeros to the end of a row of `stride` elements.
 template <class T, class Out>
-struct Pack {
-    Operand<T> from;
+struct Packed {
+    Out* to;  // null: nobody wants it
     Index cols, stride;
-    Out* to;
-    __device__ void operator()(Index i, Index j) const {
-        const T value = j < cols ? from.at(static_cast<int>(i), static_cast<int>(j)) : T{0};
+    __device__ void put(Index i, Index j, T value) const {
+        if (j >= cols) value = j == cols ? T{1} : T{0};
         if constexpr (sizeof(Out) == 2)
             to[i * stride + j] = static_cast<Out>(round_to_bfloat16(Vec<float>(static_cast<float>(value)))[0] >> 16);
         else
             to[i * stride + j] = value;
     }
 };
+template <class T, class Out>
+struct Pack {
+    Operand<T> from;
+    Packed<T, Out> packed;
+    __device__ void operator()(Index i, Index j) const {
+        packed.put(i, j, j < packed.cols ? from.at(static_cast<int>(i), static_cast<int>(j)) : T{0});
+    }
+};
 
-// An epilogue over a product that lies in memory, by tiles as the small ones of our own.
+// An epilogue over a product that lies in memory, by tiles as the small ones of our own; what it makes is packed beside.
 template <class T, class Epilogue>
 __global__ void __launch_bounds__(kThreads, 4)
-    finish_product(int m, int n, const T* c, Index stride, Epilogue epilogue) {
+    finish_product(int m, int n, const T* c, Index stride, Epilogue epilogue, Packed<T, std::uint16_t> packed) {
     CHAINRULE_SHARED(T, memory);
     const int row = static_cast<int>(blockIdx.x) * static_cast<int>(kSmallTile);
     const int col = static_cast<int>(blockIdx.y) * static_cast<int>(kSmallTile);
     for (int e = static_cast<int>(threadIdx.x); e < kSmallTile * kSmallTile; e += kThreads) {
         const int i = row + e / static_cast<int>(kSmallTile), j = col + e % static_cast<int>(kSmallTile);
-        if (i < m && j < n) epilogue(i, j, c[i * stride + j]);
+        if (i >= m) continue;
+        const T value = j < n ? epilogue(i, j, c[i * stride + j]) : T{0};
+        if (packed.to && j < packed.stride) packed.put(i, j, value);
     }
     epilogue.finish(memory);
 }
 
-// Products on one stream, with the memory that they take; a second stream has a library of its own.
+// Products on two streams, with the memory that they take.
 template <class T>
 class Library {
    public:
-    Library(int device, Precision precision) : device_(device), precision_(precision), lt_(*lt::functions()) {
+    Library(int device, Precision precision, cudaStream_t side)
+        : device_(device), precision_(precision), side_(side), lt_(*lt::functions()) {
         check_library(lt_.Create(&handle_), "beginning");
-        workspace_ = Buffer<unsigned char>(device, kWorkspace, "the workspace of cuBLASLt");
+        for (Room& room : rooms_)
+            room.workspace = Buffer<unsigned char>(device, kWorkspace, "the workspace of cuBLASLt");
     }
     ~Library() {
         for (auto& [shape, plan] : plans_) destroy(plan);
@@ -63,34 +76,57 @@ class Library {
     Library(const Library&) = delete;
     Library& operator=(const Library&) = delete;
 
-    // Memory for products of `rows` rows with a layer of these sizes, in any form; before a graph is made of them.
-    void reserve(Index rows, Index inputs, Index outputs) {
-        const Index most = std::max({rows * padded(inputs + 1), rows * padded(outputs), outputs * padded(inputs + 1)});
-        a_.grow(device_, most, "the operands of a product");
-        b_.grow(device_, most, "the operands of a product");
-        c_.grow(device_, most, "a product");
+    struct Linear {
+        Index inputs, outputs;
+    };
+    // Memory for the products of a step of `rows` rows; before a graph is made of them.
+    void reserve(Index rows, const std::vector<Linear>& layers) {
+        forget();
+        Index product = 0, packed = 0;
+        for (const Linear& g : layers) {
+            const Index in = padded(g.inputs + 1), out = padded(g.outputs);
+            product = std::max({product, rows * in, rows * out, g.outputs * in});
+            // W, and on either side an activation and a cotangent.
+            packed += (g.outputs + 2 * rows) * packed_stride(g.inputs) + 2 * rows * packed_stride(g.outputs);
+        }
+        for (Room& room : rooms_) room.product.grow(device_, product, "a product");
+        arena_.grow(device_, packed * element_bytes(), "the operands of products");
     }
+
+    // Nothing is packed; what is enqueued from here on may run again and again.
+    void forget() {
+        packed_.clear();
+        used_ = 0;
+    }
+    // Matrices have changed, but for the weights that an update has packed for the step to come.
+    void begin_step() { ++step_; }
 
     template <bool ADownK, bool BDownK, class Epilogue>
     void multiply(Index m, Index n, Index k, const Operand<T>& a, const Operand<T>& b, const Epilogue& epilogue,
                   cudaStream_t stream) {
-        const Ready x = ready(a, ADownK ? k : m, ADownK ? m : k, a_, stream);
-        const Ready y = ready(b, BDownK ? k : n, BDownK ? n : k, b_, stream);
+        const Ready x = ready(a, ADownK ? k : m, ADownK ? m : k, stream);
+        const Ready y = ready(b, BDownK ? k : n, BDownK ? n : k, stream);
+        const Room& room = rooms_[stream == side_];
         const Direct direct = direct_of(epilogue);
         const Index c_stride = direct.to ? direct.stride : padded(n);
-        const Shape shape = {ADownK, BDownK, m, n, k, x.stride, y.stride, c_stride, direct.bias != nullptr};
-        T* const c = direct.to ? direct.to : c_.data();
-        run(plan_of(shape), x.data, y.data, direct.bias, c, stream);
+        // A column of ones would make an odd width, for which tensor cores are slow; the zeros beside it do no harm.
+        const Shape shape = {ADownK,   BDownK,   m,        b.ones < 0 ? n : padded(n), k,
+                             x.stride, y.stride, c_stride, direct.bias != nullptr};
+        T* const c = direct.to ? direct.to : room.product.data();
+        run(plan_of(shape), x.data, y.data, direct.bias, c, room, stream);
         if (direct.to) return;
+        const Packed<T, std::uint16_t> packed = result(epilogue, m);
         launch(finish_product<T, Epilogue>,
                dim3(static_cast<unsigned>(tiles_across(m, kSmallTile)),
-                    static_cast<unsigned>(tiles_across(n, kSmallTile))),
+                    static_cast<unsigned>(tiles_across(std::max(n, packed.stride), kSmallTile))),
                kThreads, kThreads * sizeof(double), stream, static_cast<int>(m), static_cast<int>(n),
-               static_cast<const T*>(c), c_stride, epilogue);
+               static_cast<const T*>(c), c_stride, epilogue, packed);
     }
 
    private:
     static constexpr Index kWorkspace = Index{32} << 20;
+    static constexpr std::uint32_t kAlignment =
+        16;  // in bytes, of what a product takes; the library would count on 256
     using Shape = std::tuple<bool, bool, Index, Index, Index, Index, Index, Index, bool>;
     struct Ready {
         const void* data;
@@ -101,13 +137,30 @@ class Library {
         Index stride = 0;
         const T* bias = nullptr;
     };
+    struct Room {  // a stream's own
+        Buffer<unsigned char> workspace;
+        Buffer<T> product;
+    };
+    struct Place {  // of a packed matrix
+        unsigned char* data = nullptr;
+        std::int64_t last = 0;  // step that it is up to date in
+    };
+    struct Result {  // what an epilogue makes, if it is an operand of a product of this step or of a later one
+        const T* matrix = nullptr;
+        Index cols = 0;
+        int later = 0;
+    };
     struct Plan {
         void *product = nullptr, *a = nullptr, *b = nullptr, *c = nullptr;
         lt::Algorithm algorithm{};
     };
     static Index padded(Index cols) { return round_up(cols, 8); }
+    static Index packed_stride(Index cols) { return round_up(cols + 1, 64); }
+    bool half() const { return precision_ == Precision::bfloat16; }
+    Index element_bytes() const { return half() ? 2 : static_cast<Index>(sizeof(T)); }
     static bool aligned(const void* data, Index stride) {
-        return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride * static_cast<Index>(sizeof(T)) % 16 == 0;
+        return reinterpret_cast<std::uintptr_t>(data) % kAlignment == 0 &&
+               stride * static_cast<Index>(sizeof(T)) % kAlignment == 0;
     }
     static Direct direct_of(const Activate<T>& e) {
         const bool plain = e.op == Op::identity && !e.add && !e.z.data && aligned(e.y.data, e.y.stride);
@@ -120,17 +173,44 @@ class Library {
     static Direct direct_of(const StoreGradient<T>&) { return {}; }
     static Direct direct_of(const Update<T>&) { return {}; }
 
-    Ready ready(const Operand<T>& from, Index rows, Index cols, const Buffer<T>& scratch, cudaStream_t stream) const {
-        const bool plain = from.ones < 0 && !from.rows.order && !from.rows.first && aligned(from.data, from.stride);
-        if (plain && precision_ != Precision::bfloat16) return {from.data, from.stride};
-        const Index stride = padded(cols);
-        if (precision_ == Precision::bfloat16) {
-            auto* const to = reinterpret_cast<std::uint16_t*>(scratch.data());
-            map_elements(rows, stride, Pack<T, std::uint16_t>{from, cols, stride, to}, stream);
-        } else {
-            map_elements(rows, stride, Pack<T, T>{from, cols, stride, scratch.data()}, stream);
+    static Result result_of(const Activate<T>& e) { return {e.y.data, e.y.cols, 0}; }
+    static Result result_of(const Differentiate<T>& e) { return {e.dx.data, e.dx.cols, 0}; }
+    static Result result_of(const StoreGradient<T>&) { return {}; }
+    static Result result_of(const Update<T>& e) { return {e.rule.theta + e.offset, e.inputs, 1}; }
+
+    Place& place(const T* matrix, Index rows, Index cols) {
+        const auto [found, added] = packed_.try_emplace(matrix);
+        if (added) {
+            found->second.data = arena_.data() + used_;
+            used_ += rows * packed_stride(cols) * element_bytes();
         }
-        return {scratch.data(), stride};
+        return found->second;
+    }
+    template <class Out>
+    void pack(const Operand<T>& from, Index rows, Index cols, unsigned char* to, cudaStream_t stream) const {
+        const Packed<T, Out> packed = {reinterpret_cast<Out*>(to), cols, packed_stride(cols)};
+        map_elements(rows, packed.stride, Pack<T, Out>{from, packed}, stream);
+    }
+    Ready ready(const Operand<T>& from, Index rows, Index cols, cudaStream_t stream) {
+        const bool plain = from.ones < 0 && !from.rows.order && !from.rows.first && aligned(from.data, from.stride);
+        if (plain && !half()) return {from.data, from.stride};
+        if (from.ones >= 0) cols = from.ones;
+        Place& packed = place(from.data, rows, cols);
+        if (packed.last < step_) {
+            packed.last = step_;
+            half() ? pack<std::uint16_t>(from, rows, cols, packed.data, stream)
+                   : pack<T>(from, rows, cols, packed.data, stream);
+        }
+        return {packed.data, packed_stride(cols)};
+    }
+    // Where an epilogue packs what it makes, which has as many rows.
+    template <class Epilogue>
+    Packed<T, std::uint16_t> result(const Epilogue& epilogue, Index rows) {
+        const Result made = result_of(epilogue);
+        if (!made.matrix || !half()) return {nullptr, 0, 0};
+        Place& packed = place(made.matrix, rows, made.cols);
+        packed.last = step_ + made.later;
+        return {reinterpret_cast<std::uint16_t*>(packed.data), made.cols, packed_stride(made.cols)};
     }
 
     const Plan& plan_of(const Shape& shape) {
@@ -148,8 +228,7 @@ class Library {
     // Row-major C = A B is column-major Cᵀ = Bᵀ Aᵀ: ours are the library's the other way round.
     void describe(const Shape& shape, Plan& plan) {
         const auto [a_down, b_down, m, n, k, a_stride, b_stride, c_stride, bias] = shape;
-        const bool half = precision_ == Precision::bfloat16;
-        const int real = sizeof(T) == 8 ? lt::kReal64 : lt::kReal32, type = half ? lt::kBfloat16 : real;
+        const int real = sizeof(T) == 8 ? lt::kReal64 : lt::kReal32, type = half() ? lt::kBfloat16 : real;
         const int compute = sizeof(T) == 8                  ? lt::kCompute64
                             : precision_ == Precision::tf32 ? lt::kComputeTf32
                                                             : lt::kCompute32;
@@ -157,6 +236,8 @@ class Library {
         set(plan.product, lt::kTransposeA, b_down ? lt::kPlain : lt::kTransposed);
         set(plan.product, lt::kTransposeB, a_down ? lt::kTransposed : lt::kPlain);
         set(plan.product, lt::kEpilogue, bias ? lt::kBias : lt::kNoEpilogue);
+        // Nobody reads there: the choice of an algorithm looks at how the pointer is aligned.
+        if (bias) set(plan.product, lt::kBiasPointer, std::uintptr_t{kAlignment});
         const auto layout = [&](void*& made, int of, Index across, Index down, Index stride) {
             check_library(lt_.MatrixLayoutCreate(&made, of, static_cast<std::uint64_t>(across),
                                                  static_cast<std::uint64_t>(down), stride),
@@ -176,9 +257,13 @@ class Library {
         check_library(lt_.MatmulPreferenceCreate(&preference), "choosing an algorithm");
         const std::uint64_t bytes = kWorkspace;
         const std::uint32_t in_order = 2 | 4;  // parts of a sum are kept apart and added by one kernel
+        const std::uint32_t alignment = kAlignment;
         int status = lt_.MatmulPreferenceSetAttribute(preference, lt::kWorkspaceBytes, &bytes, sizeof bytes);
         if (status == 0)
             status = lt_.MatmulPreferenceSetAttribute(preference, lt::kReductionSchemes, &in_order, sizeof in_order);
+        for (const int operand : lt::kAlignments)
+            if (status == 0)
+                status = lt_.MatmulPreferenceSetAttribute(preference, operand, &alignment, sizeof alignment);
         lt::Heuristic best{};
         int count = 0;
         if (status == 0)
@@ -189,11 +274,12 @@ class Library {
         if (count == 0) throw std::runtime_error("[cuda] cuBLASLt has no algorithm for a product");
         plan.algorithm = best.algorithm;
     }
-    void run(const Plan& plan, const void* a, const void* b, const T* bias, T* c, cudaStream_t stream) const {
+    void run(const Plan& plan, const void* a, const void* b, const T* bias, T* c, const Room& room,
+             cudaStream_t stream) const {
         const T one = 1, zero = 0;
         if (bias) set(plan.product, lt::kBiasPointer, bias);
         check_library(lt_.Matmul(handle_, plan.product, &one, b, plan.a, a, plan.b, &zero, c, plan.c, c, plan.c,
-                                 &plan.algorithm, workspace_.data(), static_cast<std::size_t>(kWorkspace), stream),
+                                 &plan.algorithm, room.workspace.data(), static_cast<std::size_t>(kWorkspace), stream),
                       "a product");
     }
     void destroy(Plan& plan) const {
@@ -205,28 +291,32 @@ class Library {
 
     const int device_;
     const Precision precision_;
+    const cudaStream_t side_;
     const lt::Functions& lt_;
     void* handle_ = nullptr;
-    Buffer<unsigned char> workspace_;
-    Buffer<T> a_, b_, c_;
+    Room rooms_[2];
     std::map<Shape, Plan> plans_;
+    Buffer<unsigned char> arena_;  // of packed matrices
+    Index used_ = 0;
+    std::map<const T*, Place> packed_;  // by the matrix
+    std::int64_t step_ = 1;
 };
 
-// How a network's products are made: by the library of the stream, if there is one, else by our own tiles.
+// How a network's products are made: by the library, if there is one, else by our own tiles.
 template <class T>
 struct Arithmetic {
     Precision precision;
     int processors;
-    Library<T>*library = nullptr, *side_library = nullptr;
-    cudaStream_t side = nullptr;
+    Library<T>* library = nullptr;
 
+    void begin_step() const {
+        if (library) library->begin_step();
+    }
     template <bool ADownK, bool BDownK, class Epilogue>
     void multiply(Index m, Index n, Index k, const Operand<T>& a, const Operand<T>& b, const Epilogue& epilogue,
                   cudaStream_t stream) const {
-        if (library && k > 0)
-            return (stream == side ? side_library : library)
-                ->template multiply<ADownK, BDownK>(m, n, k, a, b, epilogue, stream);
-        multiply_tiles<ADownK, BDownK>(precision, wants_large_tiles(m, n, processors), m, n, k, a, b, epilogue, stream);
+        if (library && k > 0) return library->template multiply<ADownK, BDownK>(m, n, k, a, b, epilogue, stream);
+        multiply_tiles<ADownK, BDownK>(precision, tile_size(m, n, processors), m, n, k, a, b, epilogue, stream);
     }
 };
 

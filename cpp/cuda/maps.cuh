@@ -13,9 +13,9 @@ namespace cuda {
 constexpr int kThreads = 256;
 
 template <class F>
-__global__ void __launch_bounds__(kThreads) over_elements(unsigned count, unsigned cols, F f) {
+__global__ void __launch_bounds__(kThreads) over_elements(Index first, unsigned count, unsigned cols, F f) {
     const unsigned i = blockIdx.x * kThreads + threadIdx.x;
-    if (i < count) f(static_cast<Index>(i / cols), static_cast<Index>(i % cols));
+    if (i < count) f(first + static_cast<Index>(i / cols), static_cast<Index>(i % cols));
 }
 template <class F>
 __global__ void __launch_bounds__(kThreads) over_each(Index count, F f) {
@@ -23,16 +23,33 @@ __global__ void __launch_bounds__(kThreads) over_each(Index count, F f) {
     if (i < count) f(i);
 }
 
+// f(i) by the threads of row i; see lane.hpp.
+template <class F>
+__global__ void __launch_bounds__(kThreads) over_rows(Index rows, F f) {
+    const Index i = static_cast<Index>(blockIdx.x) * blockDim.y + threadIdx.y;
+    if (i < rows) f(i);
+}
+
 inline dim3 blocks_for(Index threads) { return dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads)); }
 
 template <class F>
 void map_elements(Index rows, Index cols, const F& f, cudaStream_t stream) {
-    launch(over_elements<F>, blocks_for(rows * cols), kThreads, 0, stream, static_cast<unsigned>(rows * cols),
-           static_cast<unsigned>(cols), f);
+    // As many rows at a time as 32 bits count: a thread's division by 64 bits would take longer than what it is there for.
+    const Index piece = std::max<Index>(1, (Index{1} << 31) / std::max<Index>(cols, 1));
+    for (Index first = 0; first < rows; first += piece) {
+        const Index count = std::min(piece, rows - first) * cols;
+        launch(over_elements<F>, blocks_for(count), kThreads, 0, stream, first, static_cast<unsigned>(count),
+               static_cast<unsigned>(cols), f);
+    }
 }
 template <class F>
 void map_each(Index count, const F& f, cudaStream_t stream) {
     launch(over_each<F>, blocks_for(count), kThreads, 0, stream, count, f);
+}
+template <class F>
+void map_rows(Index rows, Index cols, const F& f, cudaStream_t stream) {
+    const int threads = row_threads(cols);
+    launch(over_rows<F>, blocks_for(rows * threads), dim3(threads, kThreads / threads), 0, stream, rows, f);
 }
 
 // ---- maps -----------------------------------------------------------------------------------------------------------
@@ -143,7 +160,7 @@ struct DropoutMap {
 // Runs F by elements or by rows, as its op wants it.
 template <class T, class F>
 void map_op(Op op, MatrixView<T> out, const F& f, cudaStream_t stream) {
-    is_rowwise(op) ? map_each(out.rows, f, stream) : map_elements(out.rows, out.cols, f, stream);
+    is_rowwise(op) ? map_rows(out.rows, out.cols, f, stream) : map_elements(out.rows, out.cols, f, stream);
 }
 
 // ---- sums -----------------------------------------------------------------------------------------------------------
@@ -253,8 +270,10 @@ struct LossRows {
     }
     __device__ void operator()(Index i) const {
         const Index row = data.rows(i);
-        values[i] = row_loss(op, f.cols, f.data + i * f.stride, targets(row), data.weight ? data.weight + row : nullptr,
-                             static_cast<T>(control->scale), df.data + i * df.stride, param);
+        const T value =
+            row_loss(op, f.cols, f.data + i * f.stride, targets(row), data.weight ? data.weight + row : nullptr,
+                     static_cast<T>(control->scale), df.data + i * df.stride, param);
+        if (first_column() == 0) values[i] = value;
     }
 };
 template <class T>

@@ -39,25 +39,27 @@ struct alignas(16) Four {
     T at[4];
 };
 
-// By fused multiply-adds, a sub-tile a thread, in groups of four rows and columns so that shared memory is read by 16 bytes.
-template <class T, int Rows, int Cols, int Depth, int PerRow, int PerCol>
+// By fused multiply-adds, a sub-tile a thread, in groups of four rows and columns so that shared memory is read by 16 bytes. With
+// several teams of threads, each team has all of the tile and a part of the terms.
+template <class T, int Rows, int Cols, int Depth, int PerRow, int PerCol, int Teams = 1>
 struct Simt {
     using Real = T;
     static constexpr int rows = Rows, cols = Cols, depth = Depth, padding = 4;
-    static constexpr int across = Cols / PerCol, threads = Rows / PerRow * across;
-    static constexpr int parts = PerRow, part_rows = Rows / PerRow;
+    static constexpr int across = Cols / PerCol, team_threads = Rows / PerRow * across, threads = Teams * team_threads;
+    static constexpr int parts = PerRow, part_rows = Rows / PerRow, team_depth = Depth / Teams, held = PerRow * PerCol;
+    static_assert((Teams - 1) * team_threads * held <= Depth * (Rows + Cols + 2 * padding), "gather has room");
     T sum[PerRow][PerCol] = {};
 
-    static __device__ int row_of(int r) {
-        return r / 4 * (4 * Rows / PerRow) + static_cast<int>(threadIdx.x) / across * 4 + r % 4;
-    }
-    static __device__ int col_of(int c) {
-        return c / 4 * (4 * across) + static_cast<int>(threadIdx.x) % across * 4 + c % 4;
-    }
+    static __device__ int team() { return static_cast<int>(threadIdx.x) / team_threads; }
+    static __device__ int member() { return static_cast<int>(threadIdx.x) % team_threads; }
+    static __device__ int row_of(int r) { return r / 4 * (4 * Rows / PerRow) + member() / across * 4 + r % 4; }
+    static __device__ int col_of(int c) { return c / 4 * (4 * across) + member() % across * 4 + c % 4; }
 
     __device__ void add(const T* a, const T* b) {
+        a += team() * team_depth * (Rows + padding);
+        b += team() * team_depth * (Cols + padding);
         CHAINRULE_UNROLL(16)
-        for (int k = 0; k < Depth; ++k) {
+        for (int k = 0; k < team_depth; ++k) {
             Four<T> x[PerRow / 4], y[PerCol / 4];
             CHAINRULE_UNROLL(4)
             for (int r = 0; r < PerRow / 4; ++r)
@@ -73,9 +75,28 @@ struct Simt {
             }
         }
     }
+    // The teams' sums, in order, to the first team.
+    __device__ void gather(T* memory) {
+        if constexpr (Teams > 1) {
+            T* const own = memory + member();
+            if (team() > 0) {
+                CHAINRULE_UNROLL(16)
+                for (int e = 0; e < held; ++e)
+                    own[((team() - 1) * held + e) * team_threads] = sum[e / PerCol][e % PerCol];
+            }
+            __syncthreads();
+            for (int other = 0; team() == 0 && other < Teams - 1; ++other) {
+                CHAINRULE_UNROLL(16)
+                for (int e = 0; e < held; ++e)
+                    sum[e / PerCol][e % PerCol] = sum[e / PerCol][e % PerCol] + own[(other * held + e) * team_threads];
+            }
+            __syncthreads();
+        }
+    }
     // Puts the first part, and moves the others up: an index that is known only at run time would send all of `sum` to memory.
     __device__ void put_part(T* to) {
-        T* const row = to + static_cast<int>(threadIdx.x) / across * Cols;
+        if (team() > 0) return;
+        T* const row = to + member() / across * Cols;
         CHAINRULE_UNROLL(8)
         for (int c = 0; c < PerCol; ++c) {
             row[col_of(c)] = sum[0][c];
@@ -138,6 +159,7 @@ struct TensorCores {
             }
         }
     }
+    __device__ void gather(float*) {}
     __device__ void put_part(float* to) {
         float* const row = to + (static_cast<int>(threadIdx.x) / 32 / warps_across * 8 + group()) * Cols;
         CHAINRULE_UNROLL(4)
@@ -213,6 +235,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
         tile.add(a_tile, b_tile);
         __syncthreads();
     }
+    tile.gather(memory);
     // Part by part through shared memory: one text of the epilogue instead of one for each element of a thread's, and
     // neighbouring threads write neighbouring columns.
     for (int part = 0; part < Tile::parts; ++part) {
@@ -228,6 +251,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
 }
 
 // ---- epilogues ------------------------------------------------------------------------------------------------------
+// Each returns what it has put into memory.
 
 // Z = X Wᵀ + b, z kept where somebody needs it, and y = op(z). With `add`, to what is in y.
 template <class T>
@@ -237,12 +261,12 @@ struct Activate {
     Op op;
     T param;
     bool add;
-    __device__ void operator()(int i, int j, T sum) {
+    __device__ T operator()(int i, int j, T sum) {
         T* const to = y.data + i * y.stride + j;
         if (bias) sum = sum + bias[j];
         if (add) sum = sum + *to;
         if (z.data) z.data[i * z.stride + j] = sum;
-        *to = op_forward(op, sum, param);
+        return *to = op_forward(op, sum, param);
     }
     __device__ void finish(T*) {}
 };
@@ -255,10 +279,10 @@ struct Differentiate {
     Op op;
     T param;
     bool add;
-    __device__ void operator()(int i, int j, T sum) {
+    __device__ T operator()(int i, int j, T sum) {
         T* const to = dx.data + i * dx.stride + j;
         if (add) sum = sum + *to;
-        *to = saved.data ? op_vjp(op, sum, saved.data[i * saved.stride + j], param) : sum;
+        return *to = saved.data ? op_vjp(op, sum, saved.data[i * saved.stride + j], param) : sum;
     }
     __device__ void finish(T*) {}
 };
@@ -269,10 +293,10 @@ struct StoreGradient {
     T* to;
     int outputs, inputs;
     bool add;
-    __device__ void operator()(int o, int i, T sum) {
+    __device__ T operator()(int o, int i, T sum) {
         T* const place =
             to + (i < inputs ? static_cast<Index>(o) * inputs + i : static_cast<Index>(outputs) * inputs + o);
-        *place = add ? *place + sum : sum;
+        return *place = add ? *place + sum : sum;
     }
     __device__ void finish(T*) {}
 };
@@ -311,9 +335,9 @@ struct Rule {
         }
         return clip_value != 0 ? clamped(Vec<T>(gradient), Vec<T>(clip_value))[0] : gradient;
     }
-    __device__ void apply(Index place, T gradient) const {
+    __device__ T apply(Index place, T gradient) const {
         const State<T> state = {{slots[0], slots[1], slots[2]}};
-        theta[place] = rule_update(rule, place, theta[place], gradient, state, hyper[step ? *step : 0]);
+        return theta[place] = rule_update(rule, place, theta[place], gradient, state, hyper[step ? *step : 0]);
     }
 };
 
@@ -325,11 +349,11 @@ struct Update {
     int outputs, inputs;
     double* penalties;  // of each block
     double penalty = 0;
-    __device__ void operator()(int o, int i, T sum) {
+    __device__ T operator()(int o, int i, T sum) {
         const bool weight = i < inputs;
         const Index place =
             offset + (weight ? static_cast<Index>(o) * inputs + i : static_cast<Index>(outputs) * inputs + o);
-        rule.apply(place, rule.regularized(place, sum, weight, penalty));
+        return rule.apply(place, rule.regularized(place, sum, weight, penalty));
     }
     __device__ void finish(T* memory) {
         if (rule.l1 == 0 && rule.l2 == 0) return;
@@ -340,19 +364,23 @@ struct Update {
 
 // ---- the choice of a tile -------------------------------------------------------------------------------------------
 
-// Large tiles read each operand less often, small ones keep more of the device busy.
+// Large tiles read each operand less often, small and tiny ones keep more of the device busy.
 template <class T>
 struct Tiles {
+    using Tiny = Simt<T, 32, 32, 64, 4, 4, 4>;
     using Small = Simt<T, 64, 64, 16, 4, 4>;
     using Large = Simt<T, 64, 64, 16, 4, 4>;
 };
 template <>
 struct Tiles<float> {
+    using Tiny = Simt<float, 32, 32, 64, 4, 4, 4>;
     using Small = Simt<float, 64, 64, 16, 4, 4>;
     using Large = Simt<float, 128, 128, 16, 8, 8>;
 };
+using Tf32Tiny = TensorCores<false, 32, 32, 64, 1, 1>;
 using Tf32Small = TensorCores<false, 64, 64, 16, 2, 2>;
 using Tf32Large = TensorCores<false, 128, 128, 16, 4, 4>;
+using Bfloat16Tiny = TensorCores<true, 32, 32, 64, 1, 1>;
 using Bfloat16Small = TensorCores<true, 64, 64, 16, 2, 2>;
 using Bfloat16Large = TensorCores<true, 128, 128, 16, 4, 4>;
 
@@ -366,19 +394,18 @@ void multiply_by(Index m, Index n, Index k, const Operand<T>& a, const Operand<T
 }
 
 template <bool ADownK, bool BDownK, class T, class Epilogue>
-void multiply_tiles(Precision precision, bool large, Index m, Index n, Index k, const Operand<T>& a,
+void multiply_tiles(Precision precision, TileSize size, Index m, Index n, Index k, const Operand<T>& a,
                     const Operand<T>& b, const Epilogue& epilogue, cudaStream_t stream) {
-    const auto go = [&](auto small_tile, auto large_tile) {
-        if (large)
-            multiply_by<decltype(large_tile), ADownK, BDownK>(m, n, k, a, b, epilogue, stream);
-        else
-            multiply_by<decltype(small_tile), ADownK, BDownK>(m, n, k, a, b, epilogue, stream);
+    const auto with = [&](auto tile) { multiply_by<decltype(tile), ADownK, BDownK>(m, n, k, a, b, epilogue, stream); };
+    const auto go = [&](auto tiny, auto small, auto large) {
+        if (size == TileSize::tiny) return with(tiny);
+        size == TileSize::small ? with(small) : with(large);
     };
     if constexpr (sizeof(T) == 4) {
-        if (precision == Precision::tf32) return go(Tf32Small{}, Tf32Large{});
-        if (precision == Precision::bfloat16) return go(Bfloat16Small{}, Bfloat16Large{});
+        if (precision == Precision::tf32) return go(Tf32Tiny{}, Tf32Small{}, Tf32Large{});
+        if (precision == Precision::bfloat16) return go(Bfloat16Tiny{}, Bfloat16Small{}, Bfloat16Large{});
     }
-    go(typename Tiles<T>::Small{}, typename Tiles<T>::Large{});
+    go(typename Tiles<T>::Tiny{}, typename Tiles<T>::Small{}, typename Tiles<T>::Large{});
 }
 
 }  // namespace cuda

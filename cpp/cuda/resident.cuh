@@ -312,7 +312,10 @@ struct Block {
             if (p.steps[s].kind != Program::Step::Kind::linear) continue;
             each_gradient(p.steps[s], [&](int place, T gradient, bool weight) {
                 gradient = rule.regularized(place, gradient, weight, penalty);
-                if (!stored) return rule.apply(place, gradient);
+                if (!stored) {
+                    rule.apply(place, gradient);
+                    return;
+                }
                 at(p.gradient)[place] = gradient;
                 squares += static_cast<double>(gradient) * static_cast<double>(gradient);
             });
@@ -377,6 +380,9 @@ template <class T>
 __global__ void __launch_bounds__(kResidentThreads, 1)
     train_resident(const __grid_constant__ Program program, const Job<T>* jobs, int steps) {
     CHAINRULE_SHARED(T, memory);
+#ifdef __CUDA_ARCH__
+    __builtin_assume(blockDim.y == 1);  // a thread has a row to itself
+#endif
     const Job<T>& job = jobs[blockIdx.x];
     Block<T> block = {program, job, memory, reinterpret_cast<double*>(memory + program.sums)};
     Control control = *job.control;

@@ -18,6 +18,8 @@ namespace cuda {
 inline void check(cudaError_t code, const char* what) {
     if (code == cudaSuccess) return;
     (void)cudaGetLastError();
+    if (code == cudaErrorMemoryAllocation)  // a stream, a graph or a kernel needs some, too
+        throw OutOfMemory(std::string("[cuda] out of memory: expected enough for ") + what + ", got less");
     throw std::runtime_error(std::string("[cuda] ") + what + " failed: " + cudaGetErrorString(code));
 }
 
@@ -114,11 +116,12 @@ class Graph {
 
 // kernel(arguments...) on blocks x threads with `shared` bytes for each block; nothing where there are no blocks.
 template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 blocks, int threads, std::size_t shared, cudaStream_t stream, A&&... arguments) {
+void launch(void (*kernel)(P...), dim3 blocks, dim3 threads, std::size_t shared, cudaStream_t stream,
+            A&&... arguments) {
     if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
     cudaLaunchConfig_t config{};
     config.gridDim = blocks;
-    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.blockDim = threads;
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     check(cudaLaunchKernelEx(&config, kernel, P(std::forward<A>(arguments))...), "launching a kernel");

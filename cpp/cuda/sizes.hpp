@@ -7,20 +7,30 @@
 namespace chainrule {
 namespace cuda {
 
-constexpr Index kSmallTile = 64, kLargeTile = 128;
+constexpr Index kTinyTile = 32, kSmallTile = 64, kLargeTile = 128;
 
 constexpr Index tiles_across(Index n, Index tile) { return (n + tile - 1) / tile; }
 
-// Large tiles where they give every processor one.
-constexpr bool wants_large_tiles(Index m, Index n, int processors) {
-    return tiles_across(m, kLargeTile) * tiles_across(n, kLargeTile) >= processors;
+// The largest tiles that give every processor one and that a product fills; tiny ones, where a block's threads share the terms
+// of each sum, for the rest: 128 x 256 has 8 small tiles, and eight processors would take all of it, one term after the other.
+enum class TileSize { tiny, small, large };
+constexpr TileSize tile_size(Index m, Index n, int processors) {
+    const Index narrow = m < n ? m : n;
+    if (narrow > kSmallTile && tiles_across(m, kLargeTile) * tiles_across(n, kLargeTile) >= processors)
+        return TileSize::large;
+    return narrow > kTinyTile && tiles_across(m, kSmallTile) * tiles_across(n, kSmallTile) >= processors
+               ? TileSize::small
+               : TileSize::tiny;
 }
 
 // The most blocks that a product of m x n has, whatever its tiles.
-constexpr Index most_tiles(Index m, Index n) { return tiles_across(m, kSmallTile) * tiles_across(n, kSmallTile); }
+constexpr Index most_tiles(Index m, Index n) { return tiles_across(m, kTinyTile) * tiles_across(n, kTinyTile); }
 
 // cuBLASLt's products from so many multiplications a step on: below, its launches and ours beside it take longer.
 constexpr bool wants_library(double multiplies) { return multiplies >= 1 << 27; }
+
+// How many threads go along a row of so many columns: a warp, or one where most of a warp would have nothing to do.
+constexpr int row_threads(Index cols) { return cols < 8 ? 1 : 32; }
 
 // ---- the resident schedule ------------------------------------------------------------------------------------------
 

@@ -197,6 +197,7 @@ void Step<T>::Work::forward(const Source<T>& data, Index rows, const typename Ta
     auto& run = net.runtime();
     run.fork.order(run.stream, run.side);
     sum_over(rows, BatchWeight<T>{data}, SetScale<T>{control.data(), loss.mean}, run.side);
+    tape.begin_step();
     tape.input(data.x, data.rows, run.stream);
     tape.forward(drawing, run.stream);
     run.join.order(run.side, run.stream);
@@ -205,7 +206,7 @@ void Step<T>::Work::forward(const Source<T>& data, Index rows, const typename Ta
 template <class T>
 void Step<T>::Work::run_loss(const Source<T>& data, Index rows) {
     const Index depth = net.depth();
-    map_each(rows,
+    map_rows(rows, net.outputs(),
              LossRows<T>{loss.op, static_cast<T>(loss.param), data, tape.at(Kind::primal, depth),
                          tape.at(Kind::cotangent, depth), control.data(), values.data()},
              net.runtime().stream);
@@ -244,6 +245,7 @@ void Step<T>::Work::store_gradient(const Source<T>& data, Index rows, const type
     down(drawing, [](Index, cudaStream_t) {});
     map_each(rows, ClipExamples<T>{LinearLayers<T>(net, tape), data, control.data(), extras.clip_example_norm},
              net.runtime().stream);
+    tape.begin_step();
     for (Index l = 0; l < net.depth(); ++l)
         if (tape.layer(l).kind == LayerKind::linear) store(l, net.runtime().stream);
 }

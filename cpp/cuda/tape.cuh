@@ -18,7 +18,7 @@ class Tape;
 template <class T>
 struct Network<T>::Runtime {
     explicit Runtime(int device, Precision precision)
-        : how{precision, attribute(cudaDevAttrMultiProcessorCount, device), nullptr, nullptr, nullptr},
+        : how{precision, attribute(cudaDevAttrMultiProcessorCount, device)},
           shared_bytes(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) {}
     std::mutex mutex;  // one caller at a time has the streams
     Arithmetic<T> how;
@@ -48,6 +48,8 @@ class Tape {
 
     // From now on products are made so.
     void multiply_by(const Arithmetic<T>& how) { how_ = how; }
+    // Matrices are not what products have seen of them.
+    void begin_step() const { how_.begin_step(); }
     // From now on every φ and every cotangent is there after a sweep.
     void keep_all(bool all) { whole_ = all; }
     // Room for these kinds: rows [first, first + rows) of derivatives, `seeds` for each example.

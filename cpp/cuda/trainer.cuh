@@ -76,13 +76,18 @@ struct Trainer<T>::Work {
     }
     void choose();
     void open_library();
+    void reserve(Index count);
+    void make_room(Index count);
     Job<T> job(const Source<T>& from, Index count) const;
+    void enqueue(const Source<T>& from, Index count, Index times);
     void enqueue(const Source<T>& from, Index count);
+    void take_rates(std::int64_t count, const double* lr, Index lr_stride, Hyper<T>* to) const;
     void prepare(std::int64_t steps, const double* lr, Index lr_stride);
     void enqueue_epoch(Poller& look);
     void wait(Poller& look);
+    void draw_order(Index number, cudaStream_t stream);
     void begin_epoch(Index number, const double* lr, Index lr_stride);
-    double end_epoch();
+    double end_epoch(const Control& control);
     double epoch(Index number, const double* lr, Index lr_stride, Poller& look);
 
     Network<T>& net;
@@ -99,7 +104,7 @@ struct Trainer<T>::Work {
     std::vector<Hyper<T>> host_hyper;
     std::map<std::pair<Index, Index>, Graph> graphs;  // by rows and steps
     Schedule schedule = Schedule::fused;
-    std::unique_ptr<Library<T>> libraries[2];
+    std::unique_ptr<Library<T>> library;
     Program program;  // of the resident schedule
     Buffer<Job<T>> jobs;
     Event done;
@@ -130,19 +135,34 @@ void Trainer<T>::Work::choose() {
     net.runtime().stream.wait();
 }
 
-// A library for each stream, with room for every product of a step.
+template <class T>
+void Trainer<T>::Work::reserve(Index count) {
+    std::vector<typename Library<T>::Linear> layers;
+    for (const Layer<T>& g : net.layers())
+        if (g.kind == Layer<T>::Kind::linear) layers.push_back({g.inputs, g.outputs});
+    library->reserve(count, layers);
+}
+
+// A library with room for every product of a step.
 template <class T>
 void Trainer<T>::Work::open_library() {
-    for (auto& library : libraries) {
-        library = std::make_unique<Library<T>>(net.device(), net.precision());
-        for (const Layer<T>& g : net.layers())
-            if (g.kind == Layer<T>::Kind::linear) library->reserve(batch(), g.inputs, g.outputs);
-    }
+    library = std::make_unique<Library<T>>(net.device(), net.precision(), net.runtime().side);
+    reserve(batch());
     Arithmetic<T> how = net.runtime().how;
-    how.library = libraries[0].get();
-    how.side_library = libraries[1].get();
-    how.side = net.runtime().side;
+    how.library = library.get();
     step.tape.multiply_by(how);
+}
+
+// For batches of so many rows. What could not be had is not there any more: the next call asks for it again.
+template <class T>
+void Trainer<T>::Work::make_room(Index count) {
+    if (count <= step.capacity) return;
+    graphs.clear();
+    step.capacity = 0;
+    step.values.grow(net.device(), count, "the values of a loss");
+    step.shape(count);
+    if (library) reserve(count);
+    step.capacity = count;
 }
 
 template <class T>
@@ -154,6 +174,7 @@ Job<T> Trainer<T>::Work::job(const Source<T>& from, Index count) const {
     job.control = step.control.data();
     job.hyper = hyper.data();
     job.data = from;
+    job.data.rows.first = nullptr;  // a block counts for itself
     job.rows = count;
     job.batch = batch();
     job.seed = options.seed;
@@ -194,14 +215,25 @@ void Trainer<T>::Work::enqueue(const Source<T>& from, Index count) {
     step.end(from, count);
 }
 
+// Several, which need nothing of the library's from before.
+template <class T>
+void Trainer<T>::Work::enqueue(const Source<T>& from, Index count, Index times) {
+    if (library) library->forget();
+    for (Index s = 0; s < times; ++s) enqueue(from, count);
+}
+
+template <class T>
+void Trainer<T>::Work::take_rates(std::int64_t count, const double* lr, Index lr_stride, Hyper<T>* to) const {
+    for (std::int64_t s = 0; s < count; ++s)
+        to[s] = prepare_step<T>(optimizer.settings, lr[lr_stride > 1 ? s : 0], optimizer.step_count + s + 1);
+}
+
 // The rates of the steps to come, and a control at its beginning.
 template <class T>
 void Trainer<T>::Work::prepare(std::int64_t count, const double* lr, Index lr_stride) {
     cudaStream_t stream = net.runtime().stream;
     host_hyper.resize(static_cast<std::size_t>(count));
-    for (std::int64_t s = 0; s < count; ++s)
-        host_hyper[static_cast<std::size_t>(s)] =
-            prepare_step<T>(optimizer.settings, lr[lr_stride > 1 ? s : 0], optimizer.step_count + s + 1);
+    take_rates(count, lr, lr_stride, host_hyper.data());
     if (hyper.size() < count) {
         graphs.clear();  // they know the old place
         hyper.grow(net.device(), count, "the rates of an epoch");
@@ -230,9 +262,7 @@ void Trainer<T>::Work::enqueue_epoch(Poller& look) {
     const auto launch_steps = [&](Index count, Index times) {
         auto found = graphs.find({count, times});
         if (found == graphs.end()) {
-            Graph graph(stream, [&] {
-                for (Index s = 0; s < times; ++s) enqueue(source, count);
-            });
+            Graph graph(stream, [&] { enqueue(source, count, times); });
             found = graphs.emplace(std::make_pair(count, times), std::move(graph)).first;
         }
         found->second.launch(stream);
@@ -268,22 +298,24 @@ void Trainer<T>::Work::wait(Poller& look) {
 }
 
 template <class T>
+void Trainer<T>::Work::draw_order(Index number, cudaStream_t stream) {
+    if (next_number == number)
+        host_order.swap(next_order);
+    else
+        permute(rows, options.seed, static_cast<std::uint64_t>(number), host_order.data());
+    upload(order.data(), host_order.data(), rows, stream);
+}
+
+template <class T>
 void Trainer<T>::Work::begin_epoch(Index number, const double* lr, Index lr_stride) {
-    if (options.shuffle) {
-        if (next_number == number)
-            host_order.swap(next_order);
-        else
-            permute(rows, options.seed, static_cast<std::uint64_t>(number), host_order.data());
-        upload(order.data(), host_order.data(), rows, net.runtime().stream);
-    }
+    if (options.shuffle) draw_order(number, net.runtime().stream);
     prepare(steps(), lr, lr_stride);
     net.count_change();
 }
 
 template <class T>
-double Trainer<T>::Work::end_epoch() {
+double Trainer<T>::Work::end_epoch(const Control& control) {
     optimizer.step_count += std::exchange(enqueued, 0);
-    const Control control = step.get_control();
     return step.loss.mean && control.weight > 0 ? control.total / control.weight : control.total;
 }
 
@@ -297,7 +329,7 @@ double Trainer<T>::Work::epoch(Index number, const double* lr, Index lr_stride, 
         optimizer.step_count += std::exchange(enqueued, 0);
         throw;
     }
-    return end_epoch();
+    return end_epoch(step.get_control());
 }
 
 template <class T>
@@ -323,6 +355,7 @@ std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const doubl
                                     const std::function<void()>& poll) {
     const OnDevice here(work_->net.device());
     const std::lock_guard<std::mutex> lock(work_->net.runtime().mutex);
+    work_->make_room(work_->batch());
     Poller look(poll);  // of the whole run: an epoch may be over in no time
     std::vector<double> losses;
     for (Index epoch = 0; epoch < epochs; ++epoch) {
@@ -340,14 +373,7 @@ double Trainer<T>::step(const Dataset<T>& batch, double lr) {
         throw std::invalid_argument("[step] slopes and clipped examples are for fit: expected run, got step");
     const OnDevice here(work.net.device());
     const std::lock_guard<std::mutex> lock(work.net.runtime().mutex);
-    if (batch.rows > work.step.capacity) {
-        work.graphs.clear();
-        work.step.values.grow(work.net.device(), batch.rows, "the values of a loss");
-        work.step.capacity = batch.rows;
-        for (auto& library : work.libraries)
-            for (const Layer<T>& g : work.net.layers())
-                if (library && g.kind == Layer<T>::Kind::linear) library->reserve(batch.rows, g.inputs, g.outputs);
-    }
+    work.make_room(batch.rows);
     work.step.batch.take(work.net, batch, work.net.runtime().stream);
     work.prepare(1, &lr, 1);
     work.net.count_change();
@@ -356,7 +382,7 @@ double Trainer<T>::step(const Dataset<T>& batch, double lr) {
         upload(work.jobs.data(), &own, 1, work.net.runtime().stream);
         launch_resident(work.program, work.jobs.data(), 1, 1, work.net.runtime().stream);
     } else {
-        work.enqueue(work.step.batch.source(), batch.rows);
+        work.enqueue(work.step.batch.source(), batch.rows, 1);
     }
     ++work.optimizer.step_count;
     return work.step.get_control().value;
@@ -387,48 +413,108 @@ bool run_together(const std::vector<Trainer<T>*>& trainers) {
     return true;
 }
 
-// The epochs of networks whose epochs have as many launches; one that diverges sits out the rest.
+// The epochs of networks whose epochs have as many launches; one that diverges sits out the rest. What the blocks need goes to
+// the device in a copy for all of them, and comes back in one: with copies and waits of each, these take longer than the steps.
 template <class T>
 class Together {
    public:
     using Work = typename Trainer<T>::Work;
-    explicit Together(const std::vector<Trainer<T>*>& trainers)
-        : jobs_(trainers.front()->work().net.device(), static_cast<Index>(trainers.size()), "networks at work") {
-        for (const Trainer<T>* trainer : trainers) all_.push_back(&trainer->work());
+    explicit Together(const std::vector<Trainer<T>*>& trainers) {
+        std::int64_t steps = 0;
+        for (const Trainer<T>* trainer : trainers) {
+            all_.push_back(&trainer->work());
+            steps += all_.back()->steps();
+        }
+        const int device = first().net.device();
+        jobs_on_device_ = Buffer<Job<T>>(device, static_cast<Index>(all_.size()), "networks at work");
+        controls_on_device_ = Buffer<Control>(device, static_cast<Index>(all_.size()), "networks at work");
+        rates_on_device_ = Buffer<Hyper<T>>(device, steps, "the rates of an epoch");
     }
     template <class Rates>
     void epoch(Index number, Rates rates, Index lr_stride, Poller& look, std::vector<std::vector<double>>& losses) {
-        Work& first = *all_.front();
-        std::vector<std::size_t> active;
-        std::vector<Job<T>> jobs;
+        active_.clear();
+        jobs_.clear();
+        rates_.clear();
         std::int64_t most = 0;
         for (std::size_t k = 0; k < all_.size(); ++k) {
             if (!losses[k].empty() && !std::isfinite(losses[k].back())) continue;
-            all_[k]->begin_epoch(number, rates(k), lr_stride);
-            active.push_back(k);
-            jobs.push_back(all_[k]->job(all_[k]->source, all_[k]->rows));
+            add(k, number, rates(k), lr_stride);
             most = std::max<std::int64_t>(most, all_[k]->steps());
         }
-        cudaStream_t stream = first.net.runtime().stream;
-        upload(jobs_.data(), jobs.data(), static_cast<Index>(jobs.size()), stream);
-        first.net.runtime().stream.wait();
+        send();
+        const Index networks = static_cast<Index>(active_.size());
         for (std::int64_t done = 0; done < most; done += kStepsInLaunch) {
-            launch_resident(first.program, jobs_.data(), static_cast<Index>(jobs.size()), kStepsInLaunch, stream);
-            for (const std::size_t k : active)
+            launch_resident(first().program, jobs_on_device_.data(), networks, kStepsInLaunch, stream());
+            for (const std::size_t k : active_)
                 all_[k]->enqueued = std::min<std::int64_t>(done + kStepsInLaunch, all_[k]->steps());
-            first.wait(look);
+            first().wait(look);
         }
-        for (const std::size_t k : active) losses[k].push_back(all_[k]->end_epoch());
+        download(controls_.data(), controls_on_device_.data(), networks, stream());
+        first().net.runtime().stream.wait();
+        for (std::size_t n = 0; n < active_.size(); ++n)
+            losses[active_[n]].push_back(all_[active_[n]]->end_epoch(controls_[n]));
     }
     // After an interruption: what has been enqueued has been done.
     void abandon() {
-        (void)cudaStreamSynchronize(all_.front()->net.runtime().stream);
+        (void)cudaStreamSynchronize(stream());
         for (Work* work : all_) work->optimizer.step_count += std::exchange(work->enqueued, 0);
     }
 
    private:
+    Work& first() const { return *all_.front(); }
+    cudaStream_t stream() const { return first().net.runtime().stream; }
+
+    // The next block's network. An order or rates that the one before has, too, it takes from there.
+    void add(std::size_t k, Index number, const double* lr, Index lr_stride) {
+        Work& work = *all_[k];
+        const Work* before = active_.empty() ? nullptr : all_[active_.back()];
+        Job<T> job = work.job(work.source, work.rows);
+        job.control = controls_on_device_.data() + jobs_.size();
+        if (work.options.shuffle) {
+            const bool same = before && before->options.shuffle && before->options.seed == work.options.seed &&
+                              before->rows == work.rows;
+            if (same)
+                job.data.rows.order = jobs_.back().data.rows.order;
+            else
+                work.draw_order(number, stream());
+        }
+        const std::int64_t steps = work.steps();
+        if (before && same_rates(*before, work) && std::equal(lr, lr + (lr_stride > 1 ? steps : 1), lr_)) {
+            job.hyper = jobs_.back().hyper;
+        } else {
+            job.hyper = rates_on_device_.data() + rates_.size();
+            rates_.resize(rates_.size() + static_cast<std::size_t>(steps));
+            work.take_rates(steps, lr, lr_stride, rates_.data() + rates_.size() - steps);
+        }
+        lr_ = lr;
+        work.enqueued = 0;
+        work.net.count_change();
+        active_.push_back(k);
+        jobs_.push_back(job);
+    }
+    static bool same_rates(const Work& a, const Work& b) {
+        const OptimizerSettings &x = a.optimizer.settings, &y = b.optimizer.settings;
+        return a.steps() == b.steps() && a.optimizer.step_count == b.optimizer.step_count && x.rule == y.rule &&
+               std::equal(std::begin(x.values), std::end(x.values), std::begin(y.values));
+    }
+    void send() {
+        controls_.assign(active_.size(), Control{});
+        for (std::size_t n = 0; n < active_.size(); ++n) controls_[n].drawn = all_[active_[n]]->optimizer.step_count;
+        upload(rates_on_device_.data(), rates_.data(), static_cast<Index>(rates_.size()), stream());
+        upload(controls_on_device_.data(), controls_.data(), static_cast<Index>(controls_.size()), stream());
+        upload(jobs_on_device_.data(), jobs_.data(), static_cast<Index>(jobs_.size()), stream());
+        first().net.runtime().stream.wait();
+    }
+
     std::vector<Work*> all_;
-    Buffer<Job<T>> jobs_;
+    std::vector<std::size_t> active_;  // those that still train, by their places
+    std::vector<Job<T>> jobs_;
+    std::vector<Control> controls_;
+    std::vector<Hyper<T>> rates_;
+    const double* lr_ = nullptr;  // the last one's
+    Buffer<Job<T>> jobs_on_device_;
+    Buffer<Control> controls_on_device_;
+    Buffer<Hyper<T>> rates_on_device_;
 };
 
 template <class T>

@@ -40,6 +40,7 @@ struct CrossEntropy {
             dot = dot + select(p == Vec<T>{}, Vec<T>{}, p * below_max(column[0], largest));
             return sum.add(column[0], largest);
         });
+        mass = join_sum(mass), dot = join_sum(dot);
         const Vec<T> rest = sum.rest(), share = factor * mass / (1 + rest);
         // Of a confident and right label p - 1 keeps its digits as minus the other classes' share.
         const Vec<T> at_hit = -factor * (rest / (1 + rest));
@@ -60,7 +61,7 @@ struct CrossEntropy {
             T* to = out.data + i * out.stride;
             Softmax::forward(f.cols, f.data + i * f.stride, to);
             Softmax::vjp(f.cols, t.data + i * t.stride, to, to);
-            for (Index j = 0; j < f.cols; j += kWidth<T>) store(to + j, factor * load(to + j));
+            for (Index j = first_column(); j < f.cols; j += column_step<T>()) store(to + j, factor * load(to + j));
         }
     }
 };

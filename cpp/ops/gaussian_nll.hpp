@@ -51,7 +51,7 @@ struct GaussianNll {
             const T *mu = f.data + i * f.stride, *tmu = t.data + i * t.stride;
             T* to = out.data + i * out.stride;
             const T factor = (weight ? weight[i] : T{1}) * scale / static_cast<T>(k), half = static_cast<T>(0.5);
-            for (Index j = 0; j < k; j += kWidth<T>) {
+            for (Index j = first_column(); j < k; j += column_step<T>()) {
                 const Index lanes = k - j < kWidth<T> ? k - j : kWidth<T>;
                 const Vec<T> s = load_some(lanes, mu + k + j), ts = load_some(lanes, tmu + k + j);
                 const ValueGrad<Vec<T>> q = square(load(mu + j) - load(y.values + i * y.stride + j), s);

@@ -19,23 +19,23 @@ struct LogSoftmax {
         const T largest = max_column(n, x);
         const T rest = sum_exponentials(n, x, largest, [](Index, Vec<T>) {});
         const Vec<T> m = Vec<T>{} + largest, log_sum = log1p(Vec<T>{} + rest);
-        for (Index j = 0; j < n; j += kWidth<T>) store(y + j, below_max(load(x + j), m) - log_sum);
+        for (Index j = first_column(); j < n; j += column_step<T>()) store(y + j, below_max(load(x + j), m) - log_sum);
     }
     template <class T>
     CHAINRULE_HD static void vjp(Index n, const T* dy, const T* y, T* dx) {
         const Vec<T> total = Vec<T>{} + sum_columns<T>(n, [&](Index j) { return load(dy + j); });
-        for (Index j = 0; j < row_end<T>(n); j += kWidth<T>)
+        for (Index j = first_column(); j < row_end<T>(n); j += column_step<T>())
             store(dx + j, select(real_columns<T>(j, n), load(dy + j) - exp(load(y + j)) * total, Vec<T>{}));
     }
     template <class T>
     CHAINRULE_HD static void jvp(Index n, const T* dx, const T* y, T* dy) {
         const Vec<T> mean = Vec<T>{} + sum_columns<T>(n, [&](Index j) { return exp(load(y + j)) * load(dx + j); });
-        for (Index j = 0; j < row_end<T>(n); j += kWidth<T>)
+        for (Index j = first_column(); j < row_end<T>(n); j += column_step<T>())
             store(dy + j, select(real_columns<T>(j, n), load(dx + j) - mean, Vec<T>{}));
     }
     template <class T>  // into what will be the result: e^y is wanted twice
     CHAINRULE_NOINLINE void probabilities(Index n, const T* y, T* p) {
-        for (Index j = 0; j < n; j += kWidth<T>) store(p + j, exp(load(y + j)));
+        for (Index j = first_column(); j < n; j += column_step<T>()) store(p + j, exp(load(y + j)));
     }
     template <class T>
     CHAINRULE_HD static void vjp_jvp(Index n, const T* v, const T* dx, const T* dv, const T* y, T* out) {
@@ -44,7 +44,7 @@ struct LogSoftmax {
         const Vec<T> total = sum([&](Index j) { return load(v + j); });
         const Vec<T> drift = sum([&](Index j) { return load(dv + j); });
         const Vec<T> mean = sum([&](Index j) { return load(out + j) * load(dx + j); });
-        for (Index j = 0; j < row_end<T>(n); j += kWidth<T>) {
+        for (Index j = first_column(); j < row_end<T>(n); j += column_step<T>()) {
             const Vec<T> change = drift + (load(dx + j) - mean) * total;
             store(out + j, select(real_columns<T>(j, n), load(dv + j) - load(out + j) * change, Vec<T>{}));
         }
@@ -57,7 +57,7 @@ struct LogSoftmax {
         probabilities(n, y, ddy);
         const Vec<T> shift = mean([&](Index j) { return load(dx + j); });
         const Vec<T> drift = mean([&](Index j) { return load(ddx + j) + (load(dx + j) - shift) * load(dx + j); });
-        for (Index j = 0; j < row_end<T>(n); j += kWidth<T>)
+        for (Index j = first_column(); j < row_end<T>(n); j += column_step<T>())
             store(ddy + j, select(real_columns<T>(j, n), load(ddx + j) - drift, Vec<T>{}));
     }
 };

@@ -104,10 +104,24 @@ CHAINRULE_INLINE constexpr Index row_end(Index cols) {
 template <class T, class F>
 CHAINRULE_INLINE T sum_columns(Index cols, F f) {
     Vec<T> sum{};
-    for (Index j = 0; j < cols; ++j) sum = sum + f(j);
-    return sum[0];
+    for (Index j = first_column(); j < cols; j += column_step<T>()) sum = sum + f(j);
+    return join_sum(sum)[0];
 }
 #else
+// One thread has all of a row, a vector at a time.
+CHAINRULE_INLINE constexpr Index first_column() { return 0; }
+template <class T>
+CHAINRULE_INLINE constexpr Index column_step() {
+    return kWidth<T>;
+}
+template <class V>
+CHAINRULE_INLINE V join_sum(V v) {
+    return v;
+}
+template <class V>
+CHAINRULE_INLINE V join_max(V v) {
+    return v;
+}
 // Where a row ends that losses and row-wise ops write zeros beside.
 template <class T>
 CHAINRULE_INLINE constexpr Index row_end(Index cols) {
@@ -130,8 +144,9 @@ template <class T>
 CHAINRULE_INLINE T max_column(Index cols, const T* x) {
     const Vec<T> lowest = splat<Vec<T>>(-__builtin_inf());
     Vec<T> largest = lowest;
-    for (Index j = 0; j < cols; j += kWidth<T>)
+    for (Index j = first_column(); j < cols; j += column_step<T>())
         largest = max(select(real_columns<T>(j, cols), load(x + j), lowest), largest);
+    largest = join_max(largest);
     T result = largest[0];
     for (int i = 1; i < kWidth<T>; ++i) result = largest[i] > result ? largest[i] : result;
     return result;
@@ -156,6 +171,7 @@ CHAINRULE_INLINE T sum_exponentials(Index cols, const T* x, T largest, F each) {
         maxima = maxima + select(is_max & real_columns<T>(j, cols), splat<Vec<T>>(1), Vec<T>{});
         return select(is_max, Vec<T>{}, e);
     });
+    maxima = join_sum(maxima);
     T count = 0;
     for (int i = 0; i < kWidth<T>; ++i) count += maxima[i];
     return rest + (count > 1 ? count - 1 : T{0});
@@ -221,7 +237,7 @@ CHAINRULE_NOINLINE void store_columns(Index rows, Index cols, const Vec<T>* colu
 template <class T, int N, class F>
 CHAINRULE_INLINE void map_columns(Index rows, Index cols, const Rows<T> (&in)[N], T* out, Index out_stride, F f) {
     constexpr int W = kWidth<T>;
-    for (Index start = 0; start < (out ? row_end<T>(cols) : cols); start += W) {
+    for (Index start = first_column(); start < (out ? row_end<T>(cols) : cols); start += column_step<T>()) {
         Vec<T> columns[N][W];
         for (int n = 0; n < N; ++n) load_columns(rows, cols - start, in[n].data + start, in[n].stride, columns[n]);
         const int width = cols - start == 1 ? 1 : W;
@@ -266,7 +282,7 @@ CHAINRULE_INLINE Vec<T> max_columns(Index rows, Index cols, Rows<T> x) {
         largest = max(column[0], largest);
         return column[0];
     });
-    return largest;
+    return join_max(largest);
 }
 
 // sum_exponentials, column by column: add() gives e^(x - max).
@@ -280,7 +296,7 @@ struct Exponentials {
         maxima = maxima + select(is_max, splat<Vec<T>>(1), Vec<T>{});
         return e;
     }
-    CHAINRULE_HD Vec<T> rest() const { return sum + max(maxima - 1, Vec<T>{}); }
+    CHAINRULE_HD Vec<T> rest() const { return join_sum(sum) + max(join_sum(maxima) - 1, Vec<T>{}); }
 };
 
 template <class V>
@@ -304,7 +320,7 @@ CHAINRULE_HD void elementwise_loss(Index rows, Index cols, const T* f, Index f_s
             sum = sum + l.value;
             return factor * l.grad;
         });
-        store_some(count, values + i, share * sum);
+        store_some(count, values + i, share * join_sum(sum));
     });
 }
 
@@ -316,7 +332,7 @@ CHAINRULE_HD void elementwise_hvp(MatrixView<const T> f, const Targets<T>& y, co
     const T share = Loss::mean_over_outputs ? T{1} / static_cast<T>(f.cols) : T{1};
     for (Index i = 0; i < f.rows; ++i) {
         const Vec<T> factor = Vec<T>{} + (weight ? weight[i] : T{1}) * scale * share;
-        for (Index j = 0; j < row_end<T>(f.cols); j += kWidth<T>) {
+        for (Index j = first_column(); j < row_end<T>(f.cols); j += column_step<T>()) {
             const Vec<T> second = Loss::second(load(f.data + i * f.stride + j), load(y.values + i * y.stride + j), p);
             const Vec<T> product = factor * second * load(t.data + i * t.stride + j);
             store(out.data + i * out.stride + j, select(real_columns<T>(j, f.cols), product, Vec<T>{}));

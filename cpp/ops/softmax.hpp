@@ -18,12 +18,12 @@ struct Softmax {
     CHAINRULE_NOINLINE void forward(Index n, const T* x, T* y) {
         const T rest = sum_exponentials(n, x, max_column(n, x), [&](Index j, Vec<T> e) { store(y + j, e); });
         const Vec<T> total = Vec<T>{} + (1 + rest);
-        for (Index j = 0; j < n; j += kWidth<T>) store(y + j, load(y + j) / total);
+        for (Index j = first_column(); j < n; j += column_step<T>()) store(y + j, load(y + j) / total);
     }
     template <class T>
     CHAINRULE_NOINLINE void vjp(Index n, const T* dy, const T* y, T* dx) {
         const Vec<T> mean = Vec<T>{} + sum_columns<T>(n, [&](Index j) { return load(dy + j) * load(y + j); });
-        for (Index j = 0; j < row_end<T>(n); j += kWidth<T>)
+        for (Index j = first_column(); j < row_end<T>(n); j += column_step<T>())
             store(dx + j, select(real_columns<T>(j, n), load(y + j) * (load(dy + j) - mean), Vec<T>{}));
     }
     template <class T>
@@ -37,7 +37,7 @@ struct Softmax {
         const Vec<T> shift = sum([&](Index j) { return load(dx + j) * load(y + j); });
         const auto dy = [&](Index j) { return load(y + j) * (load(dx + j) - shift); };
         const Vec<T> drift = sum([&](Index j) { return fma(load(dv + j), load(y + j), load(v + j) * dy(j)); });
-        for (Index j = 0; j < row_end<T>(n); j += kWidth<T>) {
+        for (Index j = first_column(); j < row_end<T>(n); j += column_step<T>()) {
             const Vec<T> bent = dy(j) * (load(v + j) - mean), straight = load(y + j) * (load(dv + j) - drift);
             store(out + j, select(real_columns<T>(j, n), bent + straight, Vec<T>{}));
         }

@@ -31,8 +31,16 @@ void cuda_tiles() {
         check(cuda::most_tiles(n, n) >= cuda::tiles_across(n, 128) * cuda::tiles_across(n, 128),
               "small tiles are most");
     }
-    check(!cuda::wants_large_tiles(128, 256, 132), "few large tiles leave processors idle");
-    check(cuda::wants_large_tiles(4096, 4096, 132), "1024 large tiles are enough for 132 processors");
+    using cuda::TileSize;
+    check(cuda::tile_size(128, 256, 132) == TileSize::tiny, "few tiles leave processors idle");
+    check(cuda::tile_size(1024, 1024, 132) == TileSize::small, "256 small tiles are enough for 132 processors");
+    check(cuda::tile_size(4096, 4096, 132) == TileSize::large, "1024 large tiles are, too");
+    check(cuda::tile_size(65536, 64, 132) == TileSize::small, "a narrow product fills no large tile");
+    check(cuda::tile_size(65536, 1, 132) == TileSize::tiny, "nor a small one, if it is that narrow");
+    for (const Index cols : {1, 7, 8, 31, 32, 1000}) {
+        const int threads = cuda::row_threads(cols);
+        check(threads == 1 || (threads == 32 && cols >= 8), "a row is a thread's or a warp's, if it has work for one");
+    }
     check(!cuda::wants_library(8.0 * 128 * 256), "small steps stay with our own products");
     check(cuda::wants_library(1024.0 * 1024 * 1024), "large ones go to the library");
 }

@@ -94,12 +94,20 @@ int layout_create(void** layout, int type, std::uint64_t rows, std::uint64_t col
 int layout_destroy(void* layout) { return delete static_cast<Layout*>(layout), 0; }
 int preference_create(void** preference) { return create(preference); }
 int preference_destroy(void* preference) { return destroy(preference); }
-int preference_set(void*, int attribute, const void*, std::size_t size) {
-    return (attribute == lt::kWorkspaceBytes && size == 8) || (attribute == lt::kReductionSchemes && size == 4)
-               ? 0
-               : kInvalid;
+int preference_set(void* preference, int attribute, const void* value, std::size_t size) {
+    if (attribute == lt::kWorkspaceBytes) return size == 8 ? 0 : kInvalid;
+    if (size != 4) return kInvalid;
+    if (attribute == lt::kReductionSchemes) return 0;
+    std::uint32_t alignment;
+    std::memcpy(&alignment, value, sizeof alignment);
+    for (int operand = 0; operand < 4; ++operand)
+        if (attribute == lt::kAlignments[operand])
+            return *static_cast<int*>(preference) |= (alignment <= 16) << operand, 0;
+    return kInvalid;
 }
-int heuristic(void*, void*, void*, void*, void*, void*, void*, int, lt::Heuristic* found, int* count) {
+// Whoever does not say how its matrices are aligned gets what needs 256 bytes: here, nothing.
+int heuristic(void*, void*, void*, void*, void*, void*, void* preference, int, lt::Heuristic* found, int* count) {
+    if (*static_cast<int*>(preference) != 15) return kInvalid;
     return *found = lt::Heuristic{}, *count = 1, 0;
 }
 int matmul(void*, void* product, const void*, const void* a, void* a_layout, const void* b, void* b_layout, const void*,

@@ -65,7 +65,10 @@ std::vector<std::unique_ptr<Fiber>>& pool() {
 class Block {
    public:
     Block(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t shared, bool reversed)
-        : kernel_(kernel), reversed_(reversed), shared_(std::malloc(shared > 0 ? shared : 1)) {
+        : kernel_(kernel),
+          count_(block.x * block.y),
+          reversed_(reversed),
+          shared_(std::malloc(shared > 0 ? shared : 1)) {
         blockDim = block;
         gridDim = grid;
         std::memset(shared_, 0xff, shared);
@@ -75,21 +78,20 @@ class Block {
     void run(dim3 where) {
         Block* const before = std::exchange(current, this);
         blockIdx = where;
-        const unsigned count = blockDim.x;
-        fibers_.assign(count, nullptr);
-        warps_.assign((count + 31) / 32, Warp{});
+        fibers_.assign(count_, nullptr);
+        warps_.assign((count_ + 31) / 32, Warp{});
         next_ = done_ = waiting_ = 0;
-        while (done_ < count) {
+        while (done_ < count_) {
             bool moved = false;
-            if (next_ < count) moved = start();
-            for (unsigned t = 0; !moved && t < count; ++t) {
-                Fiber* fiber = fibers_[reversed_ ? count - 1 - t : t];
+            if (next_ < count_) moved = start();
+            for (unsigned t = 0; !moved && t < count_; ++t) {
+                Fiber* fiber = fibers_[reversed_ ? count_ - 1 - t : t];
                 if (fiber && fiber->state == Fiber::State::running) {
                     enter(fiber);
                     moved = true;
                 }
             }
-            if (!moved) release(count);
+            if (!moved) release();
         }
         for (Fiber* fiber : fibers_)
             if (fiber) fiber->state = Fiber::State::free;
@@ -103,12 +105,12 @@ class Block {
         leave(Fiber::State::at_barrier);
     }
     const unsigned char* exchange(const void* mine, std::size_t size) {
-        Warp& warp = warps_[threadIdx.x / 32];
+        const unsigned lane = active_->thread % 32, first = active_->thread - lane;
+        Warp& warp = warps_[first / 32];
         std::vector<unsigned char>& bytes = warp.bytes[warp.turn];
         if (bytes.size() < 32 * size) bytes.resize(32 * size);
-        std::memcpy(bytes.data() + threadIdx.x % 32 * size, mine, size);
-        const unsigned first = threadIdx.x / 32 * 32;
-        const unsigned lanes = blockDim.x - first < 32 ? blockDim.x - first : 32;
+        std::memcpy(bytes.data() + lane * size, mine, size);
+        const unsigned lanes = count_ - first < 32 ? count_ - first : 32;
         if (++warp.arrived == lanes) {
             warp.arrived = 0;
             warp.turn ^= 1;
@@ -129,7 +131,7 @@ class Block {
             kernel_();
             ++done_;
             self->state = Fiber::State::done;
-            if (next_ < blockDim.x && !self->waited) {
+            if (next_ < count_ && !self->waited) {
                 take(self);
                 continue;
             }
@@ -138,15 +140,18 @@ class Block {
     }
 
    private:
+    void become(Fiber* fiber) {
+        active_ = fiber;
+        threadIdx = dim3(fiber->thread % blockDim.x, fiber->thread / blockDim.x, 0);
+    }
     void take(Fiber* fiber) {
-        const unsigned thread = reversed_ ? blockDim.x - 1 - next_ : next_;
+        const unsigned thread = reversed_ ? count_ - 1 - next_ : next_;
         ++next_;
         fiber->thread = thread;
         fiber->waited = false;
         fiber->state = Fiber::State::running;
         fibers_[thread] = fiber;
-        threadIdx = dim3(thread, 0, 0);
-        active_ = fiber;
+        become(fiber);
     }
     bool start() {
         Fiber* fiber = nullptr;
@@ -185,8 +190,7 @@ class Block {
         current->live();
     }
     void enter(Fiber* fiber) {
-        active_ = fiber;
-        threadIdx = dim3(fiber->thread, 0, 0);
+        become(fiber);
 #if defined(__SANITIZE_ADDRESS__)
         __sanitizer_start_switch_fiber(&host_fake_stack_, fiber->stack, kStackBytes);
 #endif
@@ -209,9 +213,9 @@ class Block {
 #endif
     }
     // Nobody can move: a barrier that all have reached, or a mistake.
-    void release(unsigned count) {
-        if (waiting_ != count)
-            die("__syncthreads reached by " + std::to_string(waiting_) + " of " + std::to_string(count) +
+    void release() {
+        if (waiting_ != count_)
+            die("__syncthreads reached by " + std::to_string(waiting_) + " of " + std::to_string(count_) +
                 " threads of a block; the others have ended or wait for their warp");
         for (Fiber* fiber : fibers_)
             if (fiber->line != fibers_[0]->line || std::strcmp(fiber->file, fibers_[0]->file) != 0)
@@ -222,6 +226,7 @@ class Block {
     }
 
     const std::function<void()>& kernel_;
+    const unsigned count_;
     const bool reversed_;
     void* const shared_;
     std::vector<Fiber*> fibers_;

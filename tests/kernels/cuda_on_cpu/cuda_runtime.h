@@ -40,16 +40,18 @@ const unsigned char* exchange(const void* mine, std::size_t size);
 void run(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t shared);
 }  // namespace cuda_on_cpu
 
+inline int lane_number() { return static_cast<int>((threadIdx.y * blockDim.x + threadIdx.x) % 32); }
+
 #define __syncthreads() cuda_on_cpu::block_barrier(__FILE__, __LINE__)
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int lane = lane_number();
     return reinterpret_cast<const T*>(cuda_on_cpu::exchange(&value, sizeof(T)))[lane ^ mask];
 }
 template <class T>
 T __shfl_down_sync(unsigned, T value, int delta) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int lane = lane_number();
     return reinterpret_cast<const T*>(
         cuda_on_cpu::exchange(&value, sizeof(T)))[lane + delta < 32 ? lane + delta : lane];
 }
@@ -138,7 +140,8 @@ constexpr std::size_t kSharedBytes = 227 * 1024;
 
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
-    if (config->dynamicSmemBytes > cuda_on_cpu::kSharedBytes || config->blockDim.x > 1024) return cudaErrorInvalidValue;
+    if (config->dynamicSmemBytes > cuda_on_cpu::kSharedBytes || config->blockDim.x * config->blockDim.y > 1024)
+        return cudaErrorInvalidValue;
     const std::tuple<P...> kept(std::forward<A>(arguments)...);
     return cuda_on_cpu::enqueue(config->stream, [=, shape = *config] {
         cuda_on_cpu::run([&] { std::apply(kernel, kept); }, shape.gridDim, shape.blockDim, shape.dynamicSmemBytes);
