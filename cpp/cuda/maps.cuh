@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads) over_each(Index count, F f) {
 
 // f(i) by the threads of row i; see lane.hpp.
 template <class F>
-__global__ void __launch_bounds__(kThreads) over_rows(Index rows, F f) {
+__global__ void __launch_bounds__(kThreads, 2) over_rows(Index rows, F f) {
     const Index i = static_cast<Index>(blockIdx.x) * blockDim.y + threadIdx.y;
     if (i < rows) f(i);
 }
