@@ -306,7 +306,7 @@ void Derivatives<T>::input_gradient(const Dataset<T>& data, const Loss<T>& loss,
     });
 }
 
-// Of a loss of our own.
+// Of a loss that is not a user's.
 template <class T>
 double Derivatives<T>::gradient(const Dataset<T>& data, const Loss<T>& loss, T* const* to) {
     T* const flat = flat_gradient();
