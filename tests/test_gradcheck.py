@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import chainrule as cr
+import test_own_parts
 from chainrule import gradient_check
 from chainrule.layers import BUILT_IN, Linear
 from chainrule.losses import LOSSES
@@ -48,20 +49,8 @@ class SineWithoutJvp(cr.Layer):
     forward, vjp = Sine.forward, Sine.vjp
 
 
-class Affine(cr.Layer):
-    def __init__(self, in_features, out, seed=0):
-        rng = np.random.default_rng(seed)
-        self.in_features, self.out = in_features, out
-        self.params = {"A": rng.standard_normal((out, in_features)), "b": rng.standard_normal(out)}
-
-    def out_features(self, in_features):
-        return self.out
-
-    def forward(self, x):
-        return x @ self.params["A"].T + self.params["b"]
-
-    def vjp(self, x, y, dy):
-        return dy @ self.params["A"], {"A": dy.T @ x, "b": dy.sum(axis=0)}
+class Affine(test_own_parts.Affine):
+    """With tangents of its parameters."""
 
     def jvp(self, x, y, dx, dparams=None):
         dy = dx @ self.params["A"].T
