@@ -136,7 +136,10 @@ class Activations {
 // 2048-2048-2048-2048 at batch 2048 on two cores: 829 ms with 96, 725 ms with 192, 776 ms with 384.
 constexpr Index kBlockRows = 192;
 
-// How many threads so many multiplications are worth; and of so many rows, which they share.
+// Of how many threads so many multiplications are worth the trouble, if their cores are so far apart (core_distance).
+int parts_worth(double multiplies, int threads, double distance);
+
+// How many threads so many multiplications are worth now; and of so many rows, which they share.
 int parts_for(double multiplies);
 inline int parts_for(double multiplies, Index rows) {
     return std::min(parts_for(multiplies), static_cast<int>(std::clamp<Index>(rows / 4, 1, 1 << 20)));
@@ -178,7 +181,9 @@ using Ranges = Call<Index, Index>;  // (begin, end)
 // Whether threads that are awake should share so many numbers, each of which is read or written once: copied, or weights of a
 // product with a single row. 32768 take one of them a microsecond.
 constexpr Index kLeastShared = 1 << 15;
-inline bool worth_sharing(Index numbers) { return numbers >= kLeastShared && workers_awake(); }
+inline bool worth_sharing(Index numbers) {
+    return numbers >= kLeastShared && workers_awake() && static_cast<double>(numbers) >= kLeastShared * core_distance();
+}
 
 // f(first, count) for each panel of so many columns, by several threads where `shared`.
 void over_panels(Index columns, Index panel, bool shared, const Ranges& f);

@@ -43,6 +43,52 @@ constexpr auto kStall = std::chrono::microseconds(100);
 constexpr int kRetreat = 16;
 constexpr auto kLongestStall = std::chrono::milliseconds(10);  // a longer one: we were suspended
 
+// Two cores of a virtual machine may be neighbours now and far apart after a nap: a line goes from one to the other and back in
+// 50 ns or in 300, and a step of 64-64-64-64 at batch 128 takes two threads 57 µs or 120 (one thread: 86). So the way is
+// measured, for 2 to 10 µs, and that again after kFresh.
+constexpr auto kFresh = std::chrono::milliseconds(50);
+constexpr double kNear = 100;  // ns
+
+// A number that the parts of a task pass round, each adding one in its turn. The shortest lap counts: others hold interrupts.
+class Ring {
+   public:
+    void pass(int part, int parts) {
+        Clock::time_point start{};
+        for (int lap = 0; lap <= kGroups * kLaps; ++lap) {
+            if (!my_turn(lap * parts + part)) return;
+            if (part == 0 && lap % kLaps == 0) {
+                const auto now = Clock::now();
+                if (lap > 0) shortest_ = std::min<Clock::duration>(shortest_, (now - start) / kLaps);
+                start = now;
+            }
+            turn_.store(lap * parts + part + 1, std::memory_order_release);
+        }
+    }
+
+    // A line's way from one thread to the next and back, in ns; 0 where a thread did not come in time.
+    double round_trip(int parts) const {
+        if (turn_.load(std::memory_order_relaxed) < 0) return 0;
+        return 2 * std::chrono::duration<double, std::nano>(shortest_).count() / parts;
+    }
+
+   private:
+    static constexpr int kLaps = 8, kGroups = 4;  // a group is long against the clock's own 25 ns
+    static constexpr int kPatience = 20000;       // some 20 µs
+
+    bool my_turn(int turn) {
+        for (int spins = 0; spins < kPatience; ++spins) {
+            const int now = turn_.load(std::memory_order_acquire);
+            if (now == turn) return true;
+            if (now < 0) return false;
+        }
+        turn_.store(-1, std::memory_order_release);
+        return false;
+    }
+
+    alignas(kLineBytes) std::atomic<int> turn_{0};
+    alignas(kLineBytes) Clock::duration shortest_ = std::chrono::seconds(1);
+};
+
 // Parts are claimed, not assigned: where another process holds a worker's core, the caller runs that worker's part too
 // instead of waiting for it to be scheduled (waiting made a step 20 times slower on a busy machine).
 class Pool {
@@ -53,17 +99,15 @@ class Pool {
         const Release release{owned_};
         const auto start = Clock::now();
         if (start < alone_until_ || !grow(parts - 1)) return run_alone(task, context, parts);
-        task_ = task;
-        context_ = context;
-        float_mode_ = float_mode();
-        done_.store(0, std::memory_order_relaxed);
-        ticket_.store(static_cast<std::uint32_t>(parts) << kPartBits, std::memory_order_seq_cst);
-        if (sleepers_.exchange(0, std::memory_order_seq_cst) > 0) {
-            { std::lock_guard<std::mutex> lock(sleep_); }
-            wake_.notify_all();
-        }
-        work_off();
+        publish(task, context, parts);
+        const bool shared = work_off() < parts;
         if (done_.load(std::memory_order_acquire) != parts) wait_for_workers(parts, start);
+        if (shared && start > fresh_until()) measure(parts);  // now, while all are awake
+    }
+
+    double distance() const {
+        const double distance = distance_.load(std::memory_order_relaxed);
+        return distance > 1 && Clock::now() < fresh_until() ? distance : 1;
     }
 
     // Are all workers for so many parts spinning, so that work can be given to them at once?
@@ -77,12 +121,7 @@ class Pool {
         if (awake(parts) || owned_.exchange(true, std::memory_order_acquire)) return;
         const Release release{owned_};
         if (Clock::now() < alone_until_ || !grow(parts - 1)) return;
-        {
-            std::lock_guard<std::mutex> lock(sleep_);
-            ++rouses_;
-            sleepers_.store(0, std::memory_order_seq_cst);
-        }
-        wake_.notify_all();
+        if (sleepers_.exchange(0, std::memory_order_seq_cst) > 0) wake_all();
     }
 
     void stop() {
@@ -96,6 +135,7 @@ class Pool {
         for (auto& worker : workers_) worker.join();
         workers_.clear();
         worker_count_.store(0);
+        distance_.store(1);
         quit_.store(false);
     }
 
@@ -107,6 +147,39 @@ class Pool {
 
     static void run_alone(Task task, void* context, int parts) {
         for (int part = 0; part < parts; ++part) task(context, part, parts);
+    }
+
+    void publish(Task task, void* context, int parts) {
+        task_ = task;
+        context_ = context;
+        float_mode_ = float_mode();
+        done_.store(0, std::memory_order_relaxed);
+        ticket_.store(static_cast<std::uint32_t>(parts) << kPartBits, std::memory_order_seq_cst);
+        if (sleepers_.exchange(0, std::memory_order_seq_cst) > 0) wake_all();
+    }
+
+    // The work may be done before a worker is there: it spins all the same, for what comes next.
+    void wake_all() {
+        keep_workers_off_this_processor();
+        {
+            std::lock_guard<std::mutex> lock(sleep_);
+            ++wakes_;
+        }
+        wake_.notify_all();
+    }
+
+    void measure(int parts) {
+        Ring ring;
+        publish([](void* context, int part, int count) { static_cast<Ring*>(context)->pass(part, count); }, &ring,
+                parts);
+        work_off();
+        while (done_.load(std::memory_order_acquire) != parts) sched_yield();
+        distance_.store(ring.round_trip(parts) / kNear, std::memory_order_relaxed);
+        fresh_until_.store((Clock::now() + kFresh).time_since_epoch().count(), std::memory_order_relaxed);
+    }
+
+    Clock::time_point fresh_until() const {
+        return Clock::time_point(Clock::duration(fresh_until_.load(std::memory_order_relaxed)));
     }
 
     void wait_for_workers(int parts, Clock::time_point start) {
@@ -135,25 +208,42 @@ class Pool {
         return (ticket & ((1u << kPartBits) - 1)) < ticket >> kPartBits;
     }
 
-    void work_off() {
+    // Runs parts that nobody has claimed; returns how many.
+    int work_off() {
+        int mine = 0;
         std::uint32_t ticket = ticket_.load(std::memory_order_acquire);
         for (;;) {
             const std::uint32_t part = ticket & ((1u << kPartBits) - 1), parts = ticket >> kPartBits;
-            if (part >= parts) return;
+            if (part >= parts) return mine;
             if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
             if (float_mode() != float_mode_) set_float_mode(float_mode_);  // a worker's becomes its caller's
             task_(context_, static_cast<int>(part), static_cast<int>(parts));
             done_.fetch_add(1, std::memory_order_release);
+            ++mine;
             ticket = ticket_.load(std::memory_order_acquire);
         }
     }
 
+    // Linux may start or wake a worker on its caller's own processor though others are idle (on virtual machines it cannot tell
+    // that they are), and two threads that compute there stay for some 50 ms.
+    void keep_workers_off_this_processor() {
+#ifdef __linux__
+        cpu_set_t others;
+        if (sched_getaffinity(0, sizeof others, &others) != 0) return;
+        CPU_CLR(static_cast<std::size_t>(sched_getcpu()), &others);
+        if (CPU_COUNT(&others) == 0) return;
+        for (auto& worker : workers_) pthread_setaffinity_np(worker.native_handle(), sizeof others, &others);
+#endif
+    }
+
     // Brings the pool to `count` workers; false where the system refuses threads.
     bool grow(int count) {
+        if (static_cast<int>(workers_.size()) >= count) return true;
         try {
             while (static_cast<int>(workers_.size()) < count) workers_.emplace_back(&Pool::serve, this);
         } catch (...) { return false; }
         worker_count_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+        keep_workers_off_this_processor();
         return true;
     }
 
@@ -173,9 +263,13 @@ class Pool {
                 relax();
             }
         } while (Clock::now() < limit);
+        sleep();
+    }
+
+    void sleep() {
         std::unique_lock<std::mutex> lock(sleep_);
-        const std::uint64_t rouses = rouses_;
-        while (!quit_.load() && !has_work() && rouses_ == rouses) {
+        const std::uint64_t wakes = wakes_;
+        while (!quit_.load() && !has_work() && wakes_ == wakes) {
             sleepers_.fetch_add(1, std::memory_order_seq_cst);
             if (has_work()) return;  // came between the two looks, perhaps without seeing us
             wake_.wait(lock);
@@ -185,9 +279,11 @@ class Pool {
     std::atomic<bool> owned_{false};
     std::vector<std::thread> workers_;
     std::atomic<int> worker_count_{0};
+    std::atomic<double> distance_{1};
+    std::atomic<Clock::rep> fresh_until_{0};
     Clock::time_point alone_until_{};  // the owner's, as the next
     int retreat_ = 1;
-    std::uint64_t rouses_ = 0;  // under sleep_
+    std::uint64_t wakes_ = 0;  // under sleep_
     Task task_ = nullptr;
     void* context_ = nullptr;
     std::uint64_t float_mode_ = 0;
@@ -254,6 +350,11 @@ bool workers_awake() {
 
 void rouse_workers() {
     if (thread_count() > 1) pool().rouse(thread_count());
+}
+
+double core_distance() {
+    const Pool* pool = pool_instance.load(std::memory_order_acquire);
+    return pool != nullptr ? pool->distance() : 1;
 }
 
 namespace {

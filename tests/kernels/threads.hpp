@@ -2,7 +2,10 @@
 // The thread pool.
 #pragma once
 
+#include <sched.h>
+
 #include "harness.hpp"
+#include "network.hpp"
 
 namespace chainrule {
 namespace {
@@ -125,6 +128,60 @@ void pool_wakes() {
     }
     check(helped, "a sleeping worker takes a part of a long region");
 }
+
+// Work is shared by fewer threads the further apart their cores are, and never by none or by more than there are.
+void pool_distance() {
+    context.shape = {};
+    check(parts_worth(4.9e5, 2, 1) == 1 && parts_worth(5e5, 2, 1) == 2, "two parts from 5e5 multiplications");
+    check(parts_worth(4e7, 2, 3) == 1 && parts_worth(5e7, 2, 3) == 2,
+          "81 times as many on cores three times as far apart");
+    for (const int threads : {1, 2, 5})
+        for (const double multiplies : {0.0, 1.0, 1e6, 1e9, 1e300}) {
+            int before = threads;
+            for (const double distance : {0.0, 0.9, 1.0, 1.1, 3.0, 1e3, 1e9}) {
+                const int parts = parts_worth(multiplies, threads, distance);
+                check(parts >= 1 && parts <= before, "fewer parts on cores further apart");
+                before = parts;
+            }
+        }
+    set_thread_count(3);
+    for (int i = 0; i < 1000; ++i) each_once(3);
+    check(core_distance() >= 1 && core_distance() < 1e6, "the distance, measured or not, is a sensible number");
+    set_thread_count(1);
+    check(core_distance() == 1, "without workers there is none");
+}
+
+#ifdef __linux__
+// The pool moves its own threads about, never its caller; and it works for one that has a single processor.
+void pool_affinity() {
+    context.shape = {};
+    const auto mine = [] {
+        cpu_set_t set;
+        check(sched_getaffinity(0, sizeof set, &set) == 0, "the caller's processors");
+        return set;
+    };
+    const cpu_set_t all = mine();
+    set_thread_count(3);
+    const auto used = [] {
+        for (int i = 0; i < 20; ++i) {
+            each_once(3);
+            std::this_thread::sleep_for(std::chrono::microseconds(300));  // workers fall asleep
+        }
+    };
+    used();
+    const cpu_set_t after = mine();
+    check(CPU_EQUAL(&all, &after), "the caller's processors are as they were");
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(static_cast<std::size_t>(sched_getcpu()), &one);
+    sched_setaffinity(0, sizeof one, &one);
+    used();
+    check(each_once(3), "every part once, by threads that share one processor");
+    sched_setaffinity(0, sizeof all, &all);
+}
+#else
+void pool_affinity() {}
+#endif
 
 #if !defined(THREAD_SANITIZER)  // it does not follow a process with threads through fork
 // Threads do not survive fork: a child that waits for its parent's workers waits for ever.
