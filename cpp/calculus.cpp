@@ -43,7 +43,7 @@ void Derivatives<T>::over(Index rows, double products, const Ranges& f) {
     const bool whole = net_.has_external() || rows < few;
     tape_.share_columns(whole);
     if (whole) return f(Index{0}, rows);
-    over_rows(rows, products * net_.multiplies_per_row() * static_cast<double>(rows), f);
+    over_rows(rows, parts_for(products * net_.multiplies_per_row() * static_cast<double>(rows)), f);
 }
 
 template <class T>
@@ -484,7 +484,7 @@ void Derivatives<T>::add_gradient(Kind cotangents, Index moving, bool add) {
     }
     T* flat = gradient_.data();
     const double products = static_cast<double>(moving < net_.depth() ? 2 * rows : rows);
-    tiles_->over(products, [&](const Tile& tile, std::size_t, auto& scratch) {
+    tiles_->over(parts_for(products * net_.multiplies_per_row()), [&](const Tile& tile, std::size_t, auto& scratch) {
         if (tile.kind == Tile::Kind::external) return;
         const Index l = tile.layer;
         T* to = flat + tile.place;

@@ -20,8 +20,8 @@ MatrixView<T> columns_of(MatrixView<T> view, Index rows, Index begin, Index end)
 }  // namespace
 
 template <class T>
-Columns<T>::Columns(const Network<T>& net, Index rows, double multiplies)
-    : net_(net), rows_(rows), parts_(parts_for(multiplies, rows)) {
+Columns<T>::Columns(const Network<T>& net, Index rows, int most_parts)
+    : net_(net), rows_(rows), parts_(parts_of_rows(most_parts, rows)) {
     if (parts_ == 1 || rows > kMostRows) return;
     for (const Layer<T>& next : net.layers()) {
         const bool even = next.kind == Kind<T>::linear && !next.bfloat16 && next.outputs % (parts_ * kPanel<T>) == 0;

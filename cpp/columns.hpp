@@ -20,8 +20,8 @@ class Columns {
     // The largest batch. The rows of larger ones leave the cache between two layers, and use each weight often.
     static constexpr Index kMostRows = 2 * kBlockRows;
 
-    // Of a batch of `rows` rows and as many multiplications in all layers.
-    Columns(const Network<T>& net, Index rows, double multiplies);
+    // Of a batch of `rows` rows, by at most so many threads.
+    Columns(const Network<T>& net, Index rows, int most_parts);
 
     // How many of the first layers are shared by columns: linear ones whose panels come out even, and the elementwise ops
     // behind them; 0 where one thread works.

@@ -333,7 +333,7 @@ void Network<T>::backward(const Activations<T>& a, Index to, Index from, Index b
 
 // ---- whole batches --------------------------------------------------------------------------------------------------
 
-constexpr double kLeastPart = 2.5e5;  // multiplications
+constexpr double kLeastPart = 3e5;  // multiplications
 
 // A core does 1e6 multiplications in 17 µs. See pool.hpp for what handing work over costs. Dearer is that what one phase wrote
 // the next one reads on the other core: 1.6 ns a cache line, and as much again to write it anew. 8-64-64-1 at batch 32 took 11.9
@@ -372,7 +372,7 @@ void Network<T>::forward_all(const Activations<T>& a, Index rows, const Noise& n
             continue;
         }
         const Index next = next_external(l);
-        over_rows(rows, multiplies_ * static_cast<double>(rows),
+        over_rows(rows, parts_for(multiplies_ * static_cast<double>(rows)),
                   [&](Index begin, Index end) { forward(a, l, next, begin, end, noise, training); });
         l = next;
     }
@@ -397,7 +397,7 @@ void Network<T>::backward_all(const Activations<T>& a, Index rows, const Noise& 
         Index from = l - 1;
         while (from > first_cotangent_ && layers_[static_cast<std::size_t>(from - 1)].kind != Kind<T>::external) --from;
         if (from < first_cotangent_) return;
-        over_rows(rows, 2 * multiplies_ * static_cast<double>(rows),
+        over_rows(rows, parts_for(2 * multiplies_ * static_cast<double>(rows)),
                   [&](Index begin, Index end) { backward(a, l, from, begin, end, noise); });
         l = from;
     }

@@ -139,16 +139,18 @@ constexpr Index kBlockRows = 192;
 // Of how many threads so many multiplications are worth the trouble, if their cores are so far apart (core_distance).
 int parts_worth(double multiplies, int threads, double distance);
 
-// How many threads so many multiplications are worth now; and of so many rows, which they share.
+// How many threads so many multiplications are worth now.
 int parts_for(double multiplies);
-inline int parts_for(double multiplies, Index rows) {
-    return std::min(parts_for(multiplies), static_cast<int>(std::clamp<Index>(rows / 4, 1, 1 << 20)));
+
+// So few rows are not worth that many.
+inline int parts_of_rows(int parts, Index rows) {
+    return std::min(parts, static_cast<int>(std::clamp<Index>(rows / 4, 1, 1 << 20)));
 }
 
-// f(begin, end) over blocks of rows, on several threads where it pays.
+// f(begin, end) over blocks of rows, on at most so many threads.
 template <class F>
-void over_rows(Index rows, double multiplies, F f) {
-    parallel(parts_for(multiplies, rows), [&](int part, int parts) {
+void over_rows(Index rows, int most_parts, F f) {
+    parallel(parts_of_rows(most_parts, rows), [&](int part, int parts) {
         const Index begin = rows * part / parts, count = rows * (part + 1) / parts - begin;
         const Index blocks = (count + kBlockRows - 1) / kBlockRows;  // of even height
         for (Index block = 0; block < blocks; ++block)

@@ -42,7 +42,6 @@ Tiles<T>::Tiles(const Network<T>& net, Index rows)
         middles_.push_back(run.work + size / 2);
         run.work += size;
         run.end = n + 1;
-        work_ += size;
     }
 }
 

@@ -28,10 +28,10 @@ class Tiles {
     Tiles(const Network<T>& net, Index rows);
     std::size_t count() const { return tiles_.size(); }
 
-    // f(tile, its number, its thread's scratch) for every tile, on several threads where it pays; of each run of tiles a
-    // thread takes neighbours with its share of the work, which is `cost` multiplications for one weight.
+    // f(tile, its number, its thread's scratch) for every tile, on so many threads; of each run of tiles a thread takes
+    // neighbours with its share of the work.
     template <class F>
-    void over(double cost, F f);
+    void over(int parts, F f);
 
     // The tile of dW = dZᵀ X, over db: x are the layer's inputs, with their column of ones, dz the cotangents of its
     // outputs. With `add`, added to what is there.
@@ -55,7 +55,6 @@ class Tiles {
     bool has_bfloat16_ = false;
     std::vector<Tile> tiles_;
     std::vector<Run> runs_;
-    double work_ = 0;              // elements of all tiles
     std::vector<double> middles_;  // elements of its run before the middle of each: where it lies decides who does it
     Array<T> memory_;
     Array<Pair> pairs_;
@@ -63,9 +62,8 @@ class Tiles {
 
 template <class T>
 template <class F>
-void Tiles<T>::over(double cost, F f) {
+void Tiles<T>::over(int parts, F f) {
     if (tiles_.empty()) return;
-    const int parts = parts_for(work_ * cost);
     const Index tile_size = (inputs_ + 1) * kPanel<T>, size = tile_size + kDepth * kPanel<T>;
     const Index x_pairs = has_bfloat16_ ? round_up(inputs_ + 1, kLine<T>) * ((capacity_ + 1) / 2) : 0;
     const Index pairs = has_bfloat16_ ? x_pairs + kDepth / 2 * kPanel<T> : 0;

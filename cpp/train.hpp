@@ -62,6 +62,7 @@ class Step {
 
    private:
     using Scratch = typename Tiles<T>::Scratch;
+    void share(double products);  // of a row with all weights
     void gather(const Dataset<T>& data, const std::int64_t* order, Index begin, Index end);
     void weigh(const Dataset<T>& data, const std::int64_t* order);
     void run_loss(Index begin, Index end);
@@ -88,7 +89,7 @@ class Step {
     double total_weight_ = 0;
     T scale_ = 0;
     Index rows_ = 0;                           // of the batch in hand
-    double tile_cost_ = 0;                     // of one weight in phase 2, in multiplications
+    int parts_ = 1;                            // threads that its work is worth
     std::vector<double> penalties_, squares_;  // of each tile
 };
 

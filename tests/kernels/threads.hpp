@@ -132,8 +132,8 @@ void pool_wakes() {
 // Work is shared by fewer threads the further apart their cores are, and never by none or by more than there are.
 void pool_distance() {
     context.shape = {};
-    check(parts_worth(4.9e5, 2, 1) == 1 && parts_worth(5e5, 2, 1) == 2, "two parts from 5e5 multiplications");
-    check(parts_worth(4e7, 2, 3) == 1 && parts_worth(5e7, 2, 3) == 2,
+    check(parts_worth(5.9e5, 2, 1) == 1 && parts_worth(6e5, 2, 1) == 2, "two parts from 6e5 multiplications");
+    check(parts_worth(4.8e7, 2, 3) == 1 && parts_worth(5e7, 2, 3) == 2,
           "81 times as many on cores three times as far apart");
     for (const int threads : {1, 2, 5})
         for (const double multiplies : {0.0, 1.0, 1e6, 1e9, 1e300}) {
