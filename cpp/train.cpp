@@ -254,6 +254,8 @@ const T* Step<T>::gradient() {
     return flat;
 }
 
+// Tried: fetching a tile's weights and moments into the second cache before its product, for the rule that follows.
+// 784-256-128-10 took two threads 697 to 757 µs a step instead of 672.
 template <class T>
 double Step<T>::update(Optimizer<T>& optimizer, double lr, const Regularization& r) {
     const Hyper<T> hyper = prepare_step<T>(optimizer.settings, lr, optimizer.step_count + 1);
