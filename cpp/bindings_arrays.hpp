@@ -51,7 +51,7 @@ class Unlocked {  // inside, other Python threads run
     PyThreadState* state_;
 };
 
-class Locked {  // inside an Unlocked, Python again
+class Locked {  // inside an Unlocked, so on a thread that Python knows; Python again
    public:
     Locked() : state_(acquire()) {}
     ~Locked() { PyGILState_Release(state_); }
@@ -60,6 +60,7 @@ class Locked {  // inside an Unlocked, Python again
 
    private:
     static PyGILState_STATE acquire() {
+        if (PyGILState_GetThisThreadState() == nullptr) wait_for_exit();  // the interpreter has gone, and all it knew
         try {
             return PyGILState_Ensure();
         } catch (...) { wait_for_exit(); }

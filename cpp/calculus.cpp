@@ -35,15 +35,21 @@ T largest(MatrixView<const T> m) {
 
 // ---- what is asked: functions of X ----------------------------------------------------------------------------------
 
+// All parts of one derivative are shared, or none, as those of a training step are: about three products with all weights.
+template <class T>
+int Derivatives<T>::parts(Index rows) const {
+    return parts_for(3 * net_.multiplies_per_row() * static_cast<double>(rows));
+}
+
 // f(begin, end) over rows, on several threads where it pays. Users' layers want all rows on the calling thread, and few rows
 // are not worth dividing: then columns are shared out, product by product.
 template <class T>
-void Derivatives<T>::over(Index rows, double products, const Ranges& f) {
+void Derivatives<T>::over(Index rows, const Ranges& f) {
     constexpr Index few = 8;
     const bool whole = net_.has_external() || rows < few;
     tape_.share_columns(whole);
     if (whole) return f(Index{0}, rows);
-    over_rows(rows, parts_for(products * net_.multiplies_per_row() * static_cast<double>(rows)), f);
+    over_rows(rows, parts(rows), f);
 }
 
 template <class T>
@@ -58,7 +64,7 @@ void Derivatives<T>::jvp(Index rows, const T* x, const T* dx, bool along_paramet
     const Direction<T>* direction = along_parameters ? &direction_ : nullptr;
     for (Index first = 0; first < rows; first += kBatchRows) {
         tape_.shape(first, std::min(rows - first, kBatchRows), 1, {Kind::primal, Kind::tangent});
-        over(tape_.rows(), along_parameters ? 3 : 2, [&](Index begin, Index end) {
+        over(tape_.rows(), [&](Index begin, Index end) {
             tape_.load(Kind::primal, 0, begin, end, x + first * net_.inputs());
             if (dx) tape_.load(Kind::tangent, 0, begin, end, dx + first * net_.inputs());
             tape_.forward_and_tangents(begin, end, moving, direction);
@@ -73,7 +79,7 @@ void Derivatives<T>::sensitivity(Index rows, const T* x, Index input, T* f, T* d
     const Index depth = net_.depth();
     for (Index first = 0; first < rows; first += kBatchRows) {
         tape_.shape(first, std::min(rows - first, kBatchRows), 1, {Kind::primal, Kind::tangent});
-        over(tape_.rows(), 2, [&](Index begin, Index end) {
+        over(tape_.rows(), [&](Index begin, Index end) {
             tape_.load(Kind::primal, 0, begin, end, x + first * net_.inputs());
             tape_.forward(begin, end);
             tape_.tangents_along(input, begin, end);
@@ -92,7 +98,7 @@ void Derivatives<T>::vjp(Index rows, const T* x, const T* c, T* f, T* const* dph
     if (lowest == 0) tape_.prepare_inputs();
     for (Index first = 0; first < rows; first += kBatchRows) {
         tape_.shape(first, std::min(rows - first, kBatchRows), 1, {Kind::primal, Kind::cotangent});
-        over(tape_.rows(), 2, [&](Index begin, Index end) {
+        over(tape_.rows(), [&](Index begin, Index end) {
             tape_.load(Kind::primal, 0, begin, end, x + first * net_.inputs());
             tape_.load(Kind::cotangent, depth, begin, end, c + first * net_.outputs());
             tape_.forward(begin, end);
@@ -115,11 +121,11 @@ void Derivatives<T>::jacobian(Index rows, const T* x, bool reverse, T* j) {
     if (reverse) tape_.prepare_inputs();
     for (Index first = 0; first < all; first += kBatchRows) {
         tape_.shape(first, std::min(all - first, kBatchRows), seeds, {Kind::primal, kind});
-        over(tape_.examples(), 1, [&](Index begin, Index end) {
+        over(tape_.examples(), [&](Index begin, Index end) {
             tape_.load(Kind::primal, 0, begin, end, x + first / seeds * inputs);
             tape_.forward(begin, end);
         });
-        over(tape_.rows(), 1, [&](Index begin, Index end) {
+        over(tape_.rows(), [&](Index begin, Index end) {
             tape_.seed(kind, reverse ? depth : 0, begin, end);
             if (reverse) {
                 tape_.cotangents(begin, end, 0, nullptr);
@@ -142,11 +148,11 @@ void Derivatives<T>::parameter_jacobian(Index rows, const T* x, T* const* j) {
     for (Index first = 0; first < all; first += kBatchRows) {
         for (std::size_t k = 0; k < at.size(); ++k) at[k] = j[k] + first * net_.parameters()[k].size;
         tape_.shape(first, std::min(all - first, kBatchRows), seeds, {Kind::primal, Kind::cotangent});
-        over(tape_.examples(), 1, [&](Index begin, Index end) {
+        over(tape_.examples(), [&](Index begin, Index end) {
             tape_.load(Kind::primal, 0, begin, end, x + first / seeds * net_.inputs());
             tape_.forward(begin, end);
         });
-        over(tape_.rows(), 2, [&](Index begin, Index end) {
+        over(tape_.rows(), [&](Index begin, Index end) {
             tape_.seed(Kind::cotangent, net_.depth(), begin, end);
             tape_.cotangents(begin, end, net_.first_cotangent(), nullptr);
             example_gradients(begin, end, at.data());
@@ -161,11 +167,11 @@ void Derivatives<T>::second(Index rows, const T* x, bool sum, T* to) {
     for (Index first = 0; first < all; first += kBatchRows) {
         tape_.shape(first, std::min(all - first, kBatchRows), inputs,
                     {Kind::primal, Kind::tangent, Kind::second_tangent});
-        over(tape_.examples(), 1, [&](Index begin, Index end) {
+        over(tape_.examples(), [&](Index begin, Index end) {
             tape_.load(Kind::primal, 0, begin, end, x + first / inputs * inputs);
             tape_.forward(begin, end);
         });
-        over(tape_.rows(), 2, [&](Index begin, Index end) {
+        over(tape_.rows(), [&](Index begin, Index end) {
             tape_.seed(Kind::tangent, 0, begin, end);
             tape_.tangents(begin, end, 0, nullptr);
             tape_.second_tangents(begin, end);
@@ -270,8 +276,7 @@ void Derivatives<T>::difference_of_gradients(const Batch& batch, MatrixView<T> o
 
 // The three parts of a sweep up and down again, over rows; a user's loss needs all rows to have arrived at the top.
 template <class T>
-void Derivatives<T>::up_and_down(const Batch& batch, double products, const Ranges& up, const Ranges& top,
-                                 const Ranges& down) {
+void Derivatives<T>::up_and_down(const Batch& batch, const Ranges& up, const Ranges& top, const Ranges& down) {
     const Index target_size = batch.rows * padded_stride<T>(batch.data.target_cols);
     if (targets_.size() < target_size) targets_ = Array<T>(target_size);
     if (values_.size() < batch.rows) values_ = Array<T>(batch.rows);
@@ -281,14 +286,14 @@ void Derivatives<T>::up_and_down(const Batch& batch, double products, const Rang
         up(begin, end);
     };
     if (!batch.loss.external)
-        return over(batch.rows, products, [&](Index begin, Index end) {
+        return over(batch.rows, [&](Index begin, Index end) {
             begin_rows(begin, end);
             top(begin, end);
             down(begin, end);
         });
-    over(batch.rows, products, begin_rows);
+    over(batch.rows, begin_rows);
     top(Index{0}, batch.rows);
-    over(batch.rows, products, down);
+    over(batch.rows, down);
 }
 
 template <class T>
@@ -297,7 +302,7 @@ void Derivatives<T>::input_gradient(const Dataset<T>& data, const Loss<T>& loss,
     by_batches(data, loss, [&](const Batch& batch) {
         tape_.shape(batch.first, batch.rows, 1, {Kind::primal, Kind::cotangent});
         up_and_down(
-            batch, 2, [&](Index begin, Index end) { tape_.forward(begin, end); },
+            batch, [&](Index begin, Index end) { tape_.forward(begin, end); },
             [&](Index begin, Index end) { loss_gradient(batch, begin, end); },
             [&](Index begin, Index end) {
                 tape_.cotangents(begin, end, 0, nullptr);
@@ -315,7 +320,7 @@ double Derivatives<T>::gradient(const Dataset<T>& data, const Loss<T>& loss, T* 
     by_batches(data, loss, [&](const Batch& batch) {
         tape_.shape(batch.first, batch.rows, 1, {Kind::primal, Kind::cotangent});
         up_and_down(
-            batch, 2, [&](Index begin, Index end) { tape_.forward(begin, end); },
+            batch, [&](Index begin, Index end) { tape_.forward(begin, end); },
             [&](Index begin, Index end) { loss_gradient(batch, begin, end); },
             [&](Index begin, Index end) { tape_.cotangents(begin, end, tape_.lowest(), flat); });
         for (Index i = 0; i < batch.rows; ++i)
@@ -335,7 +340,7 @@ void Derivatives<T>::hvp(const Dataset<T>& data, const Loss<T>& loss, T* const* 
         tape_.shape(batch.first, batch.rows, 1,
                     {Kind::primal, Kind::tangent, Kind::cotangent, Kind::cotangent_tangent});
         up_and_down(
-            batch, 6, [&](Index begin, Index end) { tape_.forward_and_tangents(begin, end, low, &direction_); },
+            batch, [&](Index begin, Index end) { tape_.forward_and_tangents(begin, end, low, &direction_); },
             [&](Index begin, Index end) {
                 loss_gradient(batch, begin, end);
                 loss_hvp(batch, begin, end, Kind::cotangent_tangent);
@@ -352,7 +357,7 @@ void Derivatives<T>::gauss_newton(const Dataset<T>& data, const Loss<T>& loss, T
     by_batches(data, loss, [&](const Batch& batch) {
         tape_.shape(batch.first, batch.rows, 1, {Kind::primal, Kind::tangent, Kind::cotangent});
         up_and_down(
-            batch, 4, [&](Index begin, Index end) { tape_.forward_and_tangents(begin, end, low, &direction_); },
+            batch, [&](Index begin, Index end) { tape_.forward_and_tangents(begin, end, low, &direction_); },
             [&](Index begin, Index end) { loss_hvp(batch, begin, end, Kind::cotangent); },
             [&](Index begin, Index end) { tape_.cotangents(begin, end, tape_.lowest(), flat); });
         leave_gradient(Kind::cotangent, net_.depth(), batch.first, data.rows, to);
@@ -364,7 +369,7 @@ template <class T>
 void Derivatives<T>::down_to_parameters(const Batch& batch) {
     tape_.shape(batch.first, batch.rows, 1, {Kind::primal, Kind::cotangent});
     up_and_down(
-        batch, 2, [&](Index begin, Index end) { tape_.forward(begin, end); },
+        batch, [&](Index begin, Index end) { tape_.forward(begin, end); },
         [&](Index begin, Index end) { loss_gradient(batch, begin, end); },
         [&](Index begin, Index end) { tape_.cotangents(begin, end, net_.first_cotangent(), nullptr); });
 }
@@ -375,7 +380,7 @@ void Derivatives<T>::example_gradients(const Dataset<T>& data, const Loss<T>& lo
     by_batches(data, loss, [&](const Batch& batch) {
         down_to_parameters(batch);
         for (std::size_t k = 0; k < at.size(); ++k) at[k] = to[k] + batch.first * net_.parameters()[k].size;
-        over(batch.rows, 1, [&](Index begin, Index end) { example_gradients(begin, end, at.data()); });
+        over(batch.rows, [&](Index begin, Index end) { example_gradients(begin, end, at.data()); });
     });
 }
 
@@ -383,7 +388,7 @@ template <class T>
 void Derivatives<T>::example_norms(const Dataset<T>& data, const Loss<T>& loss, T* norms) {
     by_batches(data, loss, [&](const Batch& batch) {
         down_to_parameters(batch);
-        over(batch.rows, 0.1, [&](Index begin, Index end) {
+        over(batch.rows, [&](Index begin, Index end) {
             for (Index r = begin; r < end; ++r) {
                 double sum = 0;
                 for (Index l = 0; l < net_.depth(); ++l) sum += square_of_gradient(l, r);
@@ -483,8 +488,7 @@ void Derivatives<T>::add_gradient(Kind cotangents, Index moving, bool add) {
         tiles_rows_ = rows;
     }
     T* flat = gradient_.data();
-    const double products = static_cast<double>(moving < net_.depth() ? 2 * rows : rows);
-    tiles_->over(parts_for(products * net_.multiplies_per_row()), [&](const Tile& tile, std::size_t, auto& scratch) {
+    tiles_->over(parts(rows), [&](const Tile& tile, std::size_t, auto& scratch) {
         if (tile.kind == Tile::Kind::external) return;
         const Index l = tile.layer;
         T* to = flat + tile.place;

@@ -53,7 +53,8 @@ class Derivatives {
         T scale;
         Index first, rows;
     };
-    void over(Index rows, double products, const Ranges& f);
+    int parts(Index rows) const;
+    void over(Index rows, const Ranges& f);
     void by_batches(const Dataset<T>& data, const Loss<T>& loss, const Call<const Batch&>& f);
     void load_targets(const Batch& batch, Index begin, Index end);
     Targets<T> targets(const Batch& batch, Index begin) const;
@@ -61,7 +62,7 @@ class Derivatives {
     void loss_gradient(const Batch& batch, Index begin, Index end);
     void loss_hvp(const Batch& batch, Index begin, Index end, Kind to);
     void difference_of_gradients(const Batch& batch, MatrixView<T> out);
-    void up_and_down(const Batch& batch, double products, const Ranges& up, const Ranges& top, const Ranges& down);
+    void up_and_down(const Batch& batch, const Ranges& up, const Ranges& top, const Ranges& down);
     void down_to_parameters(const Batch& batch);
     void outer_products(Kind cotangents, Kind inputs, Index lowest, Index begin, Index end, T* const* to) const;
     void example_gradients(Index begin, Index end, T* const* to) const;

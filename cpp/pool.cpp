@@ -228,9 +228,11 @@ class Pool {
     // that they are), and two threads that compute there stay for some 50 ms.
     void keep_workers_off_this_processor() {
 #ifdef __linux__
+        const int here = sched_getcpu();
         cpu_set_t others;
-        if (sched_getaffinity(0, sizeof others, &others) != 0) return;
-        CPU_CLR(static_cast<std::size_t>(sched_getcpu()), &others);
+        if (here == avoided_ || sched_getaffinity(0, sizeof others, &others) != 0) return;
+        avoided_ = here;
+        CPU_CLR(static_cast<std::size_t>(here), &others);
         if (CPU_COUNT(&others) == 0) return;
         for (auto& worker : workers_) pthread_setaffinity_np(worker.native_handle(), sizeof others, &others);
 #endif
@@ -243,6 +245,7 @@ class Pool {
             while (static_cast<int>(workers_.size()) < count) workers_.emplace_back(&Pool::serve, this);
         } catch (...) { return false; }
         worker_count_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+        avoided_ = -1;
         keep_workers_off_this_processor();
         return true;
     }
@@ -279,6 +282,7 @@ class Pool {
     std::atomic<bool> owned_{false};
     std::vector<std::thread> workers_;
     std::atomic<int> worker_count_{0};
+    int avoided_ = -1;  // the processor that workers keep off; the owner's
     std::atomic<double> distance_{1};
     std::atomic<Clock::rep> fresh_until_{0};
     Clock::time_point alone_until_{};  // the owner's, as the next
