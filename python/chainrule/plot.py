@@ -185,8 +185,8 @@ def _name(rule: Loss) -> str:
 
 def _described(scene: _Scene) -> str:
     """The picture in words, for who cannot see it."""
-    many = "layers" if len(scene.links) > 1 else "layer"
-    parts = [f"A chain of {len(scene.links)} {many}: {', '.join(map(repr, (k.layer for k in scene.links)))}."]
+    count = len(scene.links)
+    parts = [f"A chain of {count} layer{'s'[: count - 1]}: {', '.join(repr(k.layer) for k in scene.links)}."]
     if scene.phi is not None:
         parts.append(f"x = {_said(scene.phi[0])}, f = {_said(scene.phi[-1])}.")
     if scene.dphi is not None and scene.value is not None:
