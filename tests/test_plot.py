@@ -220,6 +220,7 @@ def test_self_contained_and_accessible(net):
         "svg", "title", "desc", "style", "rect", "text", "path",
     }  # fmt: skip
     assert "url(" not in str(drawing) and str(drawing).count("http") == 1  # the name space
+    assert "A chain of 1 layer: Linear(2, 3)." in str(cr.draw(cr.Sequential(cr.Linear(2, 3))))
 
 
 def test_readable_in_light_and_dark(net):
