@@ -361,7 +361,8 @@ void over_panels(Index columns, Index panel, bool shared, const Ranges& f) {
 }
 
 template <class T>
-void Network<T>::forward_all(const Activations<T>& a, Index rows, const Noise& noise, bool training) const {
+void Network<T>::forward_all(const Activations<T>& a, Index rows, int most_parts, const Noise& noise,
+                             bool training) const {
     for (Index l = 0; l < depth();) {
         const Layer<T>& layer = layers_[static_cast<std::size_t>(l)];
         if (layer.kind == Kind<T>::external) {
@@ -372,14 +373,14 @@ void Network<T>::forward_all(const Activations<T>& a, Index rows, const Noise& n
             continue;
         }
         const Index next = next_external(l);
-        over_rows(rows, parts_for(multiplies_ * static_cast<double>(rows)),
-                  [&](Index begin, Index end) { forward(a, l, next, begin, end, noise, training); });
+        over_rows(rows, most_parts, [&](Index begin, Index end) { forward(a, l, next, begin, end, noise, training); });
         l = next;
     }
 }
 
 template <class T>
-void Network<T>::backward_all(const Activations<T>& a, Index rows, const Noise& noise, T* gradient) const {
+void Network<T>::backward_all(const Activations<T>& a, Index rows, int most_parts, const Noise& noise,
+                              T* gradient) const {
     Index l = depth();
     while (l > 0 && l >= first_cotangent_) {
         const Layer<T>& layer = layers_[static_cast<std::size_t>(l - 1)];
@@ -397,8 +398,7 @@ void Network<T>::backward_all(const Activations<T>& a, Index rows, const Noise& 
         Index from = l - 1;
         while (from > first_cotangent_ && layers_[static_cast<std::size_t>(from - 1)].kind != Kind<T>::external) --from;
         if (from < first_cotangent_) return;
-        over_rows(rows, parts_for(2 * multiplies_ * static_cast<double>(rows)),
-                  [&](Index begin, Index end) { backward(a, l, from, begin, end, noise); });
+        over_rows(rows, most_parts, [&](Index begin, Index end) { backward(a, l, from, begin, end, noise); });
         l = from;
     }
 }
@@ -451,14 +451,15 @@ void Network<T>::predict_blocks(const Activations<T>& a, Index first, Index end,
 template <class T>
 void Network<T>::predict(Index rows, const T* x, T* f) const {
     if (rows == 0) return;
+    const int most_parts = parts_for(multiplies_ * static_cast<double>(rows));
     if (has_external_) {
         const Activations<T> a(layers_, rows, false);
         const MatrixView<T> in = a.phi(0), out = a.phi(depth());
         copy_rows(rows, inputs(), x, inputs(), in.data, in.stride);
-        forward_all(a, rows, Noise{}, false);
+        forward_all(a, rows, most_parts, Noise{}, false);
         return copy_rows(rows, outputs(), out.data, out.stride, f, outputs());
     }
-    const int parts = static_cast<int>(std::min<Index>(parts_for(multiplies_ * static_cast<double>(rows)), rows));
+    const int parts = static_cast<int>(std::min<Index>(most_parts, rows));
     if (parts == 1) {
         Scratch scratch(*this, std::min(rows, kBlockRows));
         return predict_blocks(scratch.activations(), 0, rows, x, f);

@@ -256,8 +256,8 @@ class Network {
 
     // The same for the first `rows` rows of a whole batch, on several threads, with external layers between. `gradient` is
     // laid out like theta and receives the external layers' parts.
-    void forward_all(const Activations<T>& a, Index rows, const Noise& noise, bool training) const;
-    void backward_all(const Activations<T>& a, Index rows, const Noise& noise, T* gradient) const;
+    void forward_all(const Activations<T>& a, Index rows, int most_parts, const Noise& noise, bool training) const;
+    void backward_all(const Activations<T>& a, Index rows, int most_parts, const Noise& noise, T* gradient) const;
 
     // f = φᴸ(x) for plain row-major x and f; any number of rows.
     void predict(Index rows, const T* x, T* f) const;

@@ -121,7 +121,7 @@ class Pool {
         if (awake(parts) || owned_.exchange(true, std::memory_order_acquire)) return;
         const Release release{owned_};
         if (Clock::now() < alone_until_ || !grow(parts - 1)) return;
-        if (sleepers_.exchange(0, std::memory_order_seq_cst) > 0) wake_all();
+        wake_sleepers();
     }
 
     void stop() {
@@ -155,11 +155,12 @@ class Pool {
         float_mode_ = float_mode();
         done_.store(0, std::memory_order_relaxed);
         ticket_.store(static_cast<std::uint32_t>(parts) << kPartBits, std::memory_order_seq_cst);
-        if (sleepers_.exchange(0, std::memory_order_seq_cst) > 0) wake_all();
+        wake_sleepers();
     }
 
     // The work may be done before a worker is there: it spins all the same, for what comes next.
-    void wake_all() {
+    void wake_sleepers() {
+        if (sleepers_.exchange(0, std::memory_order_seq_cst) == 0) return;
         keep_workers_off_this_processor();
         {
             std::lock_guard<std::mutex> lock(sleep_);

@@ -12,15 +12,14 @@ Sobolev<T>::Sobolev(const Network<T>& net, Index most)
 }
 
 template <class T>
-double Sobolev<T>::sweep(const Batch& batch, T* gradient) {
+double Sobolev<T>::sweep(const Batch& batch, T* gradient, int most_parts) {
     examples_ = batch.examples;
     tape_.prepare_inputs();
     if (net_.has_external()) {
         sweep_examples(batch, 0, examples_, gradient);
     } else {
-        const double products = static_cast<double>(1 + 3 * outputs_) * net_.multiplies_per_row();
         const Index piece = std::max<Index>(kBlockRows / outputs_, 1);  // a block has so many rows of derivatives
-        over_rows(examples_, parts_for(products * static_cast<double>(examples_)), [&](Index begin, Index end) {
+        over_rows(examples_, most_parts, [&](Index begin, Index end) {
             for (Index next; begin < end; begin = next) {
                 next = std::min(begin + piece, end);
                 sweep_examples(batch, begin, next, gradient);

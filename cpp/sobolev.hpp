@@ -33,7 +33,7 @@ class Sobolev {
 
     // The term's value; what `differentiate` reads. Users' layers add their part of the gradient of both terms to
     // `gradient`, laid out like theta.
-    double sweep(const Batch& batch, T* gradient);
+    double sweep(const Batch& batch, T* gradient, int most_parts);
     // A linear layer's tile of the gradient of both terms.
     void differentiate(const Tiles<T>& tiles, const Tile& tile, typename Tiles<T>::Scratch& scratch, T* gradient) const;
 

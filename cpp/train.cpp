@@ -120,7 +120,7 @@ double Step<T>::total_loss() const {
 // Both phases are shared, or none: a single thread's phase would begin and end with data that the other core has.
 // 64-64-64 at batch 64 took two threads 24 µs, one 29, and one in phase 2 only 33.
 template <class T>
-void Step<T>::share(double products) {
+void Step<T>::choose_parts(double products) {
     parts_ = parts_for(products * net_->multiplies_per_row() + kUpdateCost * static_cast<double>(net_->size()));
 }
 
@@ -129,7 +129,7 @@ double Step<T>::sweep(const Dataset<T>& data, const std::int64_t* order, Index r
                       bool backward) {
     if (backward && sobolev_) return sweep_sobolev(data, order, rows, noise);
     rows_ = rows;
-    share(static_cast<double>(backward ? 3 * rows : rows));
+    choose_parts(static_cast<double>(backward ? 3 * rows : rows));
     weigh(data, order);
     const Index depth = net_->depth();
     if (!net_->has_external() && !loss_.external) {
@@ -152,7 +152,7 @@ double Step<T>::sweep(const Dataset<T>& data, const std::int64_t* order, Index r
         return total_loss();
     }
     over_rows(rows, parts_, [&](Index begin, Index end) { gather(data, order, begin, end); });
-    net_->forward_all(activations_, rows, noise, backward);
+    net_->forward_all(activations_, rows, parts_, noise, backward);
     double value;
     if (loss_.external) {
         const MatrixView<T> f = activations_.phi(depth), df = activations_.dphi(depth);
@@ -165,7 +165,7 @@ double Step<T>::sweep(const Dataset<T>& data, const std::int64_t* order, Index r
         value = total_loss();
     }
     if (!backward) return value;
-    net_->backward_all(activations_, rows, noise, stored_gradient().data());
+    net_->backward_all(activations_, rows, parts_, noise, stored_gradient().data());
     if (clip_example_norm_ != 0) over_rows(rows, parts_, [&](Index begin, Index end) { clip_examples(begin, end); });
     return value;
 }
@@ -184,8 +184,8 @@ double Step<T>::sweep_sobolev(const Dataset<T>& data, const std::int64_t* order,
                                               order,
                                               weighted_ ? weights_.data() : nullptr,
                                               data.dy_weight * static_cast<double>(scale_)};
-    share(static_cast<double>(4 * rows * (1 + net_->outputs())));
-    return value + sobolev_->sweep(batch, own);
+    choose_parts(static_cast<double>(4 * rows * (1 + net_->outputs())));
+    return value + sobolev_->sweep(batch, own, parts_);
 }
 
 template <class T>

@@ -62,7 +62,7 @@ class Step {
 
    private:
     using Scratch = typename Tiles<T>::Scratch;
-    void share(double products);  // of a row with all weights
+    void choose_parts(double products);  // of a row with all weights
     void gather(const Dataset<T>& data, const std::int64_t* order, Index begin, Index end);
     void weigh(const Dataset<T>& data, const std::int64_t* order);
     void run_loss(Index begin, Index end);

@@ -145,7 +145,7 @@ void pool_distance() {
             }
         }
     set_thread_count(3);
-    for (int i = 0; i < 1000; ++i) each_once(3);
+    for (int i = 0; i < 1000; ++i) check(each_once(3), "every part once, the way measured in between or not");
     check(core_distance() >= 1 && core_distance() < 1e6, "the distance, measured or not, is a sensible number");
     set_thread_count(1);
     check(core_distance() == 1, "without workers there is none");
