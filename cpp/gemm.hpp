@@ -126,26 +126,27 @@ CHAINRULE_INLINE void block(Index rows, Index width, Index depth, Operand<E> a, 
     }
 }
 
-// The terms k .. k + depth, one block, of C (rows x cols) = A B + bias, B in panels of kPanel columns: panel p begins at
-// p * kPanel * b_rows and its rows are as wide as its columns rounded up to a cache line. `bias` is laid out like B,
-// with bias_rows rows, of which the last is taken; or null. `a` begins at term k. Term 0 starts C anew unless `add`.
+// A matrix in panels of kPanel columns: panel p begins at p * kPanel * rows, and its rows are as wide as its columns rounded
+// up to a cache line. A product begins at row `first`.
+template <class E>
+struct Panels {
+    const E* data;
+    Index rows, first = 0;
+};
+
+// C (rows x cols) = A B, started with the last row of `bias` where `start` says row. A panel of C gets all its terms before
+// the next one: 192 x 2048 x 2048 at 95.5 % of the peak, 93.5 % when all panels got a block of terms each in turn.
 template <class T, class E>
-void multiply_block(Index rows, Index cols, Index k, Index depth, Operand<E> a, const E* b, Index b_rows, const T* bias,
-                    Index bias_rows, T* c, Index c_stride, bool add = false) {
+CHAINRULE_NOINLINE void multiply_panels(Index rows, Index cols, Index depth, Operand<E> a, Panels<E> b, Start start,
+                                       Panels<T> bias, T* c, Index c_stride) {
     for (Index j = 0; j < cols; j += kPanel<T>) {
         const Index width = panel_width<T>(cols, j);
-        const T* row = bias ? bias + j * bias_rows + (bias_rows - 1) * width : nullptr;
-        const Start start = k > 0 || add ? Start::add : (bias ? Start::row : Start::zero);
-        block<false>(rows, width, depth, a, b + j * b_rows + k * width, width, c + j, c_stride, start, row);
+        const T* row = start == Start::row ? bias.data + j * bias.rows + (bias.rows - 1) * width : nullptr;
+        for (Index k = 0; k == 0 || k < depth; k += kBlock<E>)
+            block<false>(rows, width, depth - k < kBlock<E> ? depth - k : kBlock<E>, Operand<E>{a.data + k, a.stride},
+                         b.data + j * b.rows + (b.first + k) * width, width, c + j, c_stride,
+                         k > 0 ? Start::add : start, row);
     }
-}
-
-template <class T>
-void multiply_panels(Index rows, Index cols, Index depth, Operand<T> a, const T* b, Index b_rows, Start start, T* c,
-                     Index c_stride) {
-    for (Index k = 0; k == 0 || k < depth; k += kBlock<T>)
-        multiply_block(rows, cols, k, depth - k < kBlock<T> ? depth - k : kBlock<T>, Operand<T>{a.data + k, a.stride},
-                       b, b_rows, start == Start::row ? b : nullptr, b_rows, c, c_stride, start == Start::add);
 }
 
 // C (rows x width) = Aᵀ B: A given by columns (its row k holds the k-th terms), width at most a panel. B is strided; where
@@ -314,12 +315,16 @@ CHAINRULE_INLINE void pair_columns(Index rows, Index cols, const float* x, Index
         }
 }
 
-// Rows of x (rows x cols, cols whole lines) in pairs.
+// Rows of x (rows x cols, cols whole lines) in pairs. They come from memory, where no hardware prefetcher follows: fetched
+// ahead, 2048 rows of 64 columns of 2048 took 1.05 ms instead of 1.35.
 CHAINRULE_INLINE void pair_rows(Index rows, Index cols, const float* x, Index stride, Pair* to, Index to_stride) {
     for (Index i = 0; i < rows; i += 2)
-        for (Index j = 0; j < cols; j += kWidth<float>)
-            store(to + i / 2 * to_stride + j,
-                  pair_up(load(x + i * stride + j), i + 1 < rows ? load(x + (i + 1) * stride + j) : Vec<float>{}));
+        for (Index j = 0; j < cols; j += kWidth<float>) {
+            const float* pair = x + i * stride + j;
+            __builtin_prefetch(pair + 8 * stride);
+            __builtin_prefetch(pair + 9 * stride);
+            store(to + i / 2 * to_stride + j, pair_up(load(pair), i + 1 < rows ? load(pair + stride) : Vec<float>{}));
+        }
 }
 
 // transpose_panel into pairs: rows o and o + 1 of Aᵀ share a row of `backward`. Zeros stand beside an odd last row,

@@ -112,7 +112,9 @@ struct SecondKernels {
 template <class T>
 const SecondKernels<T>& second_kernels();
 
-// The products of a linear layer on operands rounded to bfloat16; see ops/linear_bfloat16.hpp.
+// The products of a linear layer on operands rounded to bfloat16; see ops/linear_bfloat16.hpp. `scratch` has kPairRoom pairs
+// for each row.
+constexpr Index kPairRoom = kDepth / 2 + kLine<float>;
 struct Bfloat16Kernels {
     void (*forward)(Index rows, Index inputs, Index outputs, bool bias, const float* x, Index x_stride,
                     const float* master, const Pair* forward, float* z, Index z_stride, Pair* scratch);

@@ -79,7 +79,7 @@ Activations<T>::Activations(const std::vector<Layer<T>>& layers, Index rows, boo
         }
     }
     for (const Layer<T>& layer : layers)
-        if (layer.bfloat16 && pairs_.size() == 0) pairs_ = Array<Pair>(rows * (kDepth / 2));
+        if (layer.bfloat16 && pairs_.size() == 0) pairs_ = Array<Pair>(rows * kPairRoom);
     arena_ = Array<T>(total);
     for (std::size_t l = 0; l <= depth; ++l) {
         phi_[l].data = arena_.data() + begin[phi_buffer[l]];
@@ -482,7 +482,7 @@ void Network<T>::trace(Index rows, const T* x, T* const* phi) const {
         const Layer<T>& layer = layers_[static_cast<std::size_t>(l)];
         Array<T> next = room_for(layer.outputs);
         const MatrixView<T> out = {next.data(), rows, layer.outputs, padded_stride<T>(layer.outputs)};
-        const Array<Pair> pairs(layer.bfloat16 ? rows * (kDepth / 2) : 0);
+        const Array<Pair> pairs(layer.bfloat16 ? rows * kPairRoom : 0);
         forward_layer(l, in, out, pairs.data());
         copy_rows(rows, out.cols, out.data, out.stride, phi[l], out.cols);
         memory = std::move(next);

@@ -119,7 +119,7 @@ class Activations {
     Activations(const std::vector<Layer<T>>& layers, Index rows, bool cotangents);
     Index rows() const { return rows_; }
     // Room for bfloat16 operands of the rows from `row`; null where no layer needs it.
-    Pair* pairs(Index row) const { return pairs_.size() > 0 ? pairs_.data() + row * (kDepth / 2) : nullptr; }
+    Pair* pairs(Index row) const { return pairs_.size() > 0 ? pairs_.data() + row * kPairRoom : nullptr; }
     MatrixView<T> phi(Index layer) const { return phi_[static_cast<std::size_t>(layer)]; }  // 0 is the input
     MatrixView<T> dphi(Index layer) const {
         return dphi_[static_cast<std::size_t>(layer)];
@@ -245,7 +245,7 @@ class Network {
     void forward(const Activations<T>& a, Index from, Index to, Index begin, Index end, const Noise& noise,
                  bool training) const;
     // One layer on matrices of the caller's, whose rows are padded. Dropout is the identity.
-    // `pairs` is room for bfloat16 operands, x.rows * kDepth / 2.
+    // `pairs` is room for bfloat16 operands, x.rows * kPairRoom.
     void forward_layer(Index layer, MatrixView<T> x, MatrixView<T> y, Pair* pairs) const;
     // dphi(to) to dphi(from), same rows.
     void backward(const Activations<T>& a, Index to, Index from, Index begin, Index end, const Noise& noise) const;

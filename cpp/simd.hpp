@@ -21,7 +21,11 @@
 #endif
 
 #define CHAINRULE_INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
 #define CHAINRULE_NOINLINE static __attribute__((noinline))
+#else
+#define CHAINRULE_NOINLINE static __attribute__((noinline, noclone))  // nor a copy for each constant argument
+#endif
 #define CHAINRULE_PRAGMA(text) _Pragma(#text)
 #define CHAINRULE_UNROLL(times) CHAINRULE_PRAGMA(GCC unroll times)
 

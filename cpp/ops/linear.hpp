@@ -19,8 +19,9 @@ namespace CHAINRULE_ISA {
 template <class T>
 void linear_forward(Index rows, Index inputs, Index outputs, bool bias, const T* x, Index x_stride, const T* forward,
                     T* z, Index z_stride) {
-    multiply_panels(rows, outputs, inputs, Operand<T>{x, x_stride}, forward, inputs + bias,
-                    bias ? Start::row : Start::zero, z, z_stride);
+    const Panels<T> weights = {forward, inputs + bias};
+    multiply_panels(rows, outputs, inputs, Operand<T>{x, x_stride}, weights, bias ? Start::row : Start::zero, weights,
+                    z, z_stride);
 }
 
 template <class T>
@@ -34,8 +35,8 @@ void linear_forward_narrow(Index rows, Index inputs, Index outputs, bool bias, c
 template <class T>
 void linear_jvp(Index rows, Index inputs, Index outputs, bool bias, const T* dx, Index dx_stride, const T* forward,
                 T* dz, Index dz_stride, bool add) {
-    multiply_panels(rows, outputs, inputs, Operand<T>{dx, dx_stride}, forward, inputs + bias,
-                    add ? Start::add : Start::zero, dz, dz_stride);
+    multiply_panels(rows, outputs, inputs, Operand<T>{dx, dx_stride}, Panels<T>{forward, inputs + bias},
+                    add ? Start::add : Start::zero, Panels<T>{}, dz, dz_stride);
 }
 template <class T>
 void linear_jvp_narrow(Index rows, Index inputs, Index outputs, bool, const T* dx, Index dx_stride, const T* master,
@@ -47,8 +48,8 @@ void linear_jvp_narrow(Index rows, Index inputs, Index outputs, bool, const T* d
 template <class T>
 void linear_vjp_input(Index rows, Index inputs, Index outputs, const T* dz, Index dz_stride, const T* backward, T* dx,
                       Index dx_stride, bool add) {
-    multiply_panels(rows, inputs, outputs, Operand<T>{dz, dz_stride}, backward, outputs, add ? Start::add : Start::zero,
-                    dx, dx_stride);
+    multiply_panels(rows, inputs, outputs, Operand<T>{dz, dz_stride}, Panels<T>{backward, outputs},
+                    add ? Start::add : Start::zero, Panels<T>{}, dx, dx_stride);
 }
 
 // A tile of dWᵀ over db: `count` input rows from x's first column, `width` outputs from dz's; tile stride = width.

@@ -9,7 +9,7 @@
 namespace chainrule {
 namespace {
 
-constexpr Index kBlockPairs = kDepth / 2;  // of one row of the left-hand matrix, in the scratch
+constexpr Index kBlockPairs = kDepth / 2;  // of one column, packed for a block of the sum
 constexpr Index kPanelColumns = 4 * line<float>;
 constexpr Index kWhole = 1 << 20;
 
@@ -126,7 +126,7 @@ class PairedCase {
     void forward(const char* name, const Matrix<float>& a, const PairedWeights& weights, bool bias) const {
         begin_case<float>(name, a.rows, n_, k_);
         const Matrix<float> c(a.rows, n_, n_ % 2);
-        const Fenced<Pair> scratch(a.rows * kBlockPairs);
+        const Fenced<Pair> scratch(a.rows * kPairRoom);
         bfloat16_kernels().forward(a.rows, k_, n_, bias, a.data(), a.stride, bias ? weights.master() : nullptr,
                                    weights.forward(), c.data(), c.stride, scratch.data());
         verify(c, scratch, bias);
@@ -135,7 +135,7 @@ class PairedCase {
     void vjp_input(const Matrix<float>& a) const {
         begin_case<float>("bfloat16 vjp_input", a.rows, n_, k_);
         const Matrix<float> c(a.rows, n_, (n_ + 1) % 2);
-        const Fenced<Pair> scratch(a.rows * kBlockPairs);
+        const Fenced<Pair> scratch(a.rows * kPairRoom);
         bfloat16_kernels().vjp_input(a.rows, n_, k_, a.data(), a.stride, turned_.backward(), c.data(), c.stride,
                                      scratch.data());
         verify(c, scratch, false);
@@ -187,9 +187,11 @@ void large_bfloat16() {
     const std::vector<Index> edges = {47, 49, 63, 65, 97, 127, 129, 193, 255, 257};
     const Integers<float> odd(257, 257, edges), skinny(19, 257, {1, 2, 511, 512, 513, 514, 1023, 1024, 1025});
     const Integers<float> tall(7, 450, {1, 2, 3, 385, 513});
+    const Integers<float> deep(193, 65, {513, 1024, 1025, 1537, 2049});  // rows in pieces, of even and of odd heights
     on_each_isa([&] {
         try_paired(odd, edges, edges, {quick ? 31 : 2});
         try_paired(skinny, {1, 2, 3, 5, 6, 7, 11, 12, 13, 19}, {1, 2, 15, 17, 31, 33, 64, 65, 257}, {quick ? 17 : 1});
+        try_paired(deep, {48, 95, 96, 97, 145, 191, 192, 193}, {1, 64, 65}, {quick ? 7 : 1});
         try_paired(tall, {1, 6, 7}, {383, 384, 385, 431, 433, 450}, {1});
     });
 }
@@ -250,7 +252,7 @@ void bfloat16_operands() {
         const Bfloat16Kernels& k = bfloat16_kernels();
         const PairedWeights identity(n, n, false, 48, 0, unit);
         const PairedWeights weights(n, n, false, 48, 0, [&](Index i, Index o) { return x.at(i, o); });
-        const Fenced<Pair> scratch(n * kBlockPairs);
+        const Fenced<Pair> scratch(n * kPairRoom);
         k.forward(n, n, n, false, x.data(), x.stride, nullptr, identity.forward(), c.data(), c.stride, scratch.data());
         check_bits("forward rounds x to nearest", c, want);
         k.vjp_input(n, n, n, x.data(), x.stride, identity.backward(), c.data(), c.stride, scratch.data());
@@ -294,7 +296,7 @@ class Terms {
         x.fill([&](Index i, Index k) { return a[index(i)][index(k)]; });
         const PairedWeights weights(2, cols, true, 48, 0,
                                     [&](Index k, Index j) { return k < 2 ? b[index(j)][index(k)] : c[index(j)]; });
-        const Fenced<Pair> scratch(rows * kBlockPairs);
+        const Fenced<Pair> scratch(rows * kPairRoom);
         bfloat16_kernels().forward(rows, 2, cols, true, x.data(), x.stride, weights.master(), weights.forward(),
                                    z.data(), z.stride, scratch.data());
         std::vector<float> got;
