@@ -138,7 +138,7 @@ struct Panels {
 // the next one: 192 x 2048 x 2048 at 95.5 % of the peak, 93.5 % when all panels got a block of terms each in turn.
 template <class T, class E>
 CHAINRULE_NOINLINE void multiply_panels(Index rows, Index cols, Index depth, Operand<E> a, Panels<E> b, Start start,
-                                       Panels<T> bias, T* c, Index c_stride) {
+                                        Panels<T> bias, T* c, Index c_stride) {
     for (Index j = 0; j < cols; j += kPanel<T>) {
         const Index width = panel_width<T>(cols, j);
         const T* row = start == Start::row ? bias.data + j * bias.rows + (bias.rows - 1) * width : nullptr;
@@ -313,6 +313,26 @@ CHAINRULE_INLINE void pair_columns(Index rows, Index cols, const float* x, Index
             split_pairs(low, high);
             store(to + i * to_stride + j / 2, pair_up(low, high));
         }
+}
+
+// C = A B, from the bias on where there is one, with the rows of A paired in `scratch`: of a deep A fewer rows at a time. No
+// more than rows + pieces of them fill kDepth / 2 pairs each, which kPairRoom allows for.
+CHAINRULE_NOINLINE void multiply_paired(Index rows, Index cols, Index depth, const float* a, Index a_stride,
+                                        const Pair* b, Panels<float> bias, float* c, Index c_stride, Pair* scratch) {
+    constexpr Index few_rows = 48;
+    const Index blocks = depth > kDepth ? (depth + kDepth - 1) / kDepth : 1;
+    const Index most = rows < few_rows ? 1 : rows / few_rows;
+    const Index pieces = most < blocks ? most : blocks, deep = pieces * kDepth;
+    for (Index piece = 0; piece < pieces; ++piece) {
+        const Index first = rows * piece / pieces, height = rows * (piece + 1) / pieces - first;
+        for (Index k = 0; k == 0 || k < depth; k += deep) {
+            const Index count = depth - k < deep ? depth - k : deep, stride = round_up(count, 2 * kLine<float>) / 2;
+            pair_columns(height, count, a + first * a_stride + k, a_stride, scratch, stride);
+            const Start start = k > 0 ? Start::add : (bias.data ? Start::row : Start::zero);
+            multiply_panels(height, cols, (count + 1) / 2, Operand<Pair>{scratch, stride},
+                            Panels<Pair>{b, (depth + 1) / 2, k / 2}, start, bias, c + first * c_stride, c_stride);
+        }
+    }
 }
 
 // Rows of x (rows x cols, cols whole lines) in pairs. They come from memory, where no hardware prefetcher follows: fetched

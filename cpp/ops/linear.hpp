@@ -19,9 +19,8 @@ namespace CHAINRULE_ISA {
 template <class T>
 void linear_forward(Index rows, Index inputs, Index outputs, bool bias, const T* x, Index x_stride, const T* forward,
                     T* z, Index z_stride) {
-    const Panels<T> weights = {forward, inputs + bias};
-    multiply_panels(rows, outputs, inputs, Operand<T>{x, x_stride}, weights, bias ? Start::row : Start::zero, weights,
-                    z, z_stride);
+    const Panels<T> w = {forward, inputs + bias};
+    multiply_panels(rows, outputs, inputs, Operand<T>{x, x_stride}, w, bias ? Start::row : Start::zero, w, z, z_stride);
 }
 
 template <class T>

@@ -12,27 +12,6 @@
 namespace chainrule {
 namespace CHAINRULE_ISA {
 
-// C = A B, from the bias on where there is one, with the rows of A paired in `scratch`: of a deep A fewer rows at a time. No
-// more than rows + pieces of them fill kDepth / 2 pairs each, which kPairRoom allows for.
-CHAINRULE_NOINLINE void multiply_paired(Index rows, Index cols, Index depth, const float* a, Index a_stride,
-                                              const Pair* b, Panels<float> bias, float* c, Index c_stride,
-                                              Pair* scratch) {
-    constexpr Index few_rows = 48;
-    const Index blocks = depth > kDepth ? (depth + kDepth - 1) / kDepth : 1,
-                most = rows < few_rows ? 1 : rows / few_rows;
-    const Index pieces = most < blocks ? most : blocks, deep = pieces * kDepth;
-    for (Index piece = 0; piece < pieces; ++piece) {
-        const Index first = rows * piece / pieces, height = rows * (piece + 1) / pieces - first;
-        for (Index k = 0; k == 0 || k < depth; k += deep) {
-            const Index count = depth - k < deep ? depth - k : deep, stride = round_up(count, 2 * kLine<float>) / 2;
-            pair_columns(height, count, a + first * a_stride + k, a_stride, scratch, stride);
-            const Start start = k > 0 ? Start::add : (bias.data ? Start::row : Start::zero);
-            multiply_panels(height, cols, (count + 1) / 2, Operand<Pair>{scratch, stride},
-                            Panels<Pair>{b, (depth + 1) / 2, k / 2}, start, bias, c + first * c_stride, c_stride);
-        }
-    }
-}
-
 static void linear_bfloat16_forward(Index rows, Index inputs, Index outputs, bool bias, const float* x, Index x_stride,
                                     const float* master, const Pair* forward, float* z, Index z_stride, Pair* scratch) {
     multiply_paired(rows, outputs, inputs, x, x_stride, forward, {bias ? master : nullptr, inputs + 1}, z, z_stride,
