@@ -10,6 +10,7 @@
 #include <dlfcn.h>
 
 #include "cuda/calculus.cuh"
+#include "cuda/predict.cuh"
 #include "cuda/trainer.cuh"
 
 namespace chainrule {
@@ -232,6 +233,12 @@ template <class T>
 void Network<T>::predict(Index rows, const T* x, T* f) const {
     const OnDevice here(device_);
     const std::lock_guard<std::mutex> lock(runtime_->mutex);
+    if constexpr (std::is_same_v<T, float>) {
+        const Schedule forced = forced_schedule.load();
+        const bool many = wants_resident_prediction(rows, SimtPrediction::rows, runtime_->how.processors);
+        if (rows > 0 && (forced == Schedule::resident || (forced == Schedule::by_size && many)))
+            if (const ResidentPrediction resident(*this); resident.fits()) return resident.run(rows, x, f);
+    }
     if (!runtime_->predictor) runtime_->predictor = std::make_unique<Tape<T>>(*this, false);
     Tape<T>& tape = *runtime_->predictor;
     const bool here_already = rows > 0 && device_of(x) == device_;

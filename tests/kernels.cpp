@@ -62,6 +62,7 @@ constexpr Test all_tests[] = {
     {"cuda_strides", cuda_strides},
     {"cuda_tiles", cuda_tiles},
     {"cuda_programs", cuda_programs},
+    {"cuda_predictions", cuda_predictions},
     {"predictions", predictions},
     {"pool_parts", pool_parts},
     {"pool_nested", pool_nested},

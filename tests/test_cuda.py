@@ -129,9 +129,17 @@ def test_op(row, shape, dtype, rng):
     close(net.second(x, False), twin.second(x64, False), 64 * eps(dtype) * roundings(row, shape[1]), "second")
 
 
+@pytest.fixture(params=["layer by layer", "by blocks"])
+def way(request):
+    """Predictions that go through memory between layers, and those that keep all weights in each block."""
+    cuda.force_schedule("resident" if request.param == "by blocks" else "fused")
+    yield request.param
+    cuda.force_schedule("")
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_of_every_width(precision, bias, rng):
+def test_linear_of_every_width(precision, bias, way, rng):
     """Rows, columns or terms lost or counted twice at the edges of tiles."""
     edges = [1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200]
     for place, outputs in enumerate(edges):
@@ -285,9 +293,53 @@ def test_what_does_not_fit_is_not_computed(precision, rng):
     assert pair.gpu.predict(x[:0]).shape == (0, 3)
 
 
+# ---- predictions -------------------------------------------------------------------------------------------
+
+PREDICTED = {
+    "64-64-64-1": layers_of([64, 64, 64, 1], "tanh", "relu"),
+    "panels and few": layers_of([9, 65, 8, 130, 9], "gelu", "silu", ("elu", 0.7), "sigmoid", bias=False),
+    "dropout": [
+        *layers_of([3, 70], "softplus"),
+        ("dropout", 70, 70, 0.4, False, None),
+        ("linear", 70, 3, 0.0, True, None),
+    ],
+    "an op first": [
+        ("tanh", 17, 17, 0.0, False, None),
+        ("sigmoid", 17, 17, 0.0, False, None),
+        *layers_of([17, 5]),
+    ],
+    "rows whole": layers_of([5, 12, 9], "relu", "softmax"),  # these two go layer by layer either way
+    "too large": layers_of([5, 400, 400, 2], "relu", "relu"),
+}
+
+
+@pytest.mark.parametrize("layers", PREDICTED.values(), ids=PREDICTED)
+def test_predictions(layers, way, precision, rng):
+    """Around a block's rows; a row does not know its batch where blocks have the same tiles for all."""
+    pair = Pair(layers, precision, rng)
+    x = pair.numbers(rng, 300, layers[0][1])
+    whole = pair.gpu.predict(x)
+    close(whole, pair.cpu.predict(wide(x)), ROUNDINGS * eps(pair.dtype))
+    for rows in (1, 127, 128, 129):
+        part = pair.gpu.predict(x[:rows])
+        close(part, whole[:rows], ROUNDINGS * eps(pair.dtype))
+        if way == "by blocks" and layers is PREDICTED["64-64-64-1"] and precision == "float32":
+            assert_same_bits(part, whole[:rows])
+
+
+def test_what_pads_a_layer_reaches_no_prediction(way, rng):
+    """0 · ∞ is NaN: sums that are infinite, and tanh's limits behind them, are the CPU's."""
+    pair = Pair(layers_of([5, 9, 17, 3], "tanh", "tanh"), "float32", rng)
+    x = pair.numbers(rng, 130, 5)
+    x[7, 2], x[128, 4], x[129, 0] = np.inf, -np.inf, np.nan
+    got, exact = pair.gpu.predict(x), pair.cpu.predict(wide(x))
+    assert np.isnan(got[129]).all() and np.isfinite(got[:129]).all()
+    close(got[:129], exact[:129], ROUNDINGS * eps(np.float32))
+
+
 def test_large_predictions_go_in_pieces(rng):
     pair = Pair(layers_of([2, 5, 1], "relu"), "float32", rng)
-    x = pair.numbers(rng, 20_001, 2)
+    x = pair.numbers(rng, 70_001, 2)
     close(pair.gpu.predict(x), pair.cpu.predict(wide(x)), 100 * eps(np.float32))
 
 

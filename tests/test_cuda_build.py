@@ -16,8 +16,8 @@ pytestmark = [
     pytest.mark.skipif(NVCC is None, reason="there is no nvcc here to compile cpp/cuda.cu with"),
 ]
 
-# What training spends its time in. A spill would send their sums through slow memory.
-HOT = r"multiply<|train_resident|finish_product|over_elements|over_each|over_rows"
+# What training and prediction spend their time in. A spill would send their sums through slow memory.
+HOT = r"multiply<|train_resident|predict_resident|finish_product|over_elements|over_each|over_rows"
 # Registers of a thread that let a block of 256 start at all; one more would be a launch that fails.
 MOST_REGISTERS = 255
 

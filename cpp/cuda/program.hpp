@@ -3,6 +3,8 @@
 // shared memory each matrix lies. Plain arithmetic on sizes; a compiler without CUDA can ask it.
 #pragma once
 
+#include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "../network.hpp"
@@ -139,6 +141,46 @@ Program plan_resident(const std::vector<Layer<T>>& layers, Index first_cotangent
         s.through_saved = n > 0 ? p.steps[n - 1].saved : s.x;
     }
     p.sums = memory.cut(kResidentThreads * static_cast<Index>(sizeof(double) / sizeof(T)));
+    p.total = memory.used();
+    return p;
+}
+
+// ---- prediction -----------------------------------------------------------------------------------------------------
+
+// A tile of multiply.cuh: rows x cols of C, so many terms at a time, and how much longer rows of A and B are in shared memory.
+struct TileShape {
+    Index rows, cols, depth, padding;
+    Index terms(Index inputs) const { return round_up(inputs, depth); }
+};
+
+// Layers of no more outputs take no tile: it would compute zeros for most of its time.
+constexpr Index kFewOutputs = 8;
+
+// Where prediction has weights and two φ, which take turns; count 0 if a layer wants its rows whole. Of each linear layer b comes
+// first, then W: Wᵀ in panels of a tile's columns, zeros below it, or as it is if there are few outputs.
+template <class T>
+Program plan_prediction(const std::vector<Layer<T>>& layers, const TileShape& tile) {
+    using Step = Program::Step;
+    Program p = parts_of(layers, 0);
+    Cutter memory;
+    Index widest = tile.terms(p.inputs);
+    for (int n = 0; n < p.count; ++n) {
+        Step& s = p.steps[n];
+        if (s.kind == Step::Kind::rowwise) return Program{};
+        widest = std::max(widest, round_up(s.outputs, tile.cols));
+        const Index panel = tile.terms(s.inputs) * (tile.cols + tile.padding);
+        const Index weights = s.outputs <= kFewOutputs ? static_cast<Index>(s.outputs) * s.inputs
+                                                       : (s.outputs + tile.cols - 1) / tile.cols * panel;
+        if (s.kind == Step::Kind::linear) s.weights = memory.cut(round_up(s.outputs, 4) + weights);
+    }
+    int phi = memory.cut(widest * (tile.rows + tile.padding)), other = memory.cut(widest * (tile.rows + tile.padding));
+    for (int n = 0; n < p.count; ++n) {
+        Step& s = p.steps[n];
+        s.x = phi;
+        if (s.kind == Step::Kind::linear) std::swap(phi, other);  // all else is in place
+        s.y = phi;
+    }
+    p.f = phi;
     p.total = memory.used();
     return p;
 }

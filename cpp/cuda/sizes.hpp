@@ -32,6 +32,11 @@ constexpr bool wants_library(double multiplies) { return multiplies >= 1 << 27; 
 // How many threads go along a row of so many columns: a warp, or one where most of a warp would have nothing to do.
 constexpr int row_threads(Index cols) { return cols < 8 ? 1 : 32; }
 
+// Prediction with all weights in each block pays when there are rows for every processor; before, tiles keep more of them busy.
+constexpr bool wants_resident_prediction(Index rows, Index rows_of_block, int processors) {
+    return rows >= rows_of_block * processors;
+}
+
 // ---- the resident schedule ------------------------------------------------------------------------------------------
 
 // Rows in shared memory begin an odd number of 16 bytes of float32 after one another: eight threads that read 16 bytes each,

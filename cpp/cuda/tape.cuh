@@ -26,6 +26,7 @@ struct Network<T>::Runtime {
     Stream stream, side;
     Event fork, join;
     std::unique_ptr<Tape<T>> predictor;  // with the memory of the largest prediction so far
+    Buffer<T> rows_in, rows_out;         // of predictions by blocks, for arrays that lie elsewhere
 };
 
 template <class T>

@@ -131,5 +131,49 @@ void cuda_programs() {
     check(p.total * 4 <= 227 * 1024, "8-64-64-1 with Adam and 32 rows fits");
 }
 
+// Of a prediction's shared memory: b and W of each linear layer, then two φ; the parts follow each other.
+constexpr cuda::TileShape kPredictionTile = {128, 64, 16, 4};
+
+void check_prediction(std::initializer_list<Index> widths) {
+    using Step = cuda::Program::Step;
+    const cuda::TileShape& tile = kPredictionTile;
+    const cuda::Program p = cuda::plan_prediction(layers_of<float>(widths, Op::gelu, true), tile);
+    check(p.count > 0, "elementwise ops and dropout have a place");
+    const auto ends = [&](int place, Index cols) { return place + cols * (tile.rows + tile.padding); };
+    Index end = 0;
+    for (int n = 0; n < p.count; ++n) {
+        const Step& s = p.steps[n];
+        const bool linear = s.kind == Step::Kind::linear;
+        const Index panels = cuda::tiles_across(s.outputs, tile.cols);
+        check((s.x != s.y) == linear, "a product has another place than its operand, all else is in place");
+        check(n == 0 || s.x == p.steps[n - 1].y, "a part begins where the one before ends");
+        check(ends(s.x, tile.terms(s.inputs)) <= p.total && ends(s.y, panels * tile.cols) <= p.total,
+              "φ lies within the whole");
+        if (!linear) continue;
+        check(s.weights >= end && s.weights % 4 == 0, "weights lie apart, at multiples of 16 bytes");
+        const Index wide = panels * tile.terms(s.inputs) * (tile.cols + tile.padding);
+        end = s.weights + round_up(s.outputs, 4) + (s.outputs <= cuda::kFewOutputs ? s.outputs * s.inputs : wide);
+    }
+    const Step& first = p.steps[0];
+    const int lower = std::min(first.x, first.y), upper = std::max(first.x, first.y);
+    check(lower >= end && lower % 4 == 0 && upper % 4 == 0, "and before both φ");
+    for (int n = 0; n < p.count; ++n)
+        check(p.steps[n].x != lower || ends(lower, tile.terms(p.steps[n].inputs)) <= upper, "which do not meet");
+    check(p.f == p.steps[p.count - 1].y, "what the last part makes is predicted");
+}
+
+void cuda_predictions() {
+    context.type = "";
+    check_prediction({64, 64, 64, 1});
+    check_prediction({1, 9, 8});
+    check_prediction({17, 65, 129, 3});
+    const auto rowwise = layers_of<float>({3, 4, 2}, Op::softmax, false);
+    check(cuda::plan_prediction(rowwise, kPredictionTile).count == 0, "an op of whole rows has no place");
+    const auto p = cuda::plan_prediction(layers_of<float>({64, 64, 64, 1}, Op::relu, false), kPredictionTile);
+    check(2 * p.total * 4 <= 227 * 1024, "two blocks of 64-64-64-1 fit beside each other");
+    check(cuda::wants_resident_prediction(1000000, 128, 132) && !cuda::wants_resident_prediction(16895, 128, 132),
+          "blocks keep weights when every processor has rows");
+}
+
 }  // namespace
 }  // namespace chainrule
