@@ -335,8 +335,8 @@ CHAINRULE_NOINLINE void multiply_paired(Index rows, Index cols, Index depth, con
     }
 }
 
-// Rows of x (rows x cols, cols whole lines) in pairs. They come from memory, where no hardware prefetcher follows: fetched
-// ahead, 2048 rows of 64 columns of 2048 took 1.05 ms instead of 1.35.
+// Rows of x (rows x cols, cols whole lines) in pairs. They come from memory, where no hardware prefetcher follows: with
+// them fetched ahead, 64 columns at a time of 2048 x 2048 took 1.05 ms for all instead of 1.35.
 CHAINRULE_INLINE void pair_rows(Index rows, Index cols, const float* x, Index stride, Pair* to, Index to_stride) {
     for (Index i = 0; i < rows; i += 2)
         for (Index j = 0; j < cols; j += kWidth<float>) {

@@ -6,6 +6,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
+
 #include "../simd.hpp"
 
 namespace chainrule {
@@ -23,7 +25,8 @@ static __device__ __forceinline__ std::uint32_t bfloat16_pair(float first, float
 }
 
 #ifdef CUDA_ON_CPU
-// The same by the tables of fragments: every lane shows its operands, and takes the products that it holds.
+// The same by the tables of fragments: every lane shows its operands, and takes the products that it holds. Their sum is cut off,
+// not rounded, as tensor cores do. Source: Fasi, Higham, Mikaitis and Pranesh, Numerical behavior of NVIDIA tensor cores, 2021.
 struct Fragments {
     std::uint32_t a[4], b[2];
 };
@@ -32,8 +35,12 @@ inline void products_of_warp(float (&d)[4], const std::uint32_t (&a)[4], const s
     Fragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
     const auto* all = reinterpret_cast<const Fragments*>(cuda_on_cpu::exchange(&mine, sizeof mine));
     const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
-    for (int c = 0; c < 4; ++c)
-        for (int k = 0; k < K; ++k) d[c] += term(all, g + c / 2 * 8, 2 * t + c % 2, k);
+    for (int c = 0; c < 4; ++c) {
+        double sum = static_cast<double>(d[c]);
+        for (int k = 0; k < K; ++k) sum += static_cast<double>(term(all, g + c / 2 * 8, 2 * t + c % 2, k));
+        d[c] = static_cast<float>(sum);
+        if (std::fabs(static_cast<double>(d[c])) > std::fabs(sum)) d[c] = std::nextafter(d[c], 0.0f);
+    }
     __syncwarp();
 }
 inline float float_of(std::uint32_t bits) { return Vec<float>(Vec<Pair>(bits))[0]; }
