@@ -57,13 +57,17 @@ bool Tiles<T>::by_columns(Index l) const {
 template <class T>
 void Tiles<T>::plan_wide(Index l, const Layer<T>& layer) {
     const Index rows = layer.weight_rows();
-    const Index heights =
-        std::max<Index>(1, (rows - 1 + inputs_ - 1) / inputs_);        // a bias alone makes no tile: it would
-    const Index panels = (layer.outputs + kPanel<T> - 1) / kPanel<T>;  // be one chain of waiting additions
+    const Index panels = (layer.outputs + kPanel<T> - 1) / kPanel<T>;
+    // A bias alone makes no tile: it would be one chain of waiting additions.
+    Index heights = std::max<Index>(1, (rows - 1 + inputs_ - 1) / inputs_), height = inputs_;
+    if (capacity_ > kDepth) {  // tall tiles: as even as can be, and a half for each of two threads
+        if (panels == 1 && rows > inputs_ / 2) heights = std::max<Index>(heights, 2);
+        height = round_up((rows - 1 + heights - 1) / heights, kLine<T>);
+    }
     for (Index n = 0; n < heights * panels; ++n) {
-        const Index first = (by_columns(l) ? n % heights : n / panels) * inputs_;
+        const Index first = (by_columns(l) ? n % heights : n / panels) * height;
         const Index column = (by_columns(l) ? n / heights : n % panels) * kPanel<T>;
-        const Index count = rows - first <= inputs_ + 1 ? rows - first : inputs_;
+        const Index count = rows - first <= height + 1 ? rows - first : height;
         const Index width = panel_width<T>(layer.outputs, column);
         tiles_.push_back(
             {Tile::Kind::wide, l, column, width, first, count, layer.offset + column * rows + first * width});
