@@ -170,7 +170,7 @@ Program plan_prediction(const std::vector<Layer<T>>& layers, const TileShape& ti
         widest = std::max(widest, round_up(s.outputs, tile.cols));
         const Index panel = tile.terms(s.inputs) * (tile.cols + tile.padding);
         const Index weights = s.outputs <= kFewOutputs ? static_cast<Index>(s.outputs) * s.inputs
-                                                       : (s.outputs + tile.cols - 1) / tile.cols * panel;
+                                                       : tiles_across(s.outputs, tile.cols) * panel;
         if (s.kind == Step::Kind::linear) s.weights = memory.cut(round_up(s.outputs, 4) + weights);
     }
     int phi = memory.cut(widest * (tile.rows + tile.padding)), other = memory.cut(widest * (tile.rows + tile.padding));
