@@ -162,8 +162,8 @@ class Library {
         return reinterpret_cast<std::uintptr_t>(data) % kAlignment == 0 &&
                stride * static_cast<Index>(sizeof(T)) % kAlignment == 0;
     }
-    // Not relu, which the library has as an epilogue, too: it is max(x, 0), on GPUs 0 where x is NaN, and a network that has
-    // diverged would look well.
+    // Not relu, which the library has as an epilogue, too: by its manual max(x, 0), and CUDA's max of NaN and 0 is 0 (not tried):
+    // a network that has diverged would look well.
     static Direct direct_of(const Activate<T>& e) {
         const bool plain = e.op == Op::identity && !e.add && !e.z.data && aligned(e.y.data, e.y.stride);
         return plain && (!e.bias || aligned(e.bias, 0)) ? Direct{e.y.data, e.y.stride, e.bias} : Direct{};
