@@ -108,6 +108,7 @@ template <class Tile>
 __global__ void count_elements(int* counts) {
     CHAINRULE_SHARED(typename Tile::Real, memory);
     Tile tile;
+    tile.gather(memory);
     for (int part = 0; part < Tile::parts; ++part) {
         tile.put_part(memory);
         __syncthreads();
@@ -141,6 +142,8 @@ void covers(const char* rule) {
 }
 
 void tiles() {
+    covers<Tiles<float>::Mini>("mini tile of float32: every element once");
+    covers<Tiles<double>::Mini>("mini tile of float64: every element once");
     covers<Tiles<float>::Tiny>("tiny tile of float32: every element once");
     covers<Tiles<double>::Tiny>("tiny tile of float64: every element once");
     covers<Tf32Tiny>("tiny tile of tf32: every element once");
@@ -182,6 +185,8 @@ int test() {
     dies([] { run(leave_a_barrier, 1, 64, 0); }, "a barrier that a thread has left ends the process");
     dies([] { run(wait_at_two_barriers, 1, 64, 0); }, "threads at different barriers end the process");
     tiles();
+    multiplies<Tiles<float>::Mini>("mini product of float32 is exact");
+    multiplies<Tiles<double>::Mini>("mini product of float64 is exact");
     multiplies<Tiles<float>::Tiny>("tiny product of float32 is exact");
     multiplies<Tiles<double>::Tiny>("tiny product of float64 is exact");
     multiplies<Tf32Tiny>("tiny product of tf32 is exact");

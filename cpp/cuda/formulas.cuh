@@ -31,28 +31,61 @@
 namespace chainrule {
 namespace CHAINRULE_ISA {
 
+// A thread's numbers that lie side by side. Four float32 come from shared memory in one load, and one jump finds the formula for
+// all of them, which then run in each other's waits.
+template <class T, int N>
+struct alignas(N % 4 == 0 ? 16 : sizeof(T)) Several {
+    T at[N];
+};
+template <int N, class T>
+static __device__ __forceinline__ Several<T, N>& several_at(T* place) {
+    return *reinterpret_cast<Several<T, N>*>(place);
+}
+template <int N, class T>
+static __device__ __forceinline__ const Several<T, N>& several_at(const T* place) {
+    return *reinterpret_cast<const Several<T, N>*>(place);
+}
+#define CHAINRULE_EACH(c) CHAINRULE_UNROLL(16) for (int c = 0; c < N; ++c)
+
 // ---- elementwise ----------------------------------------------------------------------------------------------------
 
-template <class T>
-static __device__ __forceinline__ T op_forward(Op op, T x, T param) {
-    const Vec<T> v = x, p = param;
+// In place.
+template <class T, int N>
+static __device__ __forceinline__ void op_forward(Op op, Several<T, N>& x, T param) {
+    const Vec<T> p = param;
     switch (op) {
-#define CHAINRULE_ELEMENTWISE(name, type, saves) \
-    case Op::name: return type::forward(v, p)[0];
+#define CHAINRULE_ELEMENTWISE(name, type, saves)                                    \
+    case Op::name:                                                                  \
+        CHAINRULE_EACH(c) x.at[c] = type::forward(Vec<T>(x.at[c]), p)[0];           \
+        return;
 #include "../ops/ops.def"
-        default: return x;
+        default: return;
     }
 }
-// jvp as well: the Jacobian is diagonal.
+// Of dy, in place; jvp as well: the Jacobian is diagonal.
+template <class T, int N>
+static __device__ __forceinline__ void op_vjp(Op op, Several<T, N>& dy, const Several<T, N>& saved, T param) {
+    const Vec<T> p = param;
+    switch (op) {
+#define CHAINRULE_ELEMENTWISE(name, type, saves)                                                    \
+    case Op::name:                                                                                  \
+        CHAINRULE_EACH(c) dy.at[c] = type::vjp(Vec<T>(dy.at[c]), Vec<T>(saved.at[c]), p)[0];        \
+        return;
+#include "../ops/ops.def"
+        default: return;
+    }
+}
+template <class T>
+static __device__ __forceinline__ T op_forward(Op op, T x, T param) {
+    Several<T, 1> one = {{x}};
+    op_forward(op, one, param);
+    return one.at[0];
+}
 template <class T>
 static __device__ __forceinline__ T op_vjp(Op op, T dy, T saved, T param) {
-    const Vec<T> d = dy, s = saved, p = param;
-    switch (op) {
-#define CHAINRULE_ELEMENTWISE(name, type, saves) \
-    case Op::name: return type::vjp(d, s, p)[0];
-#include "../ops/ops.def"
-        default: return dy;
-    }
+    Several<T, 1> one = {{dy}};
+    op_vjp(op, one, Several<T, 1>{{saved}}, param);
+    return one.at[0];
 }
 // dv g' + v dx g''
 template <class T>
@@ -144,18 +177,24 @@ static __device__ __forceinline__ void row_loss_hvp(LossOp op, Index n, const T*
 
 // ---- update rules ---------------------------------------------------------------------------------------------------
 
-// The new w of weight number i, whose slots are written.
-template <class T>
-static __device__ __forceinline__ T rule_update(OptimizerOp rule, Index i, T w, T g, const State<T>& slots,
-                                                const Hyper<T>& hyper) {
-    const Vec<T> old = w, gradient = g;
+// Of weights and their slots, in place.
+template <class T, int N>
+static __device__ __forceinline__ void rule_update(OptimizerOp rule, Several<T, N>& w, const Several<T, N>& g,
+                                                   Several<T, N> (&slots)[kSlots], const Hyper<T>& hyper) {
+    static_assert(kSlots == 3, "each slot has its place here");
     switch (rule) {
-#define CHAINRULE_OPTIMIZER(name, type) \
-    case OptimizerOp::name: return type::update(i, old, gradient, slots, hyper)[0];
+#define CHAINRULE_OPTIMIZER(name, type)                                                                       \
+    case OptimizerOp::name:                                                                                   \
+        CHAINRULE_EACH(c) {                                                                                   \
+            const State<T> state = {{&slots[0].at[c], &slots[1].at[c], &slots[2].at[c]}};                     \
+            w.at[c] = type::update(0, Vec<T>(w.at[c]), Vec<T>(g.at[c]), state, hyper)[0];                     \
+        }                                                                                                     \
+        return;
 #include "../ops/ops.def"
-        default: return w;
+        default: return;
     }
 }
+#undef CHAINRULE_EACH
 
 }  // namespace CHAINRULE_ISA
 

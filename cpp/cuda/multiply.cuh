@@ -30,14 +30,17 @@ struct Operand {
     Rows rows = {};
     int ones = -1;
     __device__ T at(int row, int col) const { return col == ones ? T{1} : data[rows(row) * stride + col]; }
+    // The same with its first row at `data` or `order`, which are then read off the device once, not for each element.
+    __device__ Operand settled() const {
+        Operand here = *this;
+        here.rows.first = nullptr;
+        if (rows.first && rows.order) here.rows.order += *rows.first;
+        if (rows.first && !rows.order) here.data += *rows.first * stride;
+        return here;
+    }
 };
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
-
-template <class T>
-struct alignas(16) Four {
-    T at[4];
-};
 
 // By fused multiply-adds, a sub-tile a thread, in groups of four rows and columns so that shared memory is read by 16 bytes. With
 // several teams of threads, each team has all of the tile and a part of the terms.
@@ -46,8 +49,8 @@ struct Simt {
     using Real = T;
     static constexpr int rows = Rows, cols = Cols, depth = Depth, padding = 4;
     static constexpr int across = Cols / PerCol, team_threads = Rows / PerRow * across, threads = Teams * team_threads;
-    static constexpr int parts = PerRow, part_rows = Rows / PerRow, team_depth = Depth / Teams, held = PerRow * PerCol;
-    static_assert((Teams - 1) * team_threads * held <= Depth * (Rows + Cols + 2 * padding), "gather has room");
+    static constexpr int parts = Teams > 1 ? 1 : PerRow, part_rows = Rows / parts, team_depth = Depth / Teams;
+    static_assert(Teams == 1 || Teams * Rows * Cols <= Depth * (Rows + Cols + 2 * padding), "gather has room");
     T sum[PerRow][PerCol] = {};
 
     static __device__ int team() { return static_cast<int>(threadIdx.x) / team_threads; }
@@ -60,13 +63,13 @@ struct Simt {
         b += team() * team_depth * (Cols + padding);
         CHAINRULE_UNROLL(16)
         for (int k = 0; k < team_depth; ++k) {
-            Four<T> x[PerRow / 4], y[PerCol / 4];
+            Several<T, 4> x[PerRow / 4], y[PerCol / 4];
             CHAINRULE_UNROLL(4)
             for (int r = 0; r < PerRow / 4; ++r)
-                x[r] = *reinterpret_cast<const Four<T>*>(a + k * (Rows + padding) + row_of(4 * r));
+                x[r] = several_at<4>(a + k * (Rows + padding) + row_of(4 * r));
             CHAINRULE_UNROLL(4)
             for (int c = 0; c < PerCol / 4; ++c)
-                y[c] = *reinterpret_cast<const Four<T>*>(b + k * (Cols + padding) + col_of(4 * c));
+                y[c] = several_at<4>(b + k * (Cols + padding) + col_of(4 * c));
             CHAINRULE_UNROLL(8)
             for (int r = 0; r < PerRow; ++r) {
                 CHAINRULE_UNROLL(8)
@@ -75,38 +78,39 @@ struct Simt {
             }
         }
     }
-    // The teams' sums, in order, to the first team.
+    // The teams' sums, added up in order, to memory, as the tile's only part.
     __device__ void gather(T* memory) {
         if constexpr (Teams > 1) {
-            T* const own = memory + member();
-            if (team() > 0) {
-                CHAINRULE_UNROLL(16)
-                for (int e = 0; e < held; ++e)
-                    own[((team() - 1) * held + e) * team_threads] = sum[e / PerCol][e % PerCol];
+            T* const own = memory + team() * Rows * Cols;
+            CHAINRULE_UNROLL(8)
+            for (int r = 0; r < PerRow; ++r) {
+                CHAINRULE_UNROLL(8)
+                for (int c = 0; c < PerCol; ++c) own[row_of(r) * Cols + col_of(c)] = sum[r][c];
             }
             __syncthreads();
-            for (int other = 0; team() == 0 && other < Teams - 1; ++other) {
+            for (int e = static_cast<int>(threadIdx.x); e < Rows * Cols; e += threads) {
+                T total = memory[e];
                 CHAINRULE_UNROLL(16)
-                for (int e = 0; e < held; ++e)
-                    sum[e / PerCol][e % PerCol] = sum[e / PerCol][e % PerCol] + own[(other * held + e) * team_threads];
+                for (int other = 1; other < Teams; ++other) total = total + memory[other * Rows * Cols + e];
+                memory[e] = total;
             }
-            __syncthreads();
         }
     }
     // Puts the first part, and moves the others up: an index that is known only at run time would send all of `sum` to memory.
     __device__ void put_part(T* to) {
-        if (team() > 0) return;
-        T* const row = to + member() / across * Cols;
-        CHAINRULE_UNROLL(8)
-        for (int c = 0; c < PerCol; ++c) {
-            row[col_of(c)] = sum[0][c];
+        if constexpr (Teams == 1) {
+            T* const row = to + member() / across * Cols;
             CHAINRULE_UNROLL(8)
-            for (int r = 1; r < PerRow; ++r) sum[r - 1][c] = sum[r][c];
+            for (int c = 0; c < PerCol; ++c) {
+                row[col_of(c)] = sum[0][c];
+                CHAINRULE_UNROLL(8)
+                for (int r = 1; r < PerRow; ++r) sum[r - 1][c] = sum[r][c];
+            }
         }
     }
     // Of the tile, the row that lies in row `slot` of part `part`.
     static __device__ int row_in_tile(int part, int slot) {
-        return part / 4 * (4 * Rows / PerRow) + slot * 4 + part % 4;
+        return Teams > 1 ? slot : part / 4 * (4 * Rows / PerRow) + slot * 4 + part % 4;
     }
 };
 
@@ -186,23 +190,50 @@ struct TensorCores {
     }
 };
 
-// Of one operand, the part of a tile that a thread brings: `extent` rows or columns of C by Depth terms. DownK: the terms run
-// down the matrix' rows, else along them; neighbouring threads read neighbouring columns either way.
+// Of one operand, the part of a tile that a thread brings: Extent rows or columns of C by Depth terms. DownK: the terms run down
+// the matrix' rows, and a warp reads along one, always the same columns; else the terms run along the rows, and a warp reads
+// eight of four rows, which fill sectors of memory, too, and lie in 32 banks where they are put.
 template <class T, bool DownK, int Extent, int Depth, int Threads, int Padding>
 struct Carrier {
-    static constexpr int count = Extent * Depth / Threads;
-    static_assert(count * Threads == Extent * Depth, "every thread brings as much");
+    static constexpr int count = Extent * Depth / Threads, warps = Threads / 32, fours = Extent / 4;
+    static constexpr int own_rows = DownK || fours < warps ? 1 : fours / warps;  // whose terms a thread reads
+    static constexpr int warps_of_row = fours < warps ? warps / fours : 1;
+    static_assert(count * Threads == Extent * Depth && count % own_rows == 0, "every thread brings as much");
+    static_assert(DownK ? Threads % Extent == 0 : Depth % (8 * warps_of_row) == 0, "and from the same rows or columns");
     T value[count];
+    const T* line[own_rows];  // the rows, or the column
+    bool there[own_rows];     // not beyond the matrix
+    T filler;                 // of what is not: 0, or 1 in a column of ones
+    Rows rows;
+    Index stride;
 
-    static __device__ int number(int s) { return static_cast<int>(threadIdx.x) + s * Threads; }
-    static __device__ int place(int s) { return DownK ? number(s) % Extent : number(s) / Depth; }
-    static __device__ int term(int s) { return DownK ? number(s) / Extent : number(s) % Depth; }
+    static __device__ int place(int s) {
+        const int thread = static_cast<int>(threadIdx.x);
+        return DownK ? thread % Extent : (thread / 32 % fours + s % own_rows * warps) * 4 + thread % 32 / 8;
+    }
+    static __device__ int term(int s) {
+        const int thread = static_cast<int>(threadIdx.x);
+        return DownK ? thread / Extent + s * (Threads / Extent)
+                     : (thread / 32 / fours + s / own_rows * warps_of_row) * 8 + thread % 8;
+    }
 
-    __device__ void fetch(const Operand<T>& from, int start, int end, int k, int k_end) {
+    __device__ Carrier(const Operand<T>& from, int start, int end)
+        : filler(DownK && start + place(0) == from.ones ? T{1} : T{0}), rows(from.rows), stride(from.stride) {
+        CHAINRULE_UNROLL(4)
+        for (int r = 0; r < own_rows; ++r) {
+            const int i = start + place(r);
+            there[r] = i < end && filler == 0;
+            const int j = there[r] ? i : 0;
+            line[r] = from.data + (DownK ? j : rows(j) * stride);
+        }
+    }
+    // All loads first, some of what nobody wants: with a branch around each they would wait for one another.
+    __device__ void fetch(int k, int k_end) {
         CHAINRULE_UNROLL(16)
         for (int s = 0; s < count; ++s) {
-            const int i = start + place(s), t = k + term(s);
-            value[s] = i < end && t < k_end ? (DownK ? from.at(t, i) : from.at(i, t)) : T{0};
+            const int t = k + term(s), near = t < k_end ? t : k_end - 1;
+            const T here = line[s % own_rows][DownK ? rows(near) * stride : near];
+            value[s] = there[s % own_rows] && t < k_end ? here : filler;
         }
     }
     __device__ void put(T* to) const {
@@ -225,18 +256,20 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     T* const a_tile = memory;
     T* const b_tile = memory + Tile::depth * (Tile::rows + Tile::padding);
     const int row = static_cast<int>(blockIdx.x) * Tile::rows, col = static_cast<int>(blockIdx.y) * Tile::cols;
-    Carrier<T, ADownK, Tile::rows, Tile::depth, Tile::threads, Tile::padding> next_a;
-    Carrier<T, BDownK, Tile::cols, Tile::depth, Tile::threads, Tile::padding> next_b;
+    Carrier<T, ADownK, Tile::rows, Tile::depth, Tile::threads, Tile::padding> next_a(a.settled(), row, m);
+    Carrier<T, BDownK, Tile::cols, Tile::depth, Tile::threads, Tile::padding> next_b(b.settled(), col, n);
     Tile tile;
-    next_a.fetch(a, row, m, 0, k);
-    next_b.fetch(b, col, n, 0, k);
+    if (k > 0) {
+        next_a.fetch(0, k);
+        next_b.fetch(0, k);
+    }
     for (int start = 0; start < k; start += Tile::depth) {
         next_a.put(a_tile);
         next_b.put(b_tile);
         __syncthreads();
         if (start + Tile::depth < k) {
-            next_a.fetch(a, row, m, start + Tile::depth, k);
-            next_b.fetch(b, col, n, start + Tile::depth, k);
+            next_a.fetch(start + Tile::depth, k);
+            next_b.fetch(start + Tile::depth, k);
         }
         tile.add(a_tile, b_tile);
         __syncthreads();
@@ -341,9 +374,20 @@ struct Rule {
         }
         return clip_value != 0 ? clamped(Vec<T>(gradient), Vec<T>(clip_value))[0] : gradient;
     }
+    template <int N>
+    __device__ void apply(Index place, const Several<T, N>& gradient) const {
+        Several<T, N> w = several_at<N>(theta + place), state[kSlots];
+        CHAINRULE_UNROLL(3)
+        for (int s = 0; s < kSlots; ++s) state[s] = slots[s] ? several_at<N>(slots[s] + place) : Several<T, N>{};
+        rule_update(rule, w, gradient, state, hyper[step ? *step : 0]);
+        several_at<N>(theta + place) = w;
+        CHAINRULE_UNROLL(3)
+        for (int s = 0; s < kSlots; ++s)
+            if (slots[s]) several_at<N>(slots[s] + place) = state[s];
+    }
     __device__ T apply(Index place, T gradient) const {
-        const State<T> state = {{slots[0], slots[1], slots[2]}};
-        return theta[place] = rule_update(rule, place, theta[place], gradient, state, hyper[step ? *step : 0]);
+        apply(place, Several<T, 1>{{gradient}});
+        return theta[place];
     }
 };
 
@@ -373,12 +417,14 @@ struct Update {
 // Large tiles read each operand less often, small and tiny ones keep more of the device busy.
 template <class T>
 struct Tiles {
+    using Mini = Simt<T, 16, 16, 128, 4, 4, 16>;
     using Tiny = Simt<T, 32, 32, 64, 4, 4, 4>;
     using Small = Simt<T, 64, 64, 16, 4, 4>;
     using Large = Simt<T, 64, 64, 16, 4, 4>;
 };
 template <>
 struct Tiles<float> {
+    using Mini = Simt<float, 16, 16, 128, 4, 4, 16>;
     using Tiny = Simt<float, 32, 32, 64, 4, 4, 4>;
     using Small = Simt<float, 64, 64, 16, 4, 4>;
     using Large = Simt<float, 128, 128, 16, 8, 8>;
@@ -403,15 +449,19 @@ template <bool ADownK, bool BDownK, class T, class Epilogue>
 void multiply_tiles(Precision precision, TileSize size, Index m, Index n, Index k, const Operand<T>& a,
                     const Operand<T>& b, const Epilogue& epilogue, cudaStream_t stream) {
     const auto with = [&](auto tile) { multiply_by<decltype(tile), ADownK, BDownK>(m, n, k, a, b, epilogue, stream); };
-    const auto go = [&](auto tiny, auto small, auto large) {
-        if (size == TileSize::tiny) return with(tiny);
-        size == TileSize::small ? with(small) : with(large);
+    const auto go = [&](auto mini, auto tiny, auto small, auto large) {
+        switch (size) {
+            case TileSize::mini: return with(mini);
+            case TileSize::tiny: return with(tiny);
+            case TileSize::small: return with(small);
+            case TileSize::large: return with(large);
+        }
     };
     if constexpr (sizeof(T) == 4) {
-        if (precision == Precision::tf32) return go(Tf32Tiny{}, Tf32Small{}, Tf32Large{});
-        if (precision == Precision::bfloat16) return go(Bfloat16Tiny{}, Bfloat16Small{}, Bfloat16Large{});
+        if (precision == Precision::tf32) return go(Tf32Tiny{}, Tf32Tiny{}, Tf32Small{}, Tf32Large{});
+        if (precision == Precision::bfloat16) return go(Bfloat16Tiny{}, Bfloat16Tiny{}, Bfloat16Small{}, Bfloat16Large{});
     }
-    go(typename Tiles<T>::Tiny{}, typename Tiles<T>::Small{}, typename Tiles<T>::Large{});
+    go(typename Tiles<T>::Mini{}, typename Tiles<T>::Tiny{}, typename Tiles<T>::Small{}, typename Tiles<T>::Large{});
 }
 
 }  // namespace cuda

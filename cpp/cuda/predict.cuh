@@ -14,17 +14,42 @@ namespace cuda {
 
 // ---- tiles that put their columns down as rows of the next φ ----------------------------------------------------------
 
-struct SimtPrediction : Simt<float, 128, 64, 16, 8, 4> {
+// What comes after the product: b and the op. Outputs that a layer does not have are zeros, for 0 ∞ is NaN in the next product.
+struct Finish {
+    const float* bias;  // null: none
+    int outputs;
+    Op op;
+    float param;
+    __device__ float biased(float z, int o) const { return bias && o < outputs ? z + bias[o] : z; }
+    __device__ float masked(float phi, int o) const { return o < outputs ? phi : 0.0f; }
+};
+
+// Sixteen sums are finished at a time, the first ones, and the others move up: one jump to the op for all of them, and one text
+// of it. An index that is known only at run time would send all sums to memory.
+struct SimtPrediction : Simt<float, 128, 64, 16, 8, 8> {
     // The column of C at a place of a panel. Four neighbouring places are one thread's, and a quarter of the panel apart: where
     // neighbouring threads put theirs down, 16 bytes each, eight of them meet no bank twice.
-    static __device__ int column(int place) { return place % 4 * across + place / 4; }
-    __device__ void put(float* to, int stride) const {
-        CHAINRULE_UNROLL(4)
-        for (int c = 0; c < 4; ++c) {
-            CHAINRULE_UNROLL(2)
-            for (int r = 0; r < 8; r += 4)
-                *reinterpret_cast<Four<float>*>(to + column(col_of(c)) * stride +
-                                                row_of(r)) = {{sum[r][c], sum[r + 1][c], sum[r + 2][c], sum[r + 3][c]}};
+    static __device__ int column(int place) { return place % 4 * (cols / 4) + place / 4; }
+    __device__ void put(float* to, int stride, int first, const Finish& finish) {
+        CHAINRULE_UNROLL(1)
+        for (int c = 0; c < 8; c += 2) {
+            Several<float, 16> phi;
+            CHAINRULE_UNROLL(16)
+            for (int e = 0; e < 16; ++e)
+                phi.at[e] = finish.biased(sum[e % 8][e / 8], first + column(col_of(c + e / 8)));
+            op_forward(finish.op, phi, finish.param);
+            CHAINRULE_UNROLL(4)
+            for (int four = 0; four < 16; four += 4) {
+                const int o = first + column(col_of(c + four / 8));
+                auto& there = several_at<4>(to + o * stride + row_of(four % 8));
+                there = {{finish.masked(phi.at[four], o), finish.masked(phi.at[four + 1], o),
+                          finish.masked(phi.at[four + 2], o), finish.masked(phi.at[four + 3], o)}};
+            }
+            CHAINRULE_UNROLL(8)
+            for (int r = 0; r < 8; ++r) {
+                CHAINRULE_UNROLL(6)
+                for (int next = 2; next < 8; ++next) sum[r][next - 2] = sum[r][next];
+            }
         }
     }
 };
@@ -32,16 +57,19 @@ template <bool Bfloat16>
 struct TensorPrediction : TensorCores<Bfloat16, 128, 64, 16, 2, 4> {
     using Base = TensorCores<Bfloat16, 128, 64, 16, 2, 4>;
     static __device__ int column(int place) { return place; }
-    __device__ void put(float* to, int stride) const {
-        CHAINRULE_UNROLL(2)
+    __device__ void put(float* to, int stride, int first, const Finish& finish) {
+        const auto output = [&](int e) { return first + Base::first_col() + 8 * (e / 4) + 2 * Base::turn() + e % 2; };
+        CHAINRULE_UNROLL(1)
         for (int i = 0; i < 2; ++i) {
-            CHAINRULE_UNROLL(4)
-            for (int j = 0; j < 4; ++j) {
-                CHAINRULE_UNROLL(4)
-                for (int e = 0; e < 4; ++e) {
-                    const int row = Base::first_row() + 16 * i + Base::group() + e / 2 * 8;
-                    to[(Base::first_col() + 8 * j + 2 * Base::turn() + e % 2) * stride + row] = this->sum[i][j][e];
-                }
+            Several<float, 16> phi;
+            CHAINRULE_UNROLL(16)
+            for (int e = 0; e < 16; ++e) phi.at[e] = finish.biased(this->sum[0][e / 4][e % 4], output(e));
+            op_forward(finish.op, phi, finish.param);
+            const int row = Base::first_row() + 16 * i + Base::group();
+            CHAINRULE_UNROLL(16)
+            for (int e = 0; e < 16; ++e) {
+                to[output(e) * stride + row + e % 4 / 2 * 8] = finish.masked(phi.at[e], output(e));
+                this->sum[0][e / 4][e % 4] = this->sum[1][e / 4][e % 4];
             }
         }
     }
@@ -89,14 +117,28 @@ struct Prediction {
             });
         }
     }
-    // A warp reads eight columns of four rows, which fills sectors of 32 bytes, and meets each bank once where it puts them.
+    // A warp reads 32 bytes of each of its rows, which fills a sector of memory, and meets no bank twice where it puts them.
+    template <int N>
     __device__ void gather(const float* x, int count) const {
-        const int columns = terms(p.inputs), across = columns / 8;
+        constexpr int warps = Tile::threads / 32, rows_of_warp = 4 * N;
+        const int thread = static_cast<int>(threadIdx.x), columns = terms(p.inputs);
+        const int row = thread / 32 * rows_of_warp + thread % rows_of_warp, first = thread % 32 / rows_of_warp * N;
         float* const to = at(p.steps[0].x);
-        each(rows * columns, [&](int e) {
-            const int j = e / 32 % across * 8 + e % 8, i = e / 32 / across * 4 + e / 8 % 4;
-            to[j * x_stride + i] = i < count && j < p.inputs ? x[static_cast<Index>(i) * p.inputs + j] : 0.0f;
-        });
+        for (int i = row; i < rows; i += warps * rows_of_warp) {
+            const float* const from = x + static_cast<Index>(i) * p.inputs;
+            CHAINRULE_UNROLL(4)
+            for (int j = first; j < columns; j += 8) {
+                Several<float, N> here = {};
+                if (i < count && j < p.inputs) here = several_at<N>(from + j);
+                CHAINRULE_UNROLL(4)
+                for (int c = 0; c < N; ++c) to[(j + c) * x_stride + i] = here.at[c];
+            }
+        }
+    }
+    __device__ Finish finish(const Step& g) const {
+        const bool linear = g.kind == Step::Kind::linear;
+        return {g.bias ? at(g.weights) : nullptr, g.outputs, linear ? g.fused : g.op,
+                static_cast<float>(linear ? g.fused_param : g.param)};
     }
     __device__ void multiply_wide(const Step& g) const {
         const int height = terms(g.inputs);
@@ -104,35 +146,28 @@ struct Prediction {
         for (int column = 0; column < g.outputs; column += Tile::cols, panel += height * w_stride) {
             Tile tile;
             for (int k = 0; k < height; k += Tile::depth) tile.add(at(g.x) + k * x_stride, panel + k * w_stride);
-            tile.put(at(g.y) + column * x_stride, x_stride);
+            tile.put(at(g.y), x_stride, column, finish(g));
         }
     }
     __device__ void multiply_few(const Step& g) const {
-        each(g.outputs * rows, [&](int e) {
+        const Finish after = finish(g);
+        each(terms(g.outputs) * rows, [&](int e) {
             const int i = e % rows, o = e / rows;
-            const float *x = at(g.x) + i, *w = weights(g) + o * g.inputs;
             float sum = 0;
-            CHAINRULE_UNROLL(8)
-            for (int k = 0; k < g.inputs; ++k)
-                sum = fma(Vec<float>(x[k * x_stride]), Vec<float>(w[k]), Vec<float>(sum))[0];
-            at(g.y)[o * x_stride + i] = sum;
+            if (o < g.outputs) {
+                const float *x = at(g.x) + i, *w = weights(g) + o * g.inputs;
+                CHAINRULE_UNROLL(8)
+                for (int k = 0; k < g.inputs; ++k)
+                    sum = fma(Vec<float>(x[k * x_stride]), Vec<float>(w[k]), Vec<float>(sum))[0];
+            }
+            at(g.y)[o * x_stride + i] = after.masked(op_forward(after.op, after.biased(sum, o), after.param), o);
         });
     }
-    // b and the op, in place; below them zeros up to whole tiles of terms, for 0 ∞ is NaN.
-    __device__ void finish(const Step& g) const {
-        const bool linear = g.kind == Step::Kind::linear;
-        const Op op = linear ? g.fused : g.op;
-        const float param = static_cast<float>(linear ? g.fused_param : g.param);
-        float* const y = at(g.y);
-        each(terms(g.outputs) * rows, [&](int e) {
-            const int o = e / rows, place = o * x_stride + e % rows;
-            float value = 0;
-            if (o < g.outputs) {
-                value = y[place];
-                if (linear && g.bias) value = value + at(g.weights)[o];
-                value = op_forward(op, value, param);
-            }
-            y[place] = value;
+    __device__ void apply(const Step& g) const {
+        const Finish how = finish(g);
+        each(g.outputs * (rows / 4), [&](int e) {
+            auto& phi = several_at<4>(at(g.y) + e / (rows / 4) * x_stride + e % (rows / 4) * 4);
+            op_forward(how.op, phi, how.param);
         });
     }
     __device__ void store(float* f, int count) const {
@@ -147,19 +182,20 @@ __global__ void __launch_bounds__(Tile::threads, 2)
     CHAINRULE_SHARED(float, memory);
     const Prediction<Tile> block = {program, memory};
     block.bring_weights(theta);
+    const bool in_fours = program.inputs % 4 == 0 && reinterpret_cast<std::uintptr_t>(x) % 16 == 0;
     for (Index first = Index{blockIdx.x} * Tile::rows; first < rows; first += Index{gridDim.x} * Tile::rows) {
         const int count = static_cast<int>(rows - first < Tile::rows ? rows - first : Tile::rows);
         __syncthreads();  // everybody has stored the rows before
-        block.gather(x + first * program.inputs, count);
+        const float* const here = x + first * program.inputs;
+        in_fours ? block.template gather<4>(here, count) : block.template gather<1>(here, count);
         __syncthreads();
         for (int s = 0; s < program.count; ++s) {
             const Program::Step& g = program.steps[s];
             if (g.kind == Program::Step::Kind::dropout) continue;
-            if (g.kind == Program::Step::Kind::linear) {
+            if (g.kind == Program::Step::Kind::linear)
                 block.few(g) ? block.multiply_few(g) : block.multiply_wide(g);
-                __syncthreads();
-            }
-            block.finish(g);
+            else
+                block.apply(g);
             __syncthreads();
         }
         block.store(f + first * program.outputs, count);
@@ -206,8 +242,10 @@ class ResidentPrediction {
             check(cudaFuncSetAttribute(predict_resident<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                        static_cast<int>(bytes())),
                   "asking for shared memory");
-            const Index room = 2 * bytes() <= static_cast<std::size_t>(net_.runtime().shared_bytes) ? 2 : 1;
-            const Index blocks = std::min(tiles_across(rows, Tile::rows), room * net_.runtime().how.processors);
+            int room = 0;
+            check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&room, predict_resident<Tile>, Tile::threads, bytes()),
+                  "asking for room");
+            const Index blocks = std::min(tiles_across(rows, Tile::rows), Index{room} * net_.runtime().how.processors);
             launch(predict_resident<Tile>, dim3(static_cast<unsigned>(blocks)), Tile::threads, bytes(),
                    net_.runtime().stream, program_, net_.theta(), rows, x, f);
         });

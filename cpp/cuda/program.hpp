@@ -39,6 +39,7 @@ struct Program {
     Step steps[kResidentLayers];
     int count = 0, inputs = 0, outputs = 0;
     int f = 0, df = 0;       // φᴸ and its cotangent
+    int parameters = 0;      // elements of all weights, which come first
     int slots[kSlots] = {};  // where the rule's slots begin; -1: it has none there
     int gradient = -1;       // where the gradient lies; -1: no place, it is used up at once
     int sums = 0;            // a double for each thread
@@ -117,9 +118,9 @@ Program plan_resident(const std::vector<Layer<T>>& layers, Index first_cotangent
         Step& s = p.steps[n];
         if (s.kind == Step::Kind::linear) s.weights = memory.cut((s.inputs + s.bias) * resident_stride(s.outputs));
     }
-    const Index parameters = memory.used();
-    for (int slot = 0; slot < kSlots; ++slot) p.slots[slot] = slots[slot] ? memory.cut(parameters) : -1;
-    if (stored) p.gradient = memory.cut(parameters);
+    p.parameters = memory.cut(0);
+    for (int slot = 0; slot < kSlots; ++slot) p.slots[slot] = slots[slot] ? memory.cut(p.parameters) : -1;
+    if (stored) p.gradient = memory.cut(p.parameters);
     const auto matrix = [&](int cols) { return memory.cut(batch * resident_stride(cols)); };
     int phi = matrix(p.inputs);
     for (int n = 0; n < p.count; ++n) {

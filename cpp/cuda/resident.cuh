@@ -6,6 +6,7 @@
 // resident_stride apart, the sums over inputs read four outputs at once, the sums over outputs four terms.
 #pragma once
 
+#include "block.cuh"
 #include "maps.cuh"
 #include "program.hpp"
 
@@ -28,111 +29,6 @@ struct Job {
     double clip_norm;
     bool mean;
 };
-
-// ---- products of a block ----------------------------------------------------------------------------------------------
-
-// C (m x n) = A B, A (m x k) and B (k x n) with rows padded to fours: two rows and four columns a thread,
-// which puts its sums somewhere and then finishes each of them.
-template <class T, class Put, class Finish>
-static __device__ __forceinline__ void block_product(int m, int n, int k, const T* a, int a_stride, const T* b,
-                                                     int b_stride, Put put, Finish finish) {
-    const int across = (n + 3) / 4, tiles = (m + 1) / 2 * across;
-    for (int t = static_cast<int>(threadIdx.x); t < tiles; t += static_cast<int>(blockDim.x)) {
-        const int row = t / across * 2, col = t % across * 4, second = row + 1 < m ? row + 1 : row;
-        T sum[2][4] = {};
-        for (int i = 0; i < k; ++i) {
-            const Four<T> y = *reinterpret_cast<const Four<T>*>(b + i * b_stride + col);
-            const Vec<T> x0 = a[row * a_stride + i], x1 = a[second * a_stride + i];
-            CHAINRULE_UNROLL(4)
-            for (int c = 0; c < 4; ++c) {
-                sum[0][c] = fma(x0, Vec<T>(y.at[c]), Vec<T>(sum[0][c]))[0];
-                sum[1][c] = fma(x1, Vec<T>(y.at[c]), Vec<T>(sum[1][c]))[0];
-            }
-        }
-        CHAINRULE_UNROLL(2)
-        for (int r = 0; r < 2; ++r) {
-            CHAINRULE_UNROLL(4)
-            for (int c = 0; c < 4; ++c)
-                if (row + r < m && col + c < n) put(row + r, col + c, sum[r][c]);
-        }
-        CHAINRULE_UNROLL(1)  // one text of all ops instead of eight
-        for (int e = 0; e < 8; ++e)
-            if (row + e / 4 < m && col + e % 4 < n) finish(row + e / 4, col + e % 4);
-    }
-}
-
-// C (m x n) = A Bᵀ, A (m x k) and B (n x k): two rows, and four columns a quarter of n apart, so that neighbouring threads
-// read neighbouring rows of B.
-template <class T, class Put, class Finish>
-static __device__ __forceinline__ void block_product_transposed(int m, int n, int k, const T* a, int a_stride,
-                                                                const T* b, int b_stride, Put put, Finish finish) {
-    const int across = (n + 3) / 4, tiles = (m + 1) / 2 * across;
-    for (int t = static_cast<int>(threadIdx.x); t < tiles; t += static_cast<int>(blockDim.x)) {
-        const int row = t / across * 2, col = t % across, second = row + 1 < m ? row + 1 : row;
-        T sum[2][4] = {};
-        const auto add = [&](T x0, T x1, int c, T y) {
-            sum[0][c] = fma(Vec<T>(x0), Vec<T>(y), Vec<T>(sum[0][c]))[0];
-            sum[1][c] = fma(Vec<T>(x1), Vec<T>(y), Vec<T>(sum[1][c]))[0];
-        };
-        const auto place = [&](int c) { return col + c * across < n ? col + c * across : col; };
-        int i = 0;
-        for (; i + 4 <= k; i += 4) {
-            const Four<T> x0 = *reinterpret_cast<const Four<T>*>(a + row * a_stride + i);
-            const Four<T> x1 = *reinterpret_cast<const Four<T>*>(a + second * a_stride + i);
-            CHAINRULE_UNROLL(4)
-            for (int c = 0; c < 4; ++c) {
-                const Four<T> y = *reinterpret_cast<const Four<T>*>(b + place(c) * b_stride + i);
-                CHAINRULE_UNROLL(4)
-                for (int q = 0; q < 4; ++q) add(x0.at[q], x1.at[q], c, y.at[q]);
-            }
-        }
-        for (; i < k; ++i) {
-            CHAINRULE_UNROLL(4)
-            for (int c = 0; c < 4; ++c)
-                add(a[row * a_stride + i], a[second * a_stride + i], c, b[place(c) * b_stride + i]);
-        }
-        CHAINRULE_UNROLL(2)
-        for (int r = 0; r < 2; ++r) {
-            CHAINRULE_UNROLL(4)
-            for (int c = 0; c < 4; ++c)
-                if (row + r < m && col + c * across < n) put(row + r, col + c * across, sum[r][c]);
-        }
-        CHAINRULE_UNROLL(1)
-        for (int e = 0; e < 8; ++e)
-            if (row + e / 4 < m && col + e % 4 * across < n) finish(row + e / 4, col + e % 4 * across);
-    }
-}
-
-// C (m x n) = Aᵀ B, A (k x m) and B (k x n), a row of ones below Aᵀ where `ones`: four by four a thread.
-template <class T, class F>
-static __device__ __forceinline__ void block_product_of_rows(int m, int n, int k, bool ones, const T* a, int a_stride,
-                                                             const T* b, int b_stride, F each) {
-    const int across = (n + 3) / 4, down = (m + 3) / 4, tiles = (down + ones) * across;
-    for (int t = static_cast<int>(threadIdx.x); t < tiles; t += static_cast<int>(blockDim.x)) {
-        const int row = t / across * 4, col = t % across * 4;
-        const bool bias = t / across == down;
-        T sum[4][4] = {};
-        for (int i = 0; i < k; ++i) {
-            Four<T> x = {{T{1}, T{0}, T{0}, T{0}}};
-            if (!bias) x = *reinterpret_cast<const Four<T>*>(a + i * a_stride + row);
-            const Four<T> y = *reinterpret_cast<const Four<T>*>(b + i * b_stride + col);
-            CHAINRULE_UNROLL(4)
-            for (int r = 0; r < 4; ++r) {
-                CHAINRULE_UNROLL(4)
-                for (int c = 0; c < 4; ++c) sum[r][c] = fma(Vec<T>(x.at[r]), Vec<T>(y.at[c]), Vec<T>(sum[r][c]))[0];
-            }
-        }
-        CHAINRULE_UNROLL(4)
-        for (int r = 0; r < 4; ++r) {
-            CHAINRULE_UNROLL(4)
-            for (int c = 0; c < 4; ++c) {
-                if (col + c >= n) continue;
-                if (bias && r == 0) each(m, col + c, sum[r][c]);
-                if (!bias && row + r < m) each(row + r, col + c, sum[r][c]);
-            }
-        }
-    }
-}
 
 // ---- a step's parts ---------------------------------------------------------------------------------------------------
 
@@ -203,14 +99,19 @@ struct Block {
         switch (g.kind) {
             case Program::Step::Kind::linear: {
                 const T* bias = at(g.weights + g.inputs * y_stride);
-                T* z = g.keeps_z ? at(g.z) : y;
-                block_product(
-                    rows, g.outputs, g.inputs, x, x_stride, at(g.weights), y_stride,
-                    [&](int i, int o, T sum) { z[i * y_stride + o] = g.bias ? sum + bias[o] : sum; },
-                    [&](int i, int o) {
-                        const int place = i * y_stride + o;
-                        y[place] = op_forward(g.fused, z[place], static_cast<T>(g.fused_param));
-                    });
+                block_product(rows, g.outputs, g.inputs, x, x_stride, at(g.weights), y_stride,
+                              [&](int i, int o, auto& z) {
+                                  constexpr int n = sizeof z / sizeof(T);
+                                  const int place = i * y_stride + o;
+                                  if (g.bias) {
+                                      const auto b = several_at<n>(bias + o);
+                                      CHAINRULE_UNROLL(4)
+                                      for (int c = 0; c < n; ++c) z.at[c] = z.at[c] + b.at[c];
+                                  }
+                                  if (g.keeps_z) several_at<n>(at(g.z) + place) = z;
+                                  op_forward(g.fused, z, static_cast<T>(g.fused_param));
+                                  several_at<n>(y + place) = z;
+                              });
                 return;
             }
             case Program::Step::Kind::elementwise:
@@ -241,7 +142,7 @@ struct Block {
         block_each(rows, [&](int i) { mine += static_cast<double>(data.weight[data.rows(i)]); });
         return block_sum(mine, sums);
     }
-    // The sum of weighted losses, and ∂L/∂f.
+    // The sum of weighted losses of this thread's rows, and ∂L/∂f.
     __device__ double loss(double scale) const {
         const int stride = stride_of(p.outputs);
         double mine = 0;
@@ -254,7 +155,7 @@ struct Block {
                                      at(p.df) + i * stride, job.loss_param);
             mine += static_cast<double>(value) * (weight ? static_cast<double>(*weight) : 1.0);
         });
-        return block_sum(mine, sums);
+        return mine;
     }
 
     __device__ void backward(const Program::Step& g, std::uint64_t drawn) const {
@@ -264,14 +165,18 @@ struct Block {
         T* dx = at(g.dx);
         switch (g.kind) {
             case Program::Step::Kind::linear:
-                block_product_transposed(
-                    rows, g.inputs, g.outputs, dy, y_stride, at(g.weights), y_stride,
-                    [&](int i, int j, T sum) { dx[i * x_stride + j] = sum; },
-                    [&](int i, int j) {
-                        const int place = i * x_stride + j;
-                        dx[place] =
-                            op_vjp(g.through, dx[place], at(g.through_saved)[place], static_cast<T>(g.through_param));
-                    });
+                block_product_transposed(rows, g.inputs, g.outputs, dy, y_stride, at(g.weights), y_stride,
+                                         [&](int i, int j, int apart, auto& into) {
+                                             constexpr int n = sizeof into / sizeof(T);
+                                             const int place = i * x_stride + j;
+                                             auto saved = into;
+                                             CHAINRULE_UNROLL(4)
+                                             for (int c = 0; c < n; ++c)
+                                                 saved.at[c] = at(g.through_saved)[place + c * apart];
+                                             op_vjp(g.through, into, saved, static_cast<T>(g.through_param));
+                                             CHAINRULE_UNROLL(4)
+                                             for (int c = 0; c < n; ++c) dx[place + c * apart] = into.at[c];
+                                         });
                 return;
             case Program::Step::Kind::elementwise: return differentiate(g.op, g.param, g, dy, dx);
             case Program::Step::Kind::rowwise:
@@ -291,12 +196,17 @@ struct Block {
         });
     }
 
-    // f(place, gradient, whether it is a weight's) for every weight and bias of a linear layer.
-    template <class F>
-    __device__ void each_gradient(const Program::Step& g, F f) const {
+    // take(place, part, how many of them mean something, whether they are weights') for the gradient of a linear layer.
+    template <class Take>
+    __device__ void each_gradient(const Program::Step& g, Take take) const {
         const int stride = stride_of(g.outputs);
-        block_product_of_rows(g.inputs, g.outputs, rows, g.bias, at(g.x), stride_of(g.inputs), at(g.dy), stride,
-                              [&](int i, int o, T sum) { f(g.weights + i * stride + o, sum, i < g.inputs); });
+        const T* dy = at(g.dy);
+        block_product_of_rows(
+            g.inputs, g.outputs, rows, at(g.x), stride_of(g.inputs), dy, stride,
+            [&](int i, int o, auto& part) { take(g.weights + i * stride + o, part, g.outputs - o, true); });
+        if (!g.bias) return;
+        block_sum_of_rows(g.outputs, rows, dy, stride,
+                          [&](int o, auto& sum) { take(g.weights + g.inputs * stride + o, sum, 1, false); });
     }
 
     __device__ Rule<T> rule(const Hyper<T>* hyper) const {
@@ -304,42 +214,40 @@ struct Block {
         for (int slot = 0; slot < kSlots; ++slot) rule.slots[slot] = p.slots[slot] >= 0 ? at(p.slots[slot]) : nullptr;
         return rule;
     }
-    // All gradients and updates; returns the penalty.
+    // All gradients and updates; returns what this thread has of the penalty.
     __device__ double update(const Rule<T>& rule) const {
         double penalty = 0, squares = 0;
         const bool stored = p.gradient >= 0;
         for (int s = 0; s < p.count; ++s) {
             if (p.steps[s].kind != Program::Step::Kind::linear) continue;
-            each_gradient(p.steps[s], [&](int place, T gradient, bool weight) {
-                gradient = rule.regularized(place, gradient, weight, penalty);
-                if (!stored) {
-                    rule.apply(place, gradient);
-                    return;
+            each_gradient(p.steps[s], [&](int place, auto& gradient, int count, bool weights) {
+                constexpr int n = sizeof gradient / sizeof(T);
+                CHAINRULE_UNROLL(4)
+                for (int c = 0; c < n; ++c) {
+                    if (c >= count) continue;
+                    gradient.at[c] = rule.regularized(place + c, gradient.at[c], weights, penalty);
+                    squares += stored ? static_cast<double>(gradient.at[c]) * static_cast<double>(gradient.at[c]) : 0.0;
                 }
-                at(p.gradient)[place] = gradient;
-                squares += static_cast<double>(gradient) * static_cast<double>(gradient);
+                if (stored)
+                    several_at<n>(at(p.gradient) + place) = gradient;
+                else
+                    rule.apply(place, gradient);
             });
         }
-        if (stored) {
-            const double factor = job.clip_norm / (::sqrt(block_sum(squares, sums)) + 1e-6);
-            const T clip = static_cast<T>(factor < 1 ? factor : 1.0);
-            for (int s = 0; s < p.count; ++s) {
-                const Program::Step& g = p.steps[s];
-                if (g.kind != Program::Step::Kind::linear) continue;
-                const int stride = stride_of(g.outputs);
-                block_each((g.inputs + g.bias) * g.outputs, [&](int e) {
-                    const int place = g.weights + e / g.outputs * stride + e % g.outputs;
-                    rule.apply(place, at(p.gradient)[place] * clip);
-                });
-            }
-        }
-        if (rule.l1 == 0 && rule.l2 == 0) return 0;
-        __syncthreads();
-        return block_sum(penalty, sums);
+        if (!stored) return penalty;
+        const double factor = job.clip_norm / (::sqrt(block_sum(squares, sums)) + 1e-6);
+        const T clip = static_cast<T>(factor < 1 ? factor : 1.0);
+        block_each(p.parameters / 4, [&](int e) {
+            Several<T, 4> gradient = several_at<4>(at(p.gradient) + 4 * e);
+            CHAINRULE_UNROLL(4)
+            for (int c = 0; c < 4; ++c) gradient.at[c] = gradient.at[c] * clip;
+            rule.apply(4 * e, gradient);
+        });
+        return penalty;
     }
 };
 
-// One step; `control` has the same value in all threads.
+// One step. All threads count alike; of the losses, each has its own part.
 template <class T>
 static __device__ __forceinline__ void resident_step(Block<T>& block, Control& control, const Hyper<T>* hyper) {
     using Kind = Program::Step::Kind;
@@ -355,6 +263,7 @@ static __device__ __forceinline__ void resident_step(Block<T>& block, Control& c
         __syncthreads();
     }
     const double value = block.loss(scale) * scale;
+    __syncthreads();
     for (int s = p.count; s-- > 0;) {
         const Program::Step& g = p.steps[s];
         if (g.kind == Kind::linear && g.differentiates) {
@@ -377,7 +286,7 @@ static __device__ __forceinline__ void resident_step(Block<T>& block, Control& c
 
 // `steps` steps of each job's network, or as many as its epoch still has.
 template <class T>
-__global__ void __launch_bounds__(kResidentThreads, 1)
+__global__ void __launch_bounds__(kResidentThreads, sizeof(T) == 4 ? 2 : 1)
     train_resident(const __grid_constant__ Program program, const Job<T>* jobs, int steps) {
     CHAINRULE_SHARED(T, memory);
 #ifdef __CUDA_ARCH__
@@ -386,11 +295,14 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     const Job<T>& job = jobs[blockIdx.x];
     Block<T> block = {program, job, memory, reinterpret_cast<double*>(memory + program.sums)};
     Control control = *job.control;
+    if (threadIdx.x != 0) control.value = control.total = 0;
     __syncthreads();  // thread 0 writes it in the end
     block.each_parameter([](T& there, T& here) { here = there; });
     __syncthreads();
     for (int n = 0; n < steps && control.first < job.rows; ++n) resident_step(block, control, job.hyper + control.step);
     block.each_parameter([](T& there, T& here) { there = here; });
+    control.value = block_sum(control.value, block.sums);
+    control.total = block_sum(control.total, block.sums);
     if (threadIdx.x == 0) *job.control = control;
 }
 

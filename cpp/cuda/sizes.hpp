@@ -7,24 +7,24 @@
 namespace chainrule {
 namespace cuda {
 
-constexpr Index kTinyTile = 32, kSmallTile = 64, kLargeTile = 128;
+constexpr Index kMiniTile = 16, kTinyTile = 32, kSmallTile = 64, kLargeTile = 128;
 
 constexpr Index tiles_across(Index n, Index tile) { return (n + tile - 1) / tile; }
+constexpr Index tiles_of(Index m, Index n, Index tile) { return tiles_across(m, tile) * tiles_across(n, tile); }
 
-// The largest tiles that give every processor one and that a product fills; tiny ones, where a block's threads share the terms
-// of each sum, for the rest: 128 x 256 has 8 small tiles, and eight processors would take all of it, one term after the other.
-enum class TileSize { tiny, small, large };
+// The largest tiles that give every processor one and that a product fills. Of tiny and mini ones, a block's threads share the
+// terms of each sum: 128 x 256 has 8 small tiles, and eight processors would take all of it, one term after the other; with
+// 784 terms, 32 of them with a tiny tile each take three times as long as 128 with a mini one (by count of instructions).
+enum class TileSize { mini, tiny, small, large };
 constexpr TileSize tile_size(Index m, Index n, int processors) {
     const Index narrow = m < n ? m : n;
-    if (narrow > kSmallTile && tiles_across(m, kLargeTile) * tiles_across(n, kLargeTile) >= processors)
-        return TileSize::large;
-    return narrow > kTinyTile && tiles_across(m, kSmallTile) * tiles_across(n, kSmallTile) >= processors
-               ? TileSize::small
-               : TileSize::tiny;
+    if (narrow > kSmallTile && tiles_of(m, n, kLargeTile) >= processors) return TileSize::large;
+    if (narrow > kTinyTile && tiles_of(m, n, kSmallTile) >= processors) return TileSize::small;
+    return tiles_of(m, n, kTinyTile) >= processors ? TileSize::tiny : TileSize::mini;
 }
 
 // The most blocks that a product of m x n has, whatever its tiles.
-constexpr Index most_tiles(Index m, Index n) { return tiles_across(m, kTinyTile) * tiles_across(n, kTinyTile); }
+constexpr Index most_tiles(Index m, Index n) { return tiles_of(m, n, kMiniTile); }
 
 // cuBLASLt's products from so many multiplications a step on: below, its launches and ours beside it take longer.
 constexpr bool wants_library(double multiplies) { return multiplies >= 1 << 27; }

@@ -164,8 +164,8 @@ struct Step<T>::Work {
         return stored.data();
     }
     void set_control(const Control& value) {
-        upload(control.data(), &value, 1, net.runtime().stream);
-        net.runtime().stream.wait();  // `value` is the caller's
+        beginning = value;  // whoever reads the end has waited for this copy
+        upload(control.data(), &beginning, 1, net.runtime().stream);
     }
     Control get_control() {
         Control value;
@@ -187,6 +187,7 @@ struct Step<T>::Work {
     Tape<T> tape;
     Buffer<T> values, stored;
     Buffer<Control> control;
+    Control beginning;
     Buffer<double> partials, penalties;
     std::optional<Sobolev<T>> sobolev;
     Resident<T> batch;  // of calls that bring their own

@@ -79,6 +79,10 @@ struct Trainer<T>::Work {
     void reserve(Index count);
     void make_room(Index count);
     Job<T> job(const Source<T>& from, Index count) const;
+    void upload_job(const Source<T>& from, Index count) {
+        own = job(from, count);
+        upload(jobs.data(), &own, 1, net.runtime().stream);
+    }
     void enqueue(const Source<T>& from, Index count, Index times);
     void enqueue(const Source<T>& from, Index count);
     void take_rates(std::int64_t count, const double* lr, Index lr_stride, Hyper<T>* to) const;
@@ -107,6 +111,7 @@ struct Trainer<T>::Work {
     std::unique_ptr<Library<T>> library;
     Program program;  // of the resident schedule
     Buffer<Job<T>> jobs;
+    Job<T> own = {};
     Event done;
     std::int64_t enqueued = 0;  // steps of the epoch
 };
@@ -228,7 +233,8 @@ void Trainer<T>::Work::take_rates(std::int64_t count, const double* lr, Index lr
         to[s] = prepare_step<T>(optimizer.settings, lr[lr_stride > 1 ? s : 0], optimizer.step_count + s + 1);
 }
 
-// The rates of the steps to come, and a control at its beginning.
+// The rates of the steps to come, and a control at its beginning. What is copied from stays as it is until the epoch is over: a wait
+// for each copy takes as long as two small steps.
 template <class T>
 void Trainer<T>::Work::prepare(std::int64_t count, const double* lr, Index lr_stride) {
     cudaStream_t stream = net.runtime().stream;
@@ -242,16 +248,14 @@ void Trainer<T>::Work::prepare(std::int64_t count, const double* lr, Index lr_st
     Control control;
     control.drawn = optimizer.step_count;
     enqueued = 0;
-    step.set_control(control);  // waits, so that what was uploaded may change
+    step.set_control(control);
 }
 
 template <class T>
 void Trainer<T>::Work::enqueue_epoch(Poller& look) {
     cudaStream_t stream = net.runtime().stream;
     if (schedule == Schedule::resident) {
-        const Job<T> own = job(source, rows);
-        upload(jobs.data(), &own, 1, stream);
-        net.runtime().stream.wait();
+        upload_job(source, rows);
         while (enqueued < steps()) {
             launch_resident(program, jobs.data(), 1, kStepsInLaunch, stream);
             enqueued = std::min<std::int64_t>(enqueued + kStepsInLaunch, steps());
@@ -378,8 +382,7 @@ double Trainer<T>::step(const Dataset<T>& batch, double lr) {
     work.prepare(1, &lr, 1);
     work.net.count_change();
     if (work.schedule == Schedule::resident && batch.rows <= work.batch()) {
-        const Job<T> own = work.job(work.step.batch.source(), batch.rows);
-        upload(work.jobs.data(), &own, 1, work.net.runtime().stream);
+        work.upload_job(work.step.batch.source(), batch.rows);
         launch_resident(work.program, work.jobs.data(), 1, 1, work.net.runtime().stream);
     } else {
         work.enqueue(work.step.batch.source(), batch.rows, 1);

@@ -31,7 +31,10 @@ template <class T>
 CHAINRULE_INLINE T dropout(T x, const DropoutScale<T>& scale, std::uint64_t key, std::uint64_t step, Index row,
                            Index col) {
     const std::uint64_t place = dropout_place(row, col / 64 * 64) + static_cast<std::uint64_t>(col % 16);
-    const std::uint32_t number = philox(key, place, stream_of(kDropout, step)).word[col % 64 / 16];
+    const auto four = philox(key, place, stream_of(kDropout, step));
+    const bool upper = col % 32 >= 16;  // chosen, not indexed: a thread's array with an index would lie in slow memory
+    const std::uint32_t number =
+        col % 64 < 32 ? (upper ? four.word[1] : four.word[0]) : (upper ? four.word[3] : four.word[2]);
     return number < scale.threshold ? T{0} : x * scale.keep;
 }
 #else

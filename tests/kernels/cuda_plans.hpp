@@ -32,7 +32,8 @@ void cuda_tiles() {
               "small tiles are most");
     }
     using cuda::TileSize;
-    check(cuda::tile_size(128, 256, 132) == TileSize::tiny, "few tiles leave processors idle");
+    check(cuda::tile_size(128, 256, 132) == TileSize::mini, "few tiles leave processors idle");
+    check(cuda::tile_size(256, 785, 132) == TileSize::tiny, "200 tiny tiles do not");
     check(cuda::tile_size(1024, 1024, 132) == TileSize::small, "256 small tiles are enough for 132 processors");
     check(cuda::tile_size(4096, 4096, 132) == TileSize::large, "1024 large tiles are, too");
     check(cuda::tile_size(65536, 64, 132) == TileSize::small, "a narrow product fills no large tile");
