@@ -335,7 +335,7 @@ double Step<T>::sweep(const Dataset<T>& data, const std::int64_t*, Index rows, c
     w.forward(w.batch.source(), rows, nullptr);
     w.run_loss(w.batch.source(), rows);
     if (backward) w.store_gradient(w.batch.source(), rows, nullptr);
-    w.end(w.batch.source(), rows);
+    w.end(w.batch.source(), rows, 1, w.net.runtime().stream);
     return w.get_control().value;
 }
 
@@ -361,7 +361,7 @@ double evaluate(Network<T>& net, const Loss<T>& loss, const Dataset<T>& data) {
         work.shape(rows);
         work.forward(source, rows, nullptr);
         work.run_loss(source, rows);
-        work.end(source, rows);
+        work.end(source, rows, 1, net.runtime().stream);
     }
     const Control control = work.get_control();
     return loss.mean ? (control.weight > 0 ? control.total / control.weight : 0) : control.total;

@@ -45,16 +45,22 @@ struct Pack {
 
 // An epilogue over a product that lies in memory, by tiles as the small ones of our own; what it makes is packed beside.
 template <class T, class Epilogue>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     finish_product(int m, int n, const T* c, Index stride, Epilogue epilogue, Packed<T, std::uint16_t> packed) {
     CHAINRULE_SHARED(T, memory);
-    const int row = static_cast<int>(blockIdx.x) * static_cast<int>(kSmallTile);
-    const int col = static_cast<int>(blockIdx.y) * static_cast<int>(kSmallTile);
-    for (int e = static_cast<int>(threadIdx.x); e < kSmallTile * kSmallTile; e += kThreads) {
-        const int i = row + e / static_cast<int>(kSmallTile), j = col + e % static_cast<int>(kSmallTile);
-        if (i >= m) continue;
-        const T value = j < n ? epilogue(i, j, c[i * stride + j]) : T{0};
-        if (packed.to && j < packed.stride) packed.put(i, j, value);
+    constexpr int tile = static_cast<int>(kSmallTile), down = kThreads / tile, N = 4;
+    const int first = static_cast<int>(blockIdx.x) * tile + static_cast<int>(threadIdx.x) / tile;
+    const int j = static_cast<int>(blockIdx.y) * tile + static_cast<int>(threadIdx.x) % tile;
+    for (int r = 0; r < tile; r += N * down) {
+        Several<T, N> v = {};
+        int rows[N];
+        CHAINRULE_UNROLL(4)
+        for (int d = 0; d < N; ++d) rows[d] = first + r + d * down < m ? first + r + d * down : -1;
+        if (j < n) {
+            CHAINRULE_EACH_ROW(d) v.at[d] = c[rows[d] * stride + j];
+            epilogue(rows, j, v);
+        }
+        if (packed.to && j < packed.stride) CHAINRULE_EACH_ROW(d) packed.put(rows[d], j, v.at[d]);
     }
     epilogue.finish(memory);
 }
@@ -194,7 +200,7 @@ class Library {
         map_elements(rows, packed.stride, Pack<T, Out>{from, packed}, stream);
     }
     Ready ready(const Operand<T>& from, Index rows, Index cols, cudaStream_t stream) {
-        const bool plain = from.ones < 0 && !from.rows.order && !from.rows.first && aligned(from.data, from.stride);
+        const bool plain = from.ones < 0 && from.rows.plain() && aligned(from.data, from.stride);
         if (plain && !half()) return {from.data, from.stride};
         if (from.ones >= 0) cols = from.ones;
         Place& packed = place(from.data, rows, cols);

@@ -150,10 +150,11 @@ struct DropoutMap {
     MatrixView<T> y;
     DropoutScale<T> scale;
     std::uint64_t key;
-    const std::int64_t* drawn;  // steps before this one
+    const std::int64_t* drawn;  // steps before a graph of them
+    std::int64_t step;          // of the graph
     __device__ void operator()(Index i, Index j) const {
         y.data[i * y.stride + j] =
-            dropout(x.data[i * x.stride + j], scale, key, static_cast<std::uint64_t>(*drawn), i, j);
+            dropout(x.data[i * x.stride + j], scale, key, static_cast<std::uint64_t>(*drawn + step), i, j);
     }
 };
 
@@ -297,19 +298,20 @@ struct WeightedValue {
         return static_cast<double>(values[i]) * (data.weight ? static_cast<double>(data.weight[data.rows(i)]) : 1.0);
     }
 };
-// The step is over: its loss goes into the epoch's, as chainrule::Trainer has it.
+// A step is over: its loss goes into the epoch's, as chainrule::Trainer has it; and so are as many steps as the epoch advances by.
 struct EndStep {
     Control* control;
     bool mean;
-    Index rows;
+    Index rows, advance;
     __device__ void operator()(double total) const {
         control->value = total * control->scale + control->penalty + control->slopes;
         const double share = mean ? control->batch_weight : 1.0;
         control->total += control->value * share;
         control->weight += share;
-        ++control->step;
-        ++control->drawn;
-        control->first += rows;
+        if (advance == 0) return;  // others read where the graph began
+        control->step += advance;
+        control->drawn += advance;
+        control->first += advance * rows;
     }
 };
 
@@ -345,7 +347,9 @@ struct Apply {
     Rule<T> rule;
     const T* gradient;
     const Control* control;
-    __device__ void operator()(Index i) const { rule.apply(i, gradient[i] * static_cast<T>(control->clip)); }
+    __device__ void operator()(Index i) const {
+        rule.apply(i, Several<T, 1>{{gradient[i] * static_cast<T>(control->clip)}});
+    }
 };
 
 }  // namespace cuda

@@ -12,12 +12,15 @@
 namespace chainrule {
 namespace cuda {
 
-// The rows of a batch: from the first on, or those that an epoch's order names, from the present step's first on.
+// The rows of a batch: so many after the first, as they come or as an epoch's order names them.
 struct Rows {
     const std::int64_t* order = nullptr;  // null: as they come
     const std::int64_t* first = nullptr;  // null: 0
+    std::int64_t offset = 0;
+    bool plain() const { return !order && !first && offset == 0; }
+    __device__ std::int64_t begin() const { return first ? *first + offset : offset; }
     __device__ std::int64_t operator()(std::int64_t i) const {
-        const std::int64_t at = first ? *first + i : i;
+        const std::int64_t at = begin() + i;
         return order ? order[at] : at;
     }
 };
@@ -32,10 +35,10 @@ struct Operand {
     __device__ T at(int row, int col) const { return col == ones ? T{1} : data[rows(row) * stride + col]; }
     // The same with its first row at `data` or `order`, which are then read off the device once, not for each element.
     __device__ Operand settled() const {
+        const std::int64_t begin = rows.begin();
         Operand here = *this;
-        here.rows.first = nullptr;
-        if (rows.first && rows.order) here.rows.order += *rows.first;
-        if (rows.first && !rows.order) here.data += *rows.first * stride;
+        here.rows = {rows.order ? rows.order + begin : nullptr};
+        if (!rows.order) here.data += begin * stride;
         return here;
     }
 };
@@ -248,7 +251,7 @@ constexpr std::size_t tile_bytes() {
            sizeof(typename Tile::Real);
 }
 
-// C (m x n) over k terms; C's element (i, j) goes to epilogue(i, j, sum), then the block ends with epilogue.finish(memory).
+// C (m x n) over k terms; all of its elements go to the epilogue, then the block ends with epilogue.finish(memory).
 template <class Tile, bool ADownK, bool BDownK, class T, class Epilogue>
 __global__ void __launch_bounds__(Tile::threads, 1)
     multiply(int m, int n, int k, Operand<T> a, Operand<T> b, Epilogue epilogue) {
@@ -277,12 +280,22 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     tile.gather(memory);
     // Part by part through shared memory: one text of the epilogue instead of one for each element of a thread's, and
     // neighbouring threads write neighbouring columns.
+    constexpr int size = Tile::part_rows * Tile::cols, N = size >= 4 * Tile::threads ? 4 : 1;
+    static_assert(size % (N * Tile::threads) == 0 && Tile::threads % Tile::cols == 0, "a thread stays in its column");
     for (int part = 0; part < Tile::parts; ++part) {
         tile.put_part(memory);
         __syncthreads();
-        for (int e = static_cast<int>(threadIdx.x); e < Tile::part_rows * Tile::cols; e += Tile::threads) {
-            const int i = row + Tile::row_in_tile(part, e / Tile::cols), j = col + e % Tile::cols;
-            if (i < m && j < n) epilogue(i, j, memory[e]);
+        const int j = col + static_cast<int>(threadIdx.x) % Tile::cols;
+        for (int e = static_cast<int>(threadIdx.x); e < size && j < n; e += N * Tile::threads) {
+            Several<T, N> sums;
+            int rows[N];
+            CHAINRULE_UNROLL(4)
+            for (int c = 0; c < N; ++c) {
+                const int place = e + c * Tile::threads, i = row + Tile::row_in_tile(part, place / Tile::cols);
+                sums.at[c] = memory[place];
+                rows[c] = i < m ? i : -1;
+            }
+            epilogue(rows, j, sums);
         }
         __syncthreads();
     }
@@ -290,7 +303,13 @@ __global__ void __launch_bounds__(Tile::threads, 1)
 }
 
 // ---- epilogues ------------------------------------------------------------------------------------------------------
-// Each returns what it has put into memory.
+// An epilogue takes N elements of a column of C, whose rows are given, -1 for one that is not there, and leaves what it has put
+// into memory. All are loaded before the first is needed: N waits in one.
+
+#define CHAINRULE_EACH_ROW(c)                 \
+    CHAINRULE_UNROLL(4)                       \
+    for (int c = 0; c < N; ++c)               \
+        if (rows[c] >= 0)
 
 // Z = X Wᵀ + b, z kept where somebody needs it, and y = op(z). With `add`, to what is in y.
 template <class T>
@@ -300,12 +319,16 @@ struct Activate {
     Op op;
     T param;
     bool add;
-    __device__ T operator()(int i, int j, T sum) {
-        T* const to = y.data + i * y.stride + j;
-        if (bias) sum = sum + bias[j];
-        if (add) sum = sum + *to;
-        if (z.data) z.data[i * z.stride + j] = sum;
-        return *to = op_forward(op, sum, param);
+    template <int N>
+    __device__ void operator()(const int (&rows)[N], int j, Several<T, N>& v) {
+        Several<T, N> more = {};
+        if (add) CHAINRULE_EACH_ROW(c) more.at[c] = y.data[rows[c] * y.stride + j];
+        const T b = bias ? bias[j] : T{0};
+        CHAINRULE_EACH_ROW(c) v.at[c] = bias ? v.at[c] + b : v.at[c];
+        if (add) CHAINRULE_EACH_ROW(c) v.at[c] = v.at[c] + more.at[c];
+        if (z.data) CHAINRULE_EACH_ROW(c) z.data[rows[c] * z.stride + j] = v.at[c];
+        op_forward(op, v, param);
+        CHAINRULE_EACH_ROW(c) y.data[rows[c] * y.stride + j] = v.at[c];
     }
     __device__ void finish(T*) {}
 };
@@ -318,24 +341,37 @@ struct Differentiate {
     Op op;
     T param;
     bool add;
-    __device__ T operator()(int i, int j, T sum) {
-        T* const to = dx.data + i * dx.stride + j;
-        if (add) sum = sum + *to;
-        return *to = saved.data ? op_vjp(op, sum, saved.data[i * saved.stride + j], param) : sum;
+    template <int N>
+    __device__ void operator()(const int (&rows)[N], int j, Several<T, N>& v) {
+        Several<T, N> more = {}, from = {};
+        if (add) CHAINRULE_EACH_ROW(c) more.at[c] = dx.data[rows[c] * dx.stride + j];
+        if (saved.data) CHAINRULE_EACH_ROW(c) from.at[c] = saved.data[rows[c] * saved.stride + j];
+        if (add) CHAINRULE_EACH_ROW(c) v.at[c] = v.at[c] + more.at[c];
+        if (saved.data) op_vjp(op, v, from, param);
+        CHAINRULE_EACH_ROW(c) dx.data[rows[c] * dx.stride + j] = v.at[c];
     }
     __device__ void finish(T*) {}
 };
 
-// dW beside db, into a gradient laid out like theta: W (outputs, inputs), then b.
+// Where the gradient of a linear layer has output o's derivative by input i, W (outputs, inputs), then b.
+static __device__ __forceinline__ Index place_of_gradient(int o, int i, int outputs, int inputs) {
+    return i < inputs ? static_cast<Index>(o) * inputs + i : static_cast<Index>(outputs) * inputs + o;
+}
+
+// dW beside db, into a gradient laid out like theta.
 template <class T>
 struct StoreGradient {
     T* to;
     int outputs, inputs;
     bool add;
-    __device__ T operator()(int o, int i, T sum) {
-        T* const place =
-            to + (i < inputs ? static_cast<Index>(o) * inputs + i : static_cast<Index>(outputs) * inputs + o);
-        return *place = add ? *place + sum : sum;
+    template <int N>
+    __device__ void operator()(const int (&rows)[N], int i, Several<T, N>& v) {
+        Several<T, N> more = {};
+        if (add) CHAINRULE_EACH_ROW(c) more.at[c] = to[place_of_gradient(rows[c], i, outputs, inputs)];
+        CHAINRULE_EACH_ROW(c) {
+            if (add) v.at[c] = more.at[c] + v.at[c];
+            to[place_of_gradient(rows[c], i, outputs, inputs)] = v.at[c];
+        }
     }
     __device__ void finish(T*) {}
 };
@@ -364,6 +400,7 @@ struct Rule {
     const std::int64_t* step;  // the present one; null: `hyper` is its
     T l1, l2, clip_value;
 
+    __device__ bool regularizes() const { return l1 != 0 || l2 != 0 || clip_value != 0; }
     // The gradient with the penalty's part, clipped; adds the penalty itself to `penalty`.
     __device__ T regularized(Index place, T gradient, bool weight, double& penalty) const {
         const T w = theta[place];
@@ -374,20 +411,32 @@ struct Rule {
         }
         return clip_value != 0 ? clamped(Vec<T>(gradient), Vec<T>(clip_value))[0] : gradient;
     }
+    // To neighbouring weights, from `place` on.
     template <int N>
     __device__ void apply(Index place, const Several<T, N>& gradient) const {
-        Several<T, N> w = several_at<N>(theta + place), state[kSlots];
-        CHAINRULE_UNROLL(3)
-        for (int s = 0; s < kSlots; ++s) state[s] = slots[s] ? several_at<N>(slots[s] + place) : Several<T, N>{};
-        rule_update(rule, w, gradient, state, hyper[step ? *step : 0]);
-        several_at<N>(theta + place) = w;
+        update<N>(gradient, [&](T* from, Several<T, N>& to) { to = several_at<N>(from + place); },
+                  [&](T* to, const Several<T, N>& from) { several_at<N>(to + place) = from; });
+    }
+    // To those of places that are not negative; returns the new weights.
+    template <int N>
+    __device__ Several<T, N> apply(const Index (&rows)[N], const Several<T, N>& gradient) const {
+        return update<N>(
+            gradient, [&](const T* from, Several<T, N>& to) { CHAINRULE_EACH_ROW(c) to.at[c] = from[rows[c]]; },
+            [&](T* to, const Several<T, N>& from) { CHAINRULE_EACH_ROW(c) to[rows[c]] = from.at[c]; });
+    }
+    template <int N, class Load, class Store>
+    __device__ Several<T, N> update(const Several<T, N>& gradient, Load load, Store store) const {
+        Several<T, N> w = {}, state[kSlots] = {};
+        load(theta, w);
         CHAINRULE_UNROLL(3)
         for (int s = 0; s < kSlots; ++s)
-            if (slots[s]) several_at<N>(slots[s] + place) = state[s];
-    }
-    __device__ T apply(Index place, T gradient) const {
-        apply(place, Several<T, 1>{{gradient}});
-        return theta[place];
+            if (slots[s]) load(slots[s], state[s]);
+        rule_update(rule, w, gradient, state, hyper[step ? *step : 0]);
+        store(theta, w);
+        CHAINRULE_UNROLL(3)
+        for (int s = 0; s < kSlots; ++s)
+            if (slots[s]) store(slots[s], state[s]);
+        return w;
     }
 };
 
@@ -399,11 +448,15 @@ struct Update {
     int outputs, inputs;
     double* penalties;  // of each block
     double penalty = 0;
-    __device__ T operator()(int o, int i, T sum) {
-        const bool weight = i < inputs;
-        const Index place =
-            offset + (weight ? static_cast<Index>(o) * inputs + i : static_cast<Index>(outputs) * inputs + o);
-        return rule.apply(place, rule.regularized(place, sum, weight, penalty));
+    template <int N>
+    __device__ void operator()(const int (&rows)[N], int i, Several<T, N>& v) {
+        Index places[N];
+        CHAINRULE_UNROLL(4)
+        for (int c = 0; c < N; ++c)
+            places[c] = rows[c] < 0 ? -1 : offset + place_of_gradient(rows[c], i, outputs, inputs);
+        if (rule.regularizes())
+            CHAINRULE_EACH_ROW(c) v.at[c] = rule.regularized(places[c], v.at[c], i < inputs, penalty);
+        v = rule.apply(places, v);
     }
     __device__ void finish(T* memory) {
         if (rule.l1 == 0 && rule.l2 == 0) return;

@@ -224,9 +224,9 @@ struct Block {
                 constexpr int n = sizeof gradient / sizeof(T);
                 CHAINRULE_UNROLL(4)
                 for (int c = 0; c < n; ++c) {
-                    if (c >= count) continue;
+                    if (c >= count || !(stored || rule.regularizes())) continue;
                     gradient.at[c] = rule.regularized(place + c, gradient.at[c], weights, penalty);
-                    squares += stored ? static_cast<double>(gradient.at[c]) * static_cast<double>(gradient.at[c]) : 0.0;
+                    squares += static_cast<double>(gradient.at[c]) * static_cast<double>(gradient.at[c]);
                 }
                 if (stored)
                     several_at<n>(at(p.gradient) + place) = gradient;

@@ -150,7 +150,7 @@ struct Step<T>::Work {
 
     void forward(const Source<T>& data, Index rows, const typename Tape<T>::Drawing* drawing);
     void run_loss(const Source<T>& data, Index rows);
-    void end(const Source<T>& data, Index rows);
+    void end(const Source<T>& data, Index rows, Index advance, cudaStream_t stream);
     template <class Weigh>
     void down(const typename Tape<T>::Drawing* drawing, Weigh weigh);
     void store_gradient(const Source<T>& data, Index rows, const typename Tape<T>::Drawing* drawing);
@@ -214,17 +214,20 @@ void Step<T>::Work::run_loss(const Source<T>& data, Index rows) {
 }
 
 template <class T>
-void Step<T>::Work::end(const Source<T>& data, Index rows) {
-    sum_over(rows, WeightedValue<T>{values.data(), data}, EndStep{control.data(), loss.mean, rows},
-             net.runtime().stream);
+void Step<T>::Work::end(const Source<T>& data, Index rows, Index advance, cudaStream_t stream) {
+    sum_over(rows, WeightedValue<T>{values.data(), data}, EndStep{control.data(), loss.mean, rows, advance}, stream);
 }
 
-// All cotangents; weigh(l, stream) enqueues what is done with the gradient of layer l, which nobody reads W of any more.
+// All cotangents; weigh(l, stream) enqueues what is done with the gradient of layer l, which nobody reads W of any more. The lowest
+// layer's has no cotangents to run beside it, but the gradients of the layers above.
 template <class T>
 template <class Weigh>
 void Step<T>::Work::down(const typename Tape<T>::Drawing* drawing, Weigh weigh) {
     auto& run = net.runtime();
+    Index lowest = 0;
+    while (lowest < net.depth() && tape.layer(lowest).kind != LayerKind::linear) ++lowest;
     tape.cotangents(net.first_cotangent(), drawing, run.stream, [&](Index l) {
+        if (l == lowest) return weigh(l, run.stream);
         run.fork.order(run.stream, run.side);
         weigh(l, run.side);
     });

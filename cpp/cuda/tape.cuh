@@ -76,6 +76,7 @@ class Tape {
     struct Drawing {  // dropout's masks
         std::uint64_t seed;
         const std::int64_t* drawn;
+        std::int64_t step = 0;
     };
     void forward(const Drawing* drawing, cudaStream_t stream) const;
     void tangents(Index moving, const T* direction, cudaStream_t stream) const;
@@ -201,7 +202,8 @@ void Tape<T>::drop(Kind kind, Index from, Index to, Index l, const Drawing* draw
     const MatrixView<T> x = at(kind, from), y = at(kind, to);
     map_elements(
         y.rows, y.cols,
-        DropoutMap<T>{constant(x), y, DropoutScale<T>(layer(l).param), dropout_key(drawing->seed, l), drawing->drawn},
+        DropoutMap<T>{constant(x), y, DropoutScale<T>(layer(l).param), dropout_key(drawing->seed, l), drawing->drawn,
+                      drawing->step},
         stream);
 }
 

@@ -61,12 +61,12 @@ struct Trainer<T>::Work {
     Index steps() const { return (rows + options.batch_size - 1) / options.batch_size; }
     bool stores_examples() const { return step.extras.sobolev || step.extras.clip_example_norm != 0; }
     bool stores() const { return options.regularization.clip_norm != 0 || stores_examples(); }
-    Rule<T> rule() const {
+    Rule<T> rule(Index step_of_graph) const {
         const Regularization& r = options.regularization;
         Rule<T> rule = {optimizer.settings.rule,
                         net.theta(),
                         {},
-                        hyper.data(),
+                        hyper.data() + step_of_graph,
                         &step.control.data()->step,
                         static_cast<T>(r.l1),
                         static_cast<T>(r.l2),
@@ -84,7 +84,7 @@ struct Trainer<T>::Work {
         upload(jobs.data(), &own, 1, net.runtime().stream);
     }
     void enqueue(const Source<T>& from, Index count, Index times);
-    void enqueue(const Source<T>& from, Index count);
+    void enqueue_step(Source<T> from, Index count, Index number, Index times);
     void take_rates(std::int64_t count, const double* lr, Index lr_stride, Hyper<T>* to) const;
     void prepare(std::int64_t steps, const double* lr, Index lr_stride);
     void enqueue_epoch(Poller& look);
@@ -204,27 +204,37 @@ void launch_resident(const Program& program, const Job<T>* jobs, Index networks,
            steps);
 }
 
-// One step, on the streams.
+// One step, on the streams, of several in a graph. They all count from where the graph began, and only the last one moves that:
+// so a loss that waits for no penalty is added up beside the cotangents, and the next step need not wait for it.
 template <class T>
-void Trainer<T>::Work::enqueue(const Source<T>& from, Index count) {
-    const typename Tape<T>::Drawing drawing = {options.seed, &step.control.data()->drawn};
+void Trainer<T>::Work::enqueue_step(Source<T> from, Index count, Index number, Index times) {
+    auto& run = net.runtime();
+    const typename Tape<T>::Drawing drawing = {options.seed, &step.control.data()->drawn, number};
+    const Regularization& r = options.regularization;
+    const Index advance = number + 1 == times ? times : 0;
+    const bool early = advance == 0 && r.l1 == 0 && r.l2 == 0 && !step.extras.sobolev;
+    from.rows.offset = number * count;
     step.shape(count);
     step.forward(from, count, &drawing);
     step.run_loss(from, count);
+    if (early) {
+        run.fork.order(run.stream, run.side);
+        step.end(from, count, advance, run.side);
+    }
     if (stores()) {
         step.store_gradient(from, count, &drawing);
-        step.update_stored(rule(), options.regularization.clip_norm);
+        step.update_stored(rule(number), r.clip_norm);
     } else {
-        step.update_at_once(rule(), count, &drawing);
+        step.update_at_once(rule(number), count, &drawing);
     }
-    step.end(from, count);
+    if (!early) step.end(from, count, advance, run.stream);
 }
 
 // Several, which need nothing of the library's from before.
 template <class T>
 void Trainer<T>::Work::enqueue(const Source<T>& from, Index count, Index times) {
     if (library) library->forget();
-    for (Index s = 0; s < times; ++s) enqueue(from, count);
+    for (Index s = 0; s < times; ++s) enqueue_step(from, count, s, times);
 }
 
 template <class T>
