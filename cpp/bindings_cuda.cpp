@@ -136,6 +136,11 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("__version__") = CHAINRULE_VERSION;
     const py::module_ core = py::module_::import("chainrule._core");
     cuda::look_for_libraries(library_folders());
+    cuda::wait_by([](const std::function<void()>& wait) {
+        if (!PyGILState_Check()) return wait();
+        const Unlocked unlocked;
+        wait();
+    });
     m.def("state", &cuda::state);
     m.def("device_count", &cuda::device_count);
     m.def("device_name", &cuda::device_name, py::arg("device"));

@@ -43,10 +43,8 @@ class DeviceArray {
     }
     DeviceArray(py::dtype dtype, std::vector<Index> shape, int device)
         : dtype_(std::move(dtype)), shape_(std::move(shape)), device_(device) {
-        auto memory = std::make_shared<cuda::Buffer<unsigned char>>(
-            device, std::max<Index>(static_cast<Index>(bytes()), 1), "an array");
-        data_ = memory->data();
-        owner_ = std::move(memory);
+        owner_ = cuda::array_memory(device, std::max<std::size_t>(bytes(), 1));
+        data_ = owner_.get();
     }
     DeviceArray(py::dtype dtype, std::vector<Index> shape, int device, void* data, std::shared_ptr<void> owner)
         : dtype_(std::move(dtype)), shape_(std::move(shape)), device_(device), data_(data), owner_(std::move(owner)) {}

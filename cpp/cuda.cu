@@ -9,6 +9,8 @@
 
 #include <dlfcn.h>
 
+#include <deque>
+
 #include "cuda/calculus.cuh"
 #include "cuda/predict.cuh"
 #include "cuda/trainer.cuh"
@@ -87,6 +89,16 @@ int device_of(const void* pointer) {
     return attributes.type == cudaMemoryTypeDevice ? attributes.device : -1;
 }
 
+namespace {
+std::atomic<void (*)(const std::function<void()>&)> how_to_wait{[](const std::function<void()>& wait) { wait(); }};
+}  // namespace
+void wait_by(void (*how)(const std::function<void()>& wait)) { how_to_wait.store(how); }
+std::unique_lock<std::mutex> hold(std::mutex& mutex) {
+    std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+    if (!lock.owns_lock()) how_to_wait.load()([&] { lock.lock(); });
+    return lock;
+}
+
 void force_schedule(Schedule schedule) { forced_schedule.store(schedule); }
 void look_for_libraries(std::vector<std::string> folders) { library_folders() = std::move(folders); }
 
@@ -123,11 +135,77 @@ const lt::Functions* lt::functions() {
     return found.get();
 }
 
+namespace {
+
+// What arrays leave behind, up to so many bytes: cudaMalloc and cudaFree of a prediction take as long as a prediction may.
+class Spare {
+   public:
+    struct Piece {
+        void* memory;
+        int device;
+        std::size_t bytes;
+    };
+    void* take(int device, std::size_t bytes) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto found = std::find_if(pieces_.begin(), pieces_.end(), [&](const Piece& piece) {
+            return piece.device == device && piece.bytes == bytes;
+        });
+        if (found == pieces_.end()) return nullptr;
+        void* const memory = found->memory;
+        total_ -= bytes;
+        pieces_.erase(found);
+        return memory;
+    }
+    void keep(const Piece& piece) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        pieces_.push_back(piece);
+        total_ += piece.bytes;
+        drop_to(kMost);
+    }
+    bool clear() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const bool some = !pieces_.empty();
+        drop_to(0);
+        return some;
+    }
+
+   private:
+    static constexpr std::size_t kMost = std::size_t{64} << 20;
+    void drop_to(std::size_t most) {
+        for (; total_ > most; pieces_.pop_front()) {
+            total_ -= pieces_.front().bytes;
+            release(pieces_.front().memory);
+        }
+    }
+    std::mutex mutex_;
+    std::deque<Piece> pieces_;
+    std::size_t total_ = 0;
+};
+Spare& spare() {
+    static Spare& all = *new Spare;  // arrays may outlive whatever ends with the process
+    return all;
+}
+
+}  // namespace
+
+std::shared_ptr<void> array_memory(int device, std::size_t bytes) {
+    void* memory = spare().take(device, bytes);
+    if (memory)
+        synchronize(device);  // as cudaFree would have: for whoever still reads what was there
+    else
+        memory = allocate(device, bytes, "an array");
+    return {memory, [=](void* gone) { spare().keep({gone, device, bytes}); }};
+}
+
 void* allocate(int device, std::size_t bytes, const char* what) {
     if (bytes == 0) return nullptr;
     const OnDevice here(device);
     void* memory = nullptr;
-    const cudaError_t code = cudaMalloc(&memory, bytes);
+    cudaError_t code = cudaMalloc(&memory, bytes);
+    if (code == cudaErrorMemoryAllocation && spare().clear()) {
+        (void)cudaGetLastError();
+        code = cudaMalloc(&memory, bytes);
+    }
     if (code == cudaErrorMemoryAllocation) {
         (void)cudaGetLastError();
         std::size_t free = 0, total = 0;
@@ -183,7 +261,7 @@ Network<T>::~Network() = default;
 template <class T>
 void Network<T>::read(const Parameter& parameter, const T* flat, T* to) const {
     const OnDevice here(device_);
-    const std::lock_guard<std::mutex> lock(runtime_->mutex);
+    const auto held = runtime_->hold();
     download(to, flat + parameter.offset, parameter.size, runtime_->stream);
     runtime_->stream.wait();
 }
@@ -191,7 +269,7 @@ void Network<T>::read(const Parameter& parameter, const T* flat, T* to) const {
 template <class T>
 void Network<T>::write(const Parameter& parameter, const T* from) {
     const OnDevice here(device_);
-    const std::lock_guard<std::mutex> lock(runtime_->mutex);
+    const auto held = runtime_->hold();
     upload(theta() + parameter.offset, from, parameter.size, runtime_->stream);
     runtime_->stream.wait();
     count_change();
@@ -200,7 +278,7 @@ void Network<T>::write(const Parameter& parameter, const T* from) {
 template <class T>
 Array<T> Network<T>::snapshot() const {
     const OnDevice here(device_);
-    const std::lock_guard<std::mutex> lock(runtime_->mutex);
+    const auto held = runtime_->hold();
     Array<T> copy(size());
     download(copy.data(), theta(), size(), runtime_->stream);
     runtime_->stream.wait();
@@ -210,7 +288,7 @@ Array<T> Network<T>::snapshot() const {
 template <class T>
 void Network<T>::restore(const Array<T>& snapshot) {
     const OnDevice here(device_);
-    const std::lock_guard<std::mutex> lock(runtime_->mutex);
+    const auto held = runtime_->hold();
     upload(theta(), snapshot.data(), size(), runtime_->stream);
     runtime_->stream.wait();
     count_change();
@@ -219,7 +297,7 @@ void Network<T>::restore(const Array<T>& snapshot) {
 template <class T>
 bool Network<T>::all_finite() const {
     const OnDevice here(device_);
-    const std::lock_guard<std::mutex> lock(runtime_->mutex);
+    const auto held = runtime_->hold();
     const Buffer<double> count(device_, kPieces + 1, "a sum");
     sum_in_pieces(size(), NotFinite<T>{theta()}, count.data(), runtime_->stream);
     sum_over(pieces_of(size()), Partials{count.data()}, StoreSum{count.data() + kPieces}, runtime_->stream);
@@ -232,7 +310,7 @@ bool Network<T>::all_finite() const {
 template <class T>
 void Network<T>::predict(Index rows, const T* x, T* f) const {
     const OnDevice here(device_);
-    const std::lock_guard<std::mutex> lock(runtime_->mutex);
+    const auto held = runtime_->hold();
     if constexpr (std::is_same_v<T, float>) {
         const Schedule forced = forced_schedule.load();
         const bool many = wants_resident_prediction(rows, SimtPrediction::rows, runtime_->how.processors);
@@ -257,7 +335,7 @@ void Network<T>::predict(Index rows, const T* x, T* f) const {
 template <class T>
 void Network<T>::trace(Index rows, const T* x, T* const* phi) const {
     const OnDevice here(device_);
-    const std::lock_guard<std::mutex> lock(runtime_->mutex);
+    const auto held = runtime_->hold();
     Tape<T> tape(*this, false);
     tape.keep_all(true);
     tape.shape(0, rows, 1, {Tape<T>::primal});
@@ -272,6 +350,7 @@ void Network<T>::trace(Index rows, const T* x, T* const* phi) const {
 template <class T>
 Optimizer<T>::Optimizer(const Network<T>& net, const OptimizerSettings& given) : settings(given), net_(net) {
     const OnDevice here(net.device());
+    const auto held = net.runtime().hold();
     for (int s = 0; s < kSlots; ++s) {
         if (!uses_slot(settings, s)) continue;
         slots[s] = Buffer<T>(net.device(), net.size(), "an optimizer's state");
@@ -303,7 +382,7 @@ void Optimizer<T>::set_slot(int number, const T* from) {
         const Parameter& parameter = net_.parameters()[k];
         std::vector<T> plain(static_cast<std::size_t>(parameter.size));
         layout.read(layout.parameters()[k], from, plain.data());
-        const std::lock_guard<std::mutex> lock(net_.runtime().mutex);
+        const auto held = net_.runtime().hold();
         upload(slots[number].data() + parameter.offset, plain.data(), parameter.size, net_.runtime().stream);
         net_.runtime().stream.wait();
     }
@@ -328,7 +407,7 @@ template <class T>
 double Step<T>::sweep(const Dataset<T>& data, const std::int64_t*, Index rows, const Noise&, bool backward) {
     Work& w = *work_;
     const OnDevice here(w.net.device());
-    const std::lock_guard<std::mutex> lock(w.net.runtime().mutex);
+    const auto held = w.net.runtime().hold();
     w.batch.take(w.net, data, w.net.runtime().stream);
     w.set_control(Control{});
     w.shape(rows);
@@ -342,14 +421,14 @@ double Step<T>::sweep(const Dataset<T>& data, const std::int64_t*, Index rows, c
 template <class T>
 const T* Step<T>::gradient() {
     const OnDevice here(work_->net.device());
-    const std::lock_guard<std::mutex> lock(work_->net.runtime().mutex);
+    const auto held = work_->net.runtime().hold();
     return work_->gradient();
 }
 
 template <class T>
 double evaluate(Network<T>& net, const Loss<T>& loss, const Dataset<T>& data) {
     const OnDevice here(net.device());
-    const std::lock_guard<std::mutex> lock(net.runtime().mutex);
+    const auto held = net.runtime().hold();
     const Index piece = std::min(data.rows, rows_at_once(net, 2));
     typename Step<T>::Work work(net, loss, piece, data.target_cols, {}, false);
     work.batch.take(net, data, net.runtime().stream);

@@ -25,6 +25,10 @@ int device_count();   // 0 where there is none
 std::string device_name(int device);
 void synchronize(int device);
 void force_schedule(Schedule schedule);  // of trainers made from now on
+// Locks it. `wait_by` says how to wait where somebody has it: the bindings give Python's lock away meanwhile, which a training in
+// another thread asks for every 20 ms.
+std::unique_lock<std::mutex> hold(std::mutex& mutex);
+void wait_by(void (*how)(const std::function<void()>& wait));
 // Where cuBLASLt may lie if the loader does not know it; to be said before the first trainer is made.
 void look_for_libraries(std::vector<std::string> folders);
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -660,6 +661,15 @@ def test_an_array_there_and_back(dtype, rng):
     assert_same_bits(np.asarray(again), again.numpy())
 
 
+def test_the_memory_of_an_array_that_has_gone():
+    """It may be another's; that of one that is there may not."""
+    kept = cuda.upload(np.full(1000, 1.0), 0)
+    for number in range(2, 6):
+        array = cuda.upload(np.full(1000, float(number)), 0)
+        assert (array.numpy() == number).all() and (kept.numpy() == 1).all()
+        del array
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_predictions_that_stay_there(precision, rng):
     net = networks("cuda", 1, dtype=precision)[0]
@@ -714,6 +724,46 @@ def test_other_threads_use_other_networks(rng):
         thread.join()
         twin.fit(X, Y, loss="mse", epochs=5)
         assert_same_bits(net.predict(X), twin.predict(X))
+
+
+ASKED_WHILE_TRAINING = """
+import threading, time
+import conftest, numpy as np, chainrule as cr
+
+conftest.pytest_configure()
+net, X, y, optimizer = cr.mlp([3, 4, 1], device="cuda"), np.zeros((64, 3)), np.zeros(64), cr.Adam()
+
+def ask():
+    while asking:
+        net.predict(X[0]), net.state_dict(), cr.vjp(net, X[:1], np.ones((1, 1))), optimizer.state_dict(net)
+
+def fit(epochs):
+    start = time.perf_counter()
+    net.fit(X, y, loss="mse", optimizer=optimizer, epochs=epochs)
+    return time.perf_counter() - start
+
+fit(10)
+epochs, asking = 20 + int(10 / fit(10)), True  # for a second or so
+asker = threading.Thread(target=ask)
+asker.start()
+fit(epochs)
+asking = False
+asker.join()
+"""
+
+
+def test_a_network_in_training_can_be_asked():
+    """The training asks for Python's lock now and then: whoever waits for the network must not keep it."""
+    here = Path(__file__).parent
+    subprocess.run([sys.executable, "-c", ASKED_WHILE_TRAINING], cwd=here, check=True, timeout=120)
+
+
+@pytest.mark.skipif(not CUDA_MODULE, reason="no GPU loses graphs when it is asked to")
+@pytest.mark.parametrize("name, value", [("CAPTURE", "lost"), ("ALGORITHMS", "0")])
+def test_what_the_device_refuses_is_done_another_way(name, value, schedule, monkeypatch, rng):
+    """Graphs that another thread's wait ends; shapes for which cuBLASLt has no algorithm."""
+    monkeypatch.setenv(f"CHAINRULE_EMULATOR_{name}", value)
+    Trained(rng, "float64", batch_size=5, shuffle=True).assert_runs_equal(3, 1e-11)
 
 
 EVERY_KERNEL = """

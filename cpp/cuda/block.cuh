@@ -20,7 +20,14 @@ struct SharedTile {
     static constexpr int rows = R, cols = C, mine = R / kSharers;
     T sum[R][C] = {};
 
-    __device__ void add(int r, int c, T x, T y) { sum[r][c] = fma(Vec<T>(x), Vec<T>(y), Vec<T>(sum[r][c]))[0]; }
+    // x yᵀ
+    __device__ void add(const T (&x)[R], const T (&y)[C]) {
+        CHAINRULE_UNROLL(8)
+        for (int r = 0; r < R; ++r) {
+            CHAINRULE_UNROLL(4)
+            for (int c = 0; c < C; ++c) sum[r][c] = fma(Vec<T>(x[r]), Vec<T>(y[c]), Vec<T>(sum[r][c]))[0];
+        }
+    }
     // Keeps the upper or lower rows, for which the thread so many lanes away gives its part, and gives the others.
     template <int Keep>
     __device__ void halve(bool upper, int lanes) {
@@ -75,40 +82,56 @@ static __device__ __forceinline__ void by_shape(int m, int n, Wide wide, Narrow 
 static __device__ __forceinline__ int row_of(int i, int r, int down) { return i + r * down; }
 static __device__ __forceinline__ int at_most(int i, int last) { return i < last ? i : last; }
 
+// Element q of each of N packs, and element t of each of N rows.
+template <int N, class T>
+static __device__ __forceinline__ void pick(const Several<T, 4> (&from)[N], int q, T (&to)[N]) {
+    CHAINRULE_UNROLL(8)
+    for (int r = 0; r < N; ++r) to[r] = from[r].at[q];
+}
+template <int N, class T>
+static __device__ __forceinline__ void pick(const T* const (&rows)[N], int t, T (&to)[N]) {
+    CHAINRULE_UNROLL(8)
+    for (int r = 0; r < N; ++r) to[r] = rows[r][t];
+}
+template <int N, class T>
+static __device__ __forceinline__ void pick_fours(const T* const (&rows)[N], int t, Several<T, 4> (&to)[N]) {
+    CHAINRULE_UNROLL(8)
+    for (int r = 0; r < N; ++r) to[r] = several_at<4>(rows[r] + t);
+}
+// The rows of a tile; one that is not there is the last one again.
+template <int N, class T>
+static __device__ __forceinline__ void find_rows(int i, int apart, int count, const T* from, int stride,
+                                                 const T* (&rows)[N]) {
+    CHAINRULE_UNROLL(8)
+    for (int r = 0; r < N; ++r) rows[r] = from + at_most(row_of(i, r, apart), count - 1) * stride;
+}
+
 template <int R, int C, class T, class Take>
 static __device__ __forceinline__ void block_product_by(int m, int n, int k, const T* a, int a_stride, const T* b,
                                                         int b_stride, Take take) {
-    const int down = (m + R - 1) / R, across = (n + C - 1) / C;
+    const int down = (m + R - 1) / R, across = (n + C - 1) / C, whole = k / 4 * 4;
     each_tile<T, R, C>(
         down, across,
         [&](SharedTile<T, R, C>& tile, int i, int j, int sharer) {
-            const T* x[R];
-            CHAINRULE_UNROLL(8)
-            for (int r = 0; r < R; ++r) x[r] = a + at_most(row_of(i, r, down), m - 1) * a_stride;
-            const T* const y = b + j * C;
-            const int whole = k / 4 * 4;
+            const T* rows[R];
+            find_rows(i, down, m, a, a_stride, rows);
+            const T* const column = b + j * C;
+            T x[R];
             for (int t = 4 * sharer; t < whole; t += 4 * kSharers) {
-                Several<T, 4> four[R];
-                CHAINRULE_UNROLL(8)
-                for (int r = 0; r < R; ++r) four[r] = several_at<4>(x[r] + t);
+                Several<T, 4> fours[R];
+                pick_fours(rows, t, fours);
                 CHAINRULE_UNROLL(4)
                 for (int q = 0; q < 4; ++q) {
-                    const Several<T, C> row = several_at<C>(y + (t + q) * b_stride);
-                    CHAINRULE_UNROLL(8)
-                    for (int r = 0; r < R; ++r) {
-                        CHAINRULE_UNROLL(4)
-                        for (int c = 0; c < C; ++c) tile.add(r, c, four[r].at[q], row.at[c]);
-                    }
+                    pick(fours, q, x);
+                    const Several<T, C> y = several_at<C>(column + (t + q) * b_stride);
+                    tile.add(x, y.at);
                 }
             }
             const int t = whole + sharer;  // of the last terms, one each
             if (t >= k) return;
-            const Several<T, C> row = several_at<C>(y + t * b_stride);
-            CHAINRULE_UNROLL(8)
-            for (int r = 0; r < R; ++r) {
-                CHAINRULE_UNROLL(4)
-                for (int c = 0; c < C; ++c) tile.add(r, c, x[r][t], row.at[c]);
-            }
+            pick(rows, t, x);
+            const Several<T, C> y = several_at<C>(column + t * b_stride);
+            tile.add(x, y.at);
         },
         [&](int i, int j, int r, Several<T, C>& sums) {
             if (row_of(i, r, down) < m) take(row_of(i, r, down), j * C, sums);
@@ -127,37 +150,30 @@ static __device__ __forceinline__ void block_product(int m, int n, int k, const 
 template <int R, int C, class T, class Take>
 static __device__ __forceinline__ void block_product_transposed_by(int m, int n, int k, const T* a, int a_stride,
                                                                    const T* b, int b_stride, Take take) {
-    const int down = (m + R - 1) / R, across = (n + C - 1) / C;
+    const int down = (m + R - 1) / R, across = (n + C - 1) / C, whole = k / 4 * 4;
     each_tile<T, R, C>(
         down, across,
         [&](SharedTile<T, R, C>& tile, int i, int j, int sharer) {
-            const T *x[R], *y[C];
-            CHAINRULE_UNROLL(8)
-            for (int r = 0; r < R; ++r) x[r] = a + at_most(row_of(i, r, down), m - 1) * a_stride;
-            CHAINRULE_UNROLL(4)
-            for (int c = 0; c < C; ++c) y[c] = b + at_most(row_of(j, c, across), n - 1) * b_stride;
-            const int whole = k / 4 * 4;
+            const T *a_rows[R], *b_rows[C];
+            find_rows(i, down, m, a, a_stride, a_rows);
+            find_rows(j, across, n, b, b_stride, b_rows);
+            T x[R], y[C];
             for (int t = 4 * sharer; t < whole; t += 4 * kSharers) {
-                Several<T, 4> four[R];
-                CHAINRULE_UNROLL(8)
-                for (int r = 0; r < R; ++r) four[r] = several_at<4>(x[r] + t);
+                Several<T, 4> a_fours[R], b_fours[C];
+                pick_fours(a_rows, t, a_fours);
+                pick_fours(b_rows, t, b_fours);
                 CHAINRULE_UNROLL(4)
-                for (int c = 0; c < C; ++c) {
-                    const Several<T, 4> row = several_at<4>(y[c] + t);
-                    CHAINRULE_UNROLL(4)
-                    for (int q = 0; q < 4; ++q) {
-                        CHAINRULE_UNROLL(8)
-                        for (int r = 0; r < R; ++r) tile.add(r, c, four[r].at[q], row.at[q]);
-                    }
+                for (int q = 0; q < 4; ++q) {
+                    pick(a_fours, q, x);
+                    pick(b_fours, q, y);
+                    tile.add(x, y);
                 }
             }
             const int t = whole + sharer;
             if (t >= k) return;
-            CHAINRULE_UNROLL(8)
-            for (int r = 0; r < R; ++r) {
-                CHAINRULE_UNROLL(4)
-                for (int c = 0; c < C; ++c) tile.add(r, c, x[r][t], y[c][t]);
-            }
+            pick(a_rows, t, x);
+            pick(b_rows, t, y);
+            tile.add(x, y);
         },
         [&](int i, int j, int r, Several<T, C>& sums) {
             if (row_of(i, r, down) < m) take(row_of(i, r, down), j, across, sums);
@@ -175,24 +191,22 @@ static __device__ __forceinline__ void block_product_transposed(int m, int n, in
 template <int R, int C, class T, class Take>
 static __device__ __forceinline__ void block_product_of_rows_by(int m, int n, int k, const T* a, int a_stride,
                                                                 const T* b, int b_stride, Take take) {
-    const int down = (m + R - 1) / R, across = (n + C - 1) / C;
+    const int down = (m + R - 1) / R, across = (n + C - 1) / C, fours = (m + 3) / 4;
     each_tile<T, R, C>(
         down, across,
         [&](SharedTile<T, R, C>& tile, int i, int j, int sharer) {
-            int group[R / 4];  // of four rows
-            CHAINRULE_UNROLL(2)
-            for (int g = 0; g < R / 4; ++g) group[g] = 4 * at_most(row_of(i, g, down), (m - 1) / 4);
+            const T* columns[R / 4];  // of A, four rows of Aᵀ each
+            find_rows(i, down, fours, a, 4, columns);
             for (int t = sharer; t < k; t += kSharers) {
-                const Several<T, C> row = several_at<C>(b + t * b_stride + j * C);
+                T x[R];
                 CHAINRULE_UNROLL(2)
                 for (int g = 0; g < R / 4; ++g) {
-                    const Several<T, 4> four = several_at<4>(a + t * a_stride + group[g]);
+                    const Several<T, 4> four = several_at<4>(columns[g] + t * a_stride);
                     CHAINRULE_UNROLL(4)
-                    for (int q = 0; q < 4; ++q) {
-                        CHAINRULE_UNROLL(4)
-                        for (int c = 0; c < C; ++c) tile.add(4 * g + q, c, four.at[q], row.at[c]);
-                    }
+                    for (int q = 0; q < 4; ++q) x[4 * g + q] = four.at[q];
                 }
+                const Several<T, C> y = several_at<C>(b + t * b_stride + j * C);
+                tile.add(x, y.at);
             }
         },
         [&](int i, int j, int r, Several<T, C>& sums) {

@@ -61,14 +61,14 @@ void Direction<T>::prepare() {
 template <class T>
 void Direction<T>::clear() {
     const OnDevice here(net_.device());
-    const std::lock_guard<std::mutex> lock(net_.runtime().mutex);
+    const auto held = net_.runtime().hold();
     prepare();
     cuda::clear(theta_.data(), net_.size(), net_.runtime().stream);
 }
 template <class T>
 void Direction<T>::set(const Parameter& parameter, const T* from) {
     const OnDevice here(net_.device());
-    const std::lock_guard<std::mutex> lock(net_.runtime().mutex);
+    const auto held = net_.runtime().hold();
     prepare();
     upload(theta_.data() + parameter.offset, from, parameter.size, net_.runtime().stream);
     net_.runtime().stream.wait();
@@ -85,7 +85,7 @@ struct Derivatives<T>::Work {
     template <class F>
     void by_pieces(Index examples, Index seeds, Index matrices, F f) {
         const OnDevice here(net.device());
-        const std::lock_guard<std::mutex> lock(net.runtime().mutex);
+        const auto held = net.runtime().hold();
         const Index piece = std::max<Index>(1, rows_at_once(net, matrices) / seeds);
         for (Index first = 0; first < examples; first += piece) f(first, std::min(piece, examples - first));
         net.runtime().stream.wait();
@@ -98,7 +98,7 @@ struct Derivatives<T>::Work {
     }
     T* gradient(bool zero = false) {
         const OnDevice here(net.device());
-        const std::lock_guard<std::mutex> lock(net.runtime().mutex);
+        const auto held = net.runtime().hold();
         zero = zero || flat.size() < net.size();
         flat.grow(net.device(), net.size(), "a gradient");
         if (zero) cuda::clear(flat.data(), net.size(), stream());

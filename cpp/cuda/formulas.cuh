@@ -54,10 +54,8 @@ template <class T, int N>
 static __device__ __forceinline__ void op_forward(Op op, Several<T, N>& x, T param) {
     const Vec<T> p = param;
     switch (op) {
-#define CHAINRULE_ELEMENTWISE(name, type, saves)                                    \
-    case Op::name:                                                                  \
-        CHAINRULE_EACH(c) x.at[c] = type::forward(Vec<T>(x.at[c]), p)[0];           \
-        return;
+#define CHAINRULE_ELEMENTWISE(name, type, saves) \
+    case Op::name: CHAINRULE_EACH(c) x.at[c] = type::forward(Vec<T>(x.at[c]), p)[0]; return;
 #include "../ops/ops.def"
         default: return;
     }
@@ -67,10 +65,8 @@ template <class T, int N>
 static __device__ __forceinline__ void op_vjp(Op op, Several<T, N>& dy, const Several<T, N>& saved, T param) {
     const Vec<T> p = param;
     switch (op) {
-#define CHAINRULE_ELEMENTWISE(name, type, saves)                                                    \
-    case Op::name:                                                                                  \
-        CHAINRULE_EACH(c) dy.at[c] = type::vjp(Vec<T>(dy.at[c]), Vec<T>(saved.at[c]), p)[0];        \
-        return;
+#define CHAINRULE_ELEMENTWISE(name, type, saves) \
+    case Op::name: CHAINRULE_EACH(c) dy.at[c] = type::vjp(Vec<T>(dy.at[c]), Vec<T>(saved.at[c]), p)[0]; return;
 #include "../ops/ops.def"
         default: return;
     }
@@ -183,12 +179,12 @@ static __device__ __forceinline__ void rule_update(OptimizerOp rule, Several<T, 
                                                    Several<T, N> (&slots)[kSlots], const Hyper<T>& hyper) {
     static_assert(kSlots == 3, "each slot has its place here");
     switch (rule) {
-#define CHAINRULE_OPTIMIZER(name, type)                                                                       \
-    case OptimizerOp::name:                                                                                   \
-        CHAINRULE_EACH(c) {                                                                                   \
-            const State<T> state = {{&slots[0].at[c], &slots[1].at[c], &slots[2].at[c]}};                     \
-            w.at[c] = type::update(0, Vec<T>(w.at[c]), Vec<T>(g.at[c]), state, hyper)[0];                     \
-        }                                                                                                     \
+#define CHAINRULE_OPTIMIZER(name, type)                                                   \
+    case OptimizerOp::name:                                                               \
+        CHAINRULE_EACH(c) {                                                               \
+            const State<T> state = {{&slots[0].at[c], &slots[1].at[c], &slots[2].at[c]}}; \
+            w.at[c] = type::update(0, Vec<T>(w.at[c]), Vec<T>(g.at[c]), state, hyper)[0]; \
+        }                                                                                 \
         return;
 #include "../ops/ops.def"
         default: return;

@@ -45,22 +45,23 @@ struct Pack {
 
 // An epilogue over a product that lies in memory, by tiles as the small ones of our own; what it makes is packed beside.
 template <class T, class Epilogue>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
     finish_product(int m, int n, const T* c, Index stride, Epilogue epilogue, Packed<T, std::uint16_t> packed) {
     CHAINRULE_SHARED(T, memory);
     constexpr int tile = static_cast<int>(kSmallTile), down = kThreads / tile, N = 4;
-    const int first = static_cast<int>(blockIdx.x) * tile + static_cast<int>(threadIdx.x) / tile;
-    const int j = static_cast<int>(blockIdx.y) * tile + static_cast<int>(threadIdx.x) % tile;
+    const int blocks_down = (m + tile - 1) / tile, block = static_cast<int>(blockIdx.x);
+    const int first = block % blocks_down * tile + static_cast<int>(threadIdx.x) / tile;
+    const int j = block / blocks_down * tile + static_cast<int>(threadIdx.x) % tile;
     for (int r = 0; r < tile; r += N * down) {
         Several<T, N> v = {};
         int rows[N];
         CHAINRULE_UNROLL(4)
         for (int d = 0; d < N; ++d) rows[d] = first + r + d * down < m ? first + r + d * down : -1;
         if (j < n) {
-            CHAINRULE_EACH_ROW(d) v.at[d] = c[rows[d] * stride + j];
+            each_there(rows, [&](int d) { v.at[d] = c[rows[d] * stride + j]; });
             epilogue(rows, j, v);
         }
-        if (packed.to && j < packed.stride) CHAINRULE_EACH_ROW(d) packed.put(rows[d], j, v.at[d]);
+        if (packed.to && j < packed.stride) each_there(rows, [&](int d) { packed.put(rows[d], j, v.at[d]); });
     }
     epilogue.finish(memory);
 }
@@ -107,8 +108,9 @@ class Library {
     // Matrices have changed, but for the weights that an update has packed for the step to come.
     void begin_step() { ++step_; }
 
+    // Whether it could: for some shapes the library may have no algorithm.
     template <bool ADownK, bool BDownK, class Epilogue>
-    void multiply(Index m, Index n, Index k, const Operand<T>& a, const Operand<T>& b, const Epilogue& epilogue,
+    bool multiply(Index m, Index n, Index k, const Operand<T>& a, const Operand<T>& b, const Epilogue& epilogue,
                   cudaStream_t stream) {
         const Ready x = ready(a, ADownK ? k : m, ADownK ? m : k, stream);
         const Ready y = ready(b, BDownK ? k : n, BDownK ? n : k, stream);
@@ -118,15 +120,17 @@ class Library {
         // A column of ones would make an odd width, for which tensor cores are slow; the zeros beside it do no harm.
         const Shape shape = {ADownK,   BDownK,   m,        b.ones < 0 ? n : padded(n), k,
                              x.stride, y.stride, c_stride, direct.bias != nullptr};
+        const Plan& plan = plan_of(shape);
+        if (!plan.found) return false;
         T* const c = direct.to ? direct.to : room.product.data();
-        run(plan_of(shape), x.data, y.data, direct.bias, c, room, stream);
-        if (direct.to) return;
+        run(plan, x.data, y.data, direct.bias, c, room, stream);
+        if (direct.to) return true;
         const Packed<T, std::uint16_t> packed = result(epilogue, m);
         launch(finish_product<T, Epilogue>,
-               dim3(static_cast<unsigned>(tiles_across(m, kSmallTile)),
-                    static_cast<unsigned>(tiles_across(std::max(n, packed.stride), kSmallTile))),
-               kThreads, kThreads * sizeof(double), stream, static_cast<int>(m), static_cast<int>(n),
-               static_cast<const T*>(c), c_stride, epilogue, packed);
+               dim3(static_cast<unsigned>(tiles_of(m, std::max(n, packed.stride), kSmallTile))), kThreads,
+               kThreads * sizeof(double), stream, static_cast<int>(m), static_cast<int>(n), static_cast<const T*>(c),
+               c_stride, epilogue, packed);
+        return true;
     }
 
    private:
@@ -159,6 +163,7 @@ class Library {
     struct Plan {
         void *product = nullptr, *a = nullptr, *b = nullptr, *c = nullptr;
         lt::Algorithm algorithm{};
+        bool found = false;  // an algorithm
     };
     static Index padded(Index cols) { return round_up(cols, 8); }
     static Index packed_stride(Index cols) { return round_up(cols + 1, 64); }
@@ -275,11 +280,11 @@ class Library {
         lt::Heuristic best{};
         int count = 0;
         if (status == 0)
-            status = lt_.MatmulAlgoGetHeuristic(handle_, plan.product, plan.a, plan.b, plan.c, plan.c, preference, 1,
-                                                &best, &count);
+            plan.found = lt_.MatmulAlgoGetHeuristic(handle_, plan.product, plan.a, plan.b, plan.c, plan.c, preference,
+                                                    1, &best, &count) == 0 &&
+                         count > 0;
         (void)lt_.MatmulPreferenceDestroy(preference);
         check_library(status, "choosing an algorithm");
-        if (count == 0) throw std::runtime_error("[cuda] cuBLASLt has no algorithm for a product");
         plan.algorithm = best.algorithm;
     }
     void run(const Plan& plan, const void* a, const void* b, const T* bias, T* c, const Room& room,
@@ -323,7 +328,7 @@ struct Arithmetic {
     template <bool ADownK, bool BDownK, class Epilogue>
     void multiply(Index m, Index n, Index k, const Operand<T>& a, const Operand<T>& b, const Epilogue& epilogue,
                   cudaStream_t stream) const {
-        if (library && k > 0) return library->template multiply<ADownK, BDownK>(m, n, k, a, b, epilogue, stream);
+        if (library && k > 0 && library->template multiply<ADownK, BDownK>(m, n, k, a, b, epilogue, stream)) return;
         multiply_tiles<ADownK, BDownK>(precision, tile_size(m, n, processors), m, n, k, a, b, epilogue, stream);
     }
 };

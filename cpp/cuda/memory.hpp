@@ -2,6 +2,7 @@
 // L1: memory on a device, without CUDA's headers: who only moves arrays need not know them.
 #pragma once
 
+#include <memory>
 #include <new>
 #include <string>
 #include <utility>
@@ -27,6 +28,8 @@ int device_of(const void* pointer);                                    // -1: th
 void copy(int device, void* to, const void* from, std::size_t bytes);  // either way; waits
 void* allocate(int device, std::size_t bytes, const char* what);
 void release(void* memory) noexcept;
+// For an array of the caller's. The last few that have gone leave theirs for others of their size.
+std::shared_ptr<void> array_memory(int device, std::size_t bytes);
 
 // Owns an array on a device; contents undefined.
 template <class T>

@@ -68,11 +68,9 @@ struct Simt {
         for (int k = 0; k < team_depth; ++k) {
             Several<T, 4> x[PerRow / 4], y[PerCol / 4];
             CHAINRULE_UNROLL(4)
-            for (int r = 0; r < PerRow / 4; ++r)
-                x[r] = several_at<4>(a + k * (Rows + padding) + row_of(4 * r));
+            for (int r = 0; r < PerRow / 4; ++r) x[r] = several_at<4>(a + k * (Rows + padding) + row_of(4 * r));
             CHAINRULE_UNROLL(4)
-            for (int c = 0; c < PerCol / 4; ++c)
-                y[c] = several_at<4>(b + k * (Cols + padding) + col_of(4 * c));
+            for (int c = 0; c < PerCol / 4; ++c) y[c] = several_at<4>(b + k * (Cols + padding) + col_of(4 * c));
             CHAINRULE_UNROLL(8)
             for (int r = 0; r < PerRow; ++r) {
                 CHAINRULE_UNROLL(8)
@@ -258,7 +256,8 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     CHAINRULE_SHARED(T, memory);
     T* const a_tile = memory;
     T* const b_tile = memory + Tile::depth * (Tile::rows + Tile::padding);
-    const int row = static_cast<int>(blockIdx.x) * Tile::rows, col = static_cast<int>(blockIdx.y) * Tile::cols;
+    const int down = (m + Tile::rows - 1) / Tile::rows, block = static_cast<int>(blockIdx.x);
+    const int row = block % down * Tile::rows, col = block / down * Tile::cols;
     Carrier<T, ADownK, Tile::rows, Tile::depth, Tile::threads, Tile::padding> next_a(a.settled(), row, m);
     Carrier<T, BDownK, Tile::cols, Tile::depth, Tile::threads, Tile::padding> next_b(b.settled(), col, n);
     Tile tile;
@@ -306,10 +305,13 @@ __global__ void __launch_bounds__(Tile::threads, 1)
 // An epilogue takes N elements of a column of C, whose rows are given, -1 for one that is not there, and leaves what it has put
 // into memory. All are loaded before the first is needed: N waits in one.
 
-#define CHAINRULE_EACH_ROW(c)                 \
-    CHAINRULE_UNROLL(4)                       \
-    for (int c = 0; c < N; ++c)               \
-        if (rows[c] >= 0)
+// f(c) for each of N rows or places that is there.
+template <class I, int N, class F>
+static __device__ __forceinline__ void each_there(const I (&rows)[N], F f) {
+    CHAINRULE_UNROLL(4)
+    for (int c = 0; c < N; ++c)
+        if (rows[c] >= 0) f(c);
+}
 
 // Z = X Wᵀ + b, z kept where somebody needs it, and y = op(z). With `add`, to what is in y.
 template <class T>
@@ -322,13 +324,13 @@ struct Activate {
     template <int N>
     __device__ void operator()(const int (&rows)[N], int j, Several<T, N>& v) {
         Several<T, N> more = {};
-        if (add) CHAINRULE_EACH_ROW(c) more.at[c] = y.data[rows[c] * y.stride + j];
+        if (add) each_there(rows, [&](int c) { more.at[c] = y.data[rows[c] * y.stride + j]; });
         const T b = bias ? bias[j] : T{0};
-        CHAINRULE_EACH_ROW(c) v.at[c] = bias ? v.at[c] + b : v.at[c];
-        if (add) CHAINRULE_EACH_ROW(c) v.at[c] = v.at[c] + more.at[c];
-        if (z.data) CHAINRULE_EACH_ROW(c) z.data[rows[c] * z.stride + j] = v.at[c];
+        each_there(rows, [&](int c) { v.at[c] = bias ? v.at[c] + b : v.at[c]; });
+        if (add) each_there(rows, [&](int c) { v.at[c] = v.at[c] + more.at[c]; });
+        if (z.data) each_there(rows, [&](int c) { z.data[rows[c] * z.stride + j] = v.at[c]; });
         op_forward(op, v, param);
-        CHAINRULE_EACH_ROW(c) y.data[rows[c] * y.stride + j] = v.at[c];
+        each_there(rows, [&](int c) { y.data[rows[c] * y.stride + j] = v.at[c]; });
     }
     __device__ void finish(T*) {}
 };
@@ -344,11 +346,11 @@ struct Differentiate {
     template <int N>
     __device__ void operator()(const int (&rows)[N], int j, Several<T, N>& v) {
         Several<T, N> more = {}, from = {};
-        if (add) CHAINRULE_EACH_ROW(c) more.at[c] = dx.data[rows[c] * dx.stride + j];
-        if (saved.data) CHAINRULE_EACH_ROW(c) from.at[c] = saved.data[rows[c] * saved.stride + j];
-        if (add) CHAINRULE_EACH_ROW(c) v.at[c] = v.at[c] + more.at[c];
+        if (add) each_there(rows, [&](int c) { more.at[c] = dx.data[rows[c] * dx.stride + j]; });
+        if (saved.data) each_there(rows, [&](int c) { from.at[c] = saved.data[rows[c] * saved.stride + j]; });
+        if (add) each_there(rows, [&](int c) { v.at[c] = v.at[c] + more.at[c]; });
         if (saved.data) op_vjp(op, v, from, param);
-        CHAINRULE_EACH_ROW(c) dx.data[rows[c] * dx.stride + j] = v.at[c];
+        each_there(rows, [&](int c) { dx.data[rows[c] * dx.stride + j] = v.at[c]; });
     }
     __device__ void finish(T*) {}
 };
@@ -367,11 +369,11 @@ struct StoreGradient {
     template <int N>
     __device__ void operator()(const int (&rows)[N], int i, Several<T, N>& v) {
         Several<T, N> more = {};
-        if (add) CHAINRULE_EACH_ROW(c) more.at[c] = to[place_of_gradient(rows[c], i, outputs, inputs)];
-        CHAINRULE_EACH_ROW(c) {
+        if (add) each_there(rows, [&](int c) { more.at[c] = to[place_of_gradient(rows[c], i, outputs, inputs)]; });
+        each_there(rows, [&](int c) {
             if (add) v.at[c] = more.at[c] + v.at[c];
             to[place_of_gradient(rows[c], i, outputs, inputs)] = v.at[c];
-        }
+        });
     }
     __device__ void finish(T*) {}
 };
@@ -414,15 +416,17 @@ struct Rule {
     // To neighbouring weights, from `place` on.
     template <int N>
     __device__ void apply(Index place, const Several<T, N>& gradient) const {
-        update<N>(gradient, [&](T* from, Several<T, N>& to) { to = several_at<N>(from + place); },
-                  [&](T* to, const Several<T, N>& from) { several_at<N>(to + place) = from; });
+        update<N>(
+            gradient, [&](T* from, Several<T, N>& to) { to = several_at<N>(from + place); },
+            [&](T* to, const Several<T, N>& from) { several_at<N>(to + place) = from; });
     }
     // To those of places that are not negative; returns the new weights.
     template <int N>
-    __device__ Several<T, N> apply(const Index (&rows)[N], const Several<T, N>& gradient) const {
+    __device__ Several<T, N> apply(const Index (&places)[N], const Several<T, N>& gradient) const {
         return update<N>(
-            gradient, [&](const T* from, Several<T, N>& to) { CHAINRULE_EACH_ROW(c) to.at[c] = from[rows[c]]; },
-            [&](T* to, const Several<T, N>& from) { CHAINRULE_EACH_ROW(c) to[rows[c]] = from.at[c]; });
+            gradient,
+            [&](const T* from, Several<T, N>& to) { each_there(places, [&](int c) { to.at[c] = from[places[c]]; }); },
+            [&](T* to, const Several<T, N>& from) { each_there(places, [&](int c) { to[places[c]] = from.at[c]; }); });
     }
     template <int N, class Load, class Store>
     __device__ Several<T, N> update(const Several<T, N>& gradient, Load load, Store store) const {
@@ -455,13 +459,13 @@ struct Update {
         for (int c = 0; c < N; ++c)
             places[c] = rows[c] < 0 ? -1 : offset + place_of_gradient(rows[c], i, outputs, inputs);
         if (rule.regularizes())
-            CHAINRULE_EACH_ROW(c) v.at[c] = rule.regularized(places[c], v.at[c], i < inputs, penalty);
+            each_there(rows, [&](int c) { v.at[c] = rule.regularized(places[c], v.at[c], i < inputs, penalty); });
         v = rule.apply(places, v);
     }
     __device__ void finish(T* memory) {
         if (rule.l1 == 0 && rule.l2 == 0) return;
         const double total = block_sum(penalty, reinterpret_cast<double*>(memory));
-        if (threadIdx.x == 0) penalties[blockIdx.y * gridDim.x + blockIdx.x] = total;
+        if (threadIdx.x == 0) penalties[blockIdx.x] = total;
     }
 };
 
@@ -492,8 +496,7 @@ using Bfloat16Large = TensorCores<true, 128, 128, 16, 4, 4>;
 template <class Tile, bool ADownK, bool BDownK, class T, class Epilogue>
 void multiply_by(Index m, Index n, Index k, const Operand<T>& a, const Operand<T>& b, const Epilogue& epilogue,
                  cudaStream_t stream) {
-    const dim3 blocks(static_cast<unsigned>((m + Tile::rows - 1) / Tile::rows),
-                      static_cast<unsigned>((n + Tile::cols - 1) / Tile::cols));
+    const dim3 blocks(static_cast<unsigned>(tiles_across(m, Tile::rows) * tiles_across(n, Tile::cols)));
     launch(multiply<Tile, ADownK, BDownK, T, Epilogue>, blocks, Tile::threads, tile_bytes<Tile>(), stream,
            static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), a, b, epilogue);
 }
@@ -512,7 +515,8 @@ void multiply_tiles(Precision precision, TileSize size, Index m, Index n, Index 
     };
     if constexpr (sizeof(T) == 4) {
         if (precision == Precision::tf32) return go(Tf32Tiny{}, Tf32Tiny{}, Tf32Small{}, Tf32Large{});
-        if (precision == Precision::bfloat16) return go(Bfloat16Tiny{}, Bfloat16Tiny{}, Bfloat16Small{}, Bfloat16Large{});
+        if (precision == Precision::bfloat16)
+            return go(Bfloat16Tiny{}, Bfloat16Tiny{}, Bfloat16Small{}, Bfloat16Large{});
     }
     go(typename Tiles<T>::Mini{}, typename Tiles<T>::Tiny{}, typename Tiles<T>::Small{}, typename Tiles<T>::Large{});
 }

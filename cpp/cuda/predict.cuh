@@ -239,9 +239,7 @@ class ResidentPrediction {
     void enqueue(Index rows, const float* x, float* f) const {
         with_tile([&](auto tile) {
             using Tile = decltype(tile);
-            check(cudaFuncSetAttribute(predict_resident<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       static_cast<int>(bytes())),
-                  "asking for shared memory");
+            allow_shared(predict_resident<Tile>, net_.runtime().shared_bytes);
             int room = 0;
             check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&room, predict_resident<Tile>, Tile::threads, bytes()),
                   "asking for room");

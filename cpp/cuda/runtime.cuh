@@ -80,6 +80,16 @@ class Event {
     cudaEvent_t event_ = nullptr;
 };
 
+// Somebody else's wait for the whole device, in another thread, ends a graph that is being made; nothing of it has run.
+class GraphLost : public std::runtime_error {
+   public:
+    GraphLost() : std::runtime_error("[cuda] a graph was lost to another thread's wait for the device") {}
+    static bool is(cudaError_t code) {
+        return code == cudaErrorStreamCaptureUnsupported || code == cudaErrorStreamCaptureInvalidated ||
+               code == cudaErrorStreamCaptureImplicit;
+    }
+};
+
 // What a piece of work enqueued, to be enqueued again in one call.
 class Graph {
    public:
@@ -91,11 +101,18 @@ class Graph {
         try {
             f();
         } catch (...) {
-            (void)cudaStreamEndCapture(stream, &graph);
+            const bool lost = GraphLost::is(cudaStreamEndCapture(stream, &graph));
+            (void)cudaGetLastError();
             if (graph) (void)cudaGraphDestroy(graph);
+            if (lost) throw GraphLost();
             throw;
         }
-        check(cudaStreamEndCapture(stream, &graph), "ending a graph");
+        const cudaError_t ended = cudaStreamEndCapture(stream, &graph);
+        if (GraphLost::is(ended)) {
+            (void)cudaGetLastError();
+            throw GraphLost();
+        }
+        check(ended, "ending a graph");
         const cudaError_t made = cudaGraphInstantiate(&executable_, graph, 0);
         (void)cudaGraphDestroy(graph);
         check(made, "instantiating a graph");
@@ -125,6 +142,14 @@ void launch(void (*kernel)(P...), dim3 blocks, dim3 threads, std::size_t shared,
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     check(cudaLaunchKernelEx(&config, kernel, P(std::forward<A>(arguments))...), "launching a kernel");
+}
+
+// Blocks of the kernel may have so much shared memory. All that the device has, whatever a launch takes: another thread's launch
+// would not start if this one wanted less.
+template <class... P>
+void allow_shared(void (*kernel)(P...), Index bytes) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+          "asking for shared memory");
 }
 
 template <class T>

@@ -21,6 +21,7 @@ struct Network<T>::Runtime {
         : how{precision, attribute(cudaDevAttrMultiProcessorCount, device)},
           shared_bytes(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) {}
     std::mutex mutex;  // one caller at a time has the streams
+    std::unique_lock<std::mutex> hold() { return cuda::hold(mutex); }
     Arithmetic<T> how;
     Index shared_bytes;
     Stream stream, side;
@@ -200,11 +201,10 @@ void Tape<T>::product(Index l, const Operand<T>& x, const T* flat, bool with_bia
 template <class T>
 void Tape<T>::drop(Kind kind, Index from, Index to, Index l, const Drawing* drawing, cudaStream_t stream) const {
     const MatrixView<T> x = at(kind, from), y = at(kind, to);
-    map_elements(
-        y.rows, y.cols,
-        DropoutMap<T>{constant(x), y, DropoutScale<T>(layer(l).param), dropout_key(drawing->seed, l), drawing->drawn,
-                      drawing->step},
-        stream);
+    map_elements(y.rows, y.cols,
+                 DropoutMap<T>{constant(x), y, DropoutScale<T>(layer(l).param), dropout_key(drawing->seed, l),
+                               drawing->drawn, drawing->step},
+                 stream);
 }
 
 template <class T>

@@ -87,6 +87,7 @@ struct Trainer<T>::Work {
     void enqueue_step(Source<T> from, Index count, Index number, Index times);
     void take_rates(std::int64_t count, const double* lr, Index lr_stride, Hyper<T>* to) const;
     void prepare(std::int64_t steps, const double* lr, Index lr_stride);
+    const Graph* graph_of(Index count, Index times);
     void enqueue_epoch(Poller& look);
     void wait(Poller& look);
     void draw_order(Index number, cudaStream_t stream);
@@ -196,12 +197,11 @@ Job<T> Trainer<T>::Work::job(const Source<T>& from, Index count) const {
 
 // The blocks of as many networks, each up to `steps` steps.
 template <class T>
-void launch_resident(const Program& program, const Job<T>* jobs, Index networks, int steps, cudaStream_t stream) {
-    const std::size_t bytes = static_cast<std::size_t>(program.total) * sizeof(T);
-    check(cudaFuncSetAttribute(train_resident<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-          "asking for shared memory");
-    launch(train_resident<T>, dim3(static_cast<unsigned>(networks)), kResidentThreads, bytes, stream, program, jobs,
-           steps);
+void launch_resident(const typename Network<T>::Runtime& run, const Program& program, const Job<T>* jobs,
+                     Index networks, int steps) {
+    allow_shared(train_resident<T>, run.shared_bytes);
+    launch(train_resident<T>, dim3(static_cast<unsigned>(networks)), kResidentThreads,
+           static_cast<std::size_t>(program.total) * sizeof(T), run.stream, program, jobs, steps);
 }
 
 // One step, on the streams, of several in a graph. They all count from where the graph began, and only the last one moves that:
@@ -261,25 +261,34 @@ void Trainer<T>::Work::prepare(std::int64_t count, const double* lr, Index lr_st
     step.set_control(control);
 }
 
+// So many steps as a graph; null if that was lost, for now.
+template <class T>
+const Graph* Trainer<T>::Work::graph_of(Index count, Index times) {
+    auto found = graphs.find({count, times});
+    if (found == graphs.end()) try {
+            Graph graph(net.runtime().stream, [&] { enqueue(source, count, times); });
+            found = graphs.emplace(std::make_pair(count, times), std::move(graph)).first;
+        } catch (const GraphLost&) { return nullptr; }
+    return &found->second;
+}
+
 template <class T>
 void Trainer<T>::Work::enqueue_epoch(Poller& look) {
     cudaStream_t stream = net.runtime().stream;
     if (schedule == Schedule::resident) {
         upload_job(source, rows);
         while (enqueued < steps()) {
-            launch_resident(program, jobs.data(), 1, kStepsInLaunch, stream);
+            launch_resident<T>(net.runtime(), program, jobs.data(), 1, kStepsInLaunch);
             enqueued = std::min<std::int64_t>(enqueued + kStepsInLaunch, steps());
             wait(look);
         }
         return;
     }
     const auto launch_steps = [&](Index count, Index times) {
-        auto found = graphs.find({count, times});
-        if (found == graphs.end()) {
-            Graph graph(stream, [&] { enqueue(source, count, times); });
-            found = graphs.emplace(std::make_pair(count, times), std::move(graph)).first;
-        }
-        found->second.launch(stream);
+        if (const Graph* graph = graph_of(count, times))
+            graph->launch(stream);
+        else
+            enqueue(source, count, times);
         enqueued += times;
         look();
     };
@@ -350,7 +359,7 @@ template <class T>
 Trainer<T>::Trainer(Network<T>& net, Optimizer<T>& optimizer, const Loss<T>& loss, const Dataset<T>& data,
                     const TrainerOptions& options) {
     const OnDevice here(net.device());
-    const std::lock_guard<std::mutex> lock(net.runtime().mutex);
+    const auto held = net.runtime().hold();
     work_ = std::make_unique<Work>(net, optimizer, loss, data, options);
 }
 template <class T>
@@ -368,7 +377,7 @@ template <class T>
 std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const double* lr, Index lr_stride,
                                     const std::function<void()>& poll) {
     const OnDevice here(work_->net.device());
-    const std::lock_guard<std::mutex> lock(work_->net.runtime().mutex);
+    const auto held = work_->net.runtime().hold();
     work_->make_room(work_->batch());
     Poller look(poll);  // of the whole run: an epoch may be over in no time
     std::vector<double> losses;
@@ -386,14 +395,14 @@ double Trainer<T>::step(const Dataset<T>& batch, double lr) {
     if (work.step.extras.sobolev || work.options.clip_example_norm != 0)
         throw std::invalid_argument("[step] slopes and clipped examples are for fit: expected run, got step");
     const OnDevice here(work.net.device());
-    const std::lock_guard<std::mutex> lock(work.net.runtime().mutex);
+    const auto held = work.net.runtime().hold();
     work.make_room(batch.rows);
     work.step.batch.take(work.net, batch, work.net.runtime().stream);
     work.prepare(1, &lr, 1);
     work.net.count_change();
     if (work.schedule == Schedule::resident && batch.rows <= work.batch()) {
         work.upload_job(work.step.batch.source(), batch.rows);
-        launch_resident(work.program, work.jobs.data(), 1, 1, work.net.runtime().stream);
+        launch_resident<T>(work.net.runtime(), work.program, work.jobs.data(), 1, 1);
     } else {
         work.enqueue(work.step.batch.source(), batch.rows, 1);
     }
@@ -457,7 +466,8 @@ class Together {
         send();
         const Index networks = static_cast<Index>(active_.size());
         for (std::int64_t done = 0; done < most; done += kStepsInLaunch) {
-            launch_resident(first().program, jobs_on_device_.data(), networks, kStepsInLaunch, stream());
+            launch_resident<T>(first().net.runtime(), first().program, jobs_on_device_.data(), networks,
+                               kStepsInLaunch);
             for (const std::size_t k : active_)
                 all_[k]->enqueued = std::min<std::int64_t>(done + kStepsInLaunch, all_[k]->steps());
             first().wait(look);
@@ -545,7 +555,7 @@ std::vector<std::vector<double>> run_many(const std::vector<Trainer<T>*>& traine
     }
     const OnDevice here(trainers.front()->work().net.device());
     std::vector<std::unique_lock<std::mutex>> locks;
-    for (const Trainer<T>* trainer : trainers) locks.emplace_back(trainer->work().net.runtime().mutex);
+    for (const Trainer<T>* trainer : trainers) locks.push_back(trainer->work().net.runtime().hold());
     Together<T> together(trainers);
     Poller look(poll);
     try {

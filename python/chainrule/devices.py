@@ -123,7 +123,8 @@ def run_many(trainers: list[Any], first_epoch: int, rates: NDArray[Any]) -> NDAr
 
 def predict(core: Any, array: Any, features: int, dtype: str, device: str) -> Any:
     """Outputs for rows that lie on the network's own GPU; they stay there."""
-    X = _load()[0].from_dlpack(array)
+    module = _load()[0]
+    X = array if isinstance(array, module.Array) else module.from_dlpack(array)
     if X.device != _index(device) or X.dtype != dtype or len(X.shape) != 2 or X.shape[1] != features:
         raise ValueError(
             f"[predict] X on a GPU is taken as it is: expected {dtype} (rows, {features}) on '{device}', "

@@ -138,9 +138,7 @@ def _at_once(nets: list[Sequential], plans: list[training.Plan]) -> tuple[list[t
     uploaded: dict[int, training.Data] = {}  # by id: data that are shared lie there once
     for plan in plans:
         if id(plan.data) not in uploaded:
-            uploaded[id(plan.data)] = training.Data(
-                *(devices.upload(part, nets[0].device) for part in plan.data)
-            )
+            uploaded[id(plan.data)] = plan.data.on(nets[0].device)
     runs = [
         training.EngineRun(net, plan, uploaded[id(plan.data)]) for net, plan in zip(nets, plans, strict=True)
     ]

@@ -98,6 +98,10 @@ class Data(NamedTuple):
         weight, dy = (None if a is None else a[first:last] for a in (self.weight, self.dy))
         return Data(self.X[first:last], self.y[first:last], weight, self.flat, dy)
 
+    def on(self, device: str) -> Data:
+        """Where it is used more than once: a copy on a GPU, or these arrays themselves."""
+        return self if device == "cpu" else Data(*(devices.upload(part, device) for part in self))
+
 
 def take(
     op: str, net: Network, loss: losses.Loss, X: Any, y: Any, sample_weight: Any = None, *, where: str = ""
@@ -585,6 +589,7 @@ class Run(ABC):
     def __init__(self, net: Network, plan: Plan) -> None:
         self.net, self.plan = net, plan
         self.engine = plan.optimizer.engine(net)
+        self.validation = None if plan.validation is None else plan.validation.on(net.device)
         self.before = net._core.snapshot()
         steps = self.engine.step_count
         self.state = (steps, self.engine.get_state()) if steps else None
@@ -652,8 +657,8 @@ class Run(ABC):
         history[plan.optimizer.pace].extend(paces.tolist())
         if not math.isfinite(history["loss"][-1]):
             raise self._diverged("loss", str(history["loss"][-1]))
-        if plan.validation is not None:
-            history["val_loss"].append(_evaluate(self.net, plan.loss, plan.validation))
+        if self.validation is not None:
+            history["val_loss"].append(_evaluate(self.net, plan.loss, self.validation))
 
     def check_parameters(self) -> None:
         """The last update of all may overflow after the last loss was finite."""

@@ -12,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -375,6 +376,11 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
     stream->capturing->open = false;
+    if (const char* how = std::getenv("CHAINRULE_EMULATOR_CAPTURE"); how && std::string_view(how) == "lost") {
+        *graph = nullptr;
+        stream->capturing.reset();
+        return cudaErrorStreamCaptureInvalidated;
+    }
     *graph = new CudaGraph{stream->capturing->nodes, false};
     stream->capturing.reset();
     return cudaSuccess;

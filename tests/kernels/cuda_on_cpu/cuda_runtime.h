@@ -5,7 +5,9 @@
 //   a barrier that part of a block has left, or that its threads reach at different places, ends the process with a word;
 //   device and shared memory are of the exact size and full of NaN, so that AddressSanitizer and plain sums see misuse;
 //   CHAINRULE_EMULATOR_ORDER=backward runs blocks and threads from the last to the first: a missing barrier, or a block that
-//   waits for another one, then changes the results; CHAINRULE_EMULATOR_MEMORY is how many bytes the device has.
+//   waits for another one, then changes the results; CHAINRULE_EMULATOR_MEMORY is how many bytes the device has;
+//   CHAINRULE_EMULATOR_CAPTURE=lost ends every graph that is being made as another thread's wait for the device would;
+//   CHAINRULE_EMULATOR_ALGORITHMS=0: cuBLASLt finds no algorithm for any product.
 #pragma once
 
 #define CUDA_ON_CPU 1
@@ -62,7 +64,15 @@ inline void __syncwarp() {
 
 // ---- what the host calls ----------------------------------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorInvalidValue = 1, cudaErrorNotReady = 600 };
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorNotReady = 600,
+    cudaErrorStreamCaptureUnsupported = 900,
+    cudaErrorStreamCaptureInvalidated = 901,
+    cudaErrorStreamCaptureImplicit = 906
+};
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrMaxSharedMemoryPerBlockOptin,
