@@ -22,12 +22,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import command
 from peers import problem
+from peers import process as processes
 from peers.process import PeerError
 from predict import Prediction
 from race import Contestant, Race, Workers, exit_status, started
@@ -35,7 +37,14 @@ from report import about, align, progress, write_json
 from timing import HERE, ask_python, show_time
 
 ROOT = HERE.parent
-PEERS = ("chainrule_gpu", "torch_gpu", "torch_graph_gpu", "jax_gpu")
+PEERS = (
+    "chainrule_gpu",
+    "torch_gpu",
+    "torch_compiled_gpu",
+    "torch_graph_gpu",
+    "torch_compiled_graph_gpu",
+    "jax_gpu",
+)
 ONE = (
     "chainrule fit",
     "torch eager",
@@ -56,7 +65,8 @@ class Goal(NamedTuple):
     variants: tuple[str, ...]
     faster: float = 0.0  # times than the fastest rival
     share: float = 0.0  # of what the GPU can do
-    seconds: float = 0.3  # least time of a sample
+    seconds: float = 0.3  # least time of a sample; a fit begins with copies that no step pays for
+    time: float = 1.0  # its share of the run, beside the others'
     against: str = ""  # rivals whose names begin so; "" is all
 
 
@@ -79,9 +89,14 @@ GOALS = {
             against="torch",  # 264 trainers are made for each sample
         ),
         Goal(_workload("mnist", (784, 256, 128, 10), "cross_entropy", 3e-4, 128, 32, 3), ONE, 2),
-        Goal(_workload("mid", MID, "mse", 1e-4, 1024, 4, 3, precision="bfloat16"), ONE, 1.5),
+        Goal(_workload("mid", MID, "mse", 1e-4, 1024, 4, 3, precision="bfloat16"), ONE, 1.5, seconds=1.0),
         Goal(
-            _workload("wide", (4096,) * 4, "mse", 1e-5, 4096, 1, 2, precision="bfloat16"), ONE, 1.05, 0.8, 1.5
+            _workload("wide", (4096,) * 4, "mse", 1e-5, 4096, 1, 2, precision="bfloat16"),
+            ONE,
+            1.05,
+            0.8,
+            seconds=3.0,
+            time=2.0,
         ),
         Goal(_workload("predict", (64, 64, 64, 1), "mse", 0.1, ROWS, 1, 1), (), share=0.7),
         Goal(_workload("mid float32", MID, "mse", 1e-4, 1024, 4, 3), ONE),
@@ -113,18 +128,42 @@ class Judged(Race):
         super().__init__(goal.work, workers, goal.variants or None)
 
     def each(self, what: str, action: Callable[[Contestant], None]) -> None:
-        """As in a race; no answer is waited for beyond the deadline."""
-
-        end = self.last_check if what == "verifying" else self.deadline
+        """As in a race; nobody's compiler is waited for when others must be timed."""
 
         def in_time(one: Contestant) -> None:
-            left = end - time.monotonic()
-            if left < 1:
+            left = self.last_check - time.monotonic()
+            if what == "calibrating" and left < 1:
                 raise PeerError("the workload's time was spent")
-            one.process.reply_seconds = min(left, LONGEST_WAIT)
+            one.process.reply_seconds = LONGEST_WAIT
             action(one)
 
         super().each(what, in_time)
+
+    def prepare(self, seconds: float) -> None:
+        """Verified at once, for that is their compilers' time; timed one after the other."""
+        self.verify()
+        self.each("calibrating", lambda one: one.calibrate(seconds))
+
+    def verify(self) -> None:
+        """Who computes something else, or needs too long, is left out."""
+        progress(f"{self.work.name}: verifying")
+        late: dict[str, str] = {}
+
+        def of_process(own: list[Contestant]) -> None:
+            for one in own:
+                one.process.reply_seconds = max(1.0, self.last_check - time.monotonic())
+                try:
+                    one.verify()
+                except PeerError as error:
+                    late[one.name] = str(error)
+
+        by_process: dict[int, list[Contestant]] = {}
+        for one in self.contestants:
+            by_process.setdefault(one.process.child.pid, []).append(one)
+        with ThreadPoolExecutor(max(1, len(by_process))) as pool:
+            list(pool.map(of_process, by_process.values()))
+        self.contestants = [one for one in self.contestants if one.name not in late]
+        self.excluded |= late
 
     def run(self, options: argparse.Namespace, peak: Any = NO_CPU_PEAK) -> None:
         """As many of the rounds as there is time for, at least one."""
@@ -178,7 +217,8 @@ class Judged(Race):
         pairs = [(goal, got) for goal, got in ((self.goal.faster, faster), (self.goal.share, share)) if goal]
         met = all(got is not None and got >= goal for goal, got in pairs) if pairs else None
         goals = {"goal_faster": self.goal.faster, "goal_share": self.goal.share}
-        return goals | {"faster": faster, "share": share, "met": met}
+        without = [name for name in self.excluded if "chainrule" not in name] if self.goal.faster else []
+        return goals | {"faster": faster, "share": share, "met": met, "without": without}
 
     def conditions(self) -> dict[str, Any]:
         """With what the GPU can do."""
@@ -227,6 +267,8 @@ def shrunk(goal: Goal) -> Goal:
 
 def usable() -> int:
     """How many GPUs the chainrule that would be imported can use; 0 as well where there is none."""
+    if "CHAINRULE_CUDA_MODULE" in os.environ:
+        return 1
     code = "from chainrule import devices; print(devices.count())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
     return int(done.stdout) if done.returncode == 0 else 0
@@ -305,7 +347,7 @@ def race(goal: Goal, options: argparse.Namespace, gpu: Gpu, seconds: float) -> t
 
 def summary(races: list[Judged]) -> str:
     """One line a workload: time, fastest rival, ratio, goal, share of the GPU, goal."""
-    rows = [["workload", "chainrule", "times faster", "goal", "of the GPU", "goal", "met"]]
+    rows = [["workload", "chainrule", "times faster", "goal", "of the GPU", "goal", "met", "without"]]
     for judged in races:
         got = judged.verdict()
         faster, share = got["faster"], got["share"]
@@ -318,6 +360,7 @@ def summary(races: list[Judged]) -> str:
             f"{share:.0%}" if share is not None else "-",
             f"{judged.goal.share:.0%}" if judged.goal.share else "",
             {None: "", True: "yes", False: "NO"}[got["met"]],
+            ", ".join(got["without"]),
         ])  # fmt: skip
     return "\n".join(align(rows))
 
@@ -335,7 +378,8 @@ def parse() -> argparse.Namespace:
         "--dry-run", action="store_true", help="tiny workloads, rivals on the CPU, nothing written"
     )
     options = parser.parse_args()
-    options.workloads = options.workloads or list(GOALS)
+    judged = [name for name, goal in GOALS.items() if goal.faster or goal.share]
+    options.workloads = options.workloads or judged
     options.threads = options.threads[-1:]
     return options
 
@@ -348,8 +392,10 @@ def prepared(options: argparse.Namespace, end: float) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if not usable():
         progress("building")
-        found["build"] = build(end - time.monotonic() - 60) or "built here"
+        found["build"] = build(min(240.0, end - time.monotonic())) or "built here"
         print(f"build: {found['build']}")
+        if not usable():
+            raise SystemExit("no GPU is usable, nothing was timed")
     if not options.no_check:
         progress("checking")
         found["check"] = check(min(100.0, 0.25 * (end - time.monotonic())))
@@ -368,13 +414,16 @@ def main() -> int:
     options = parse()
     end = time.monotonic() + 60 * options.minutes
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of the memory
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
+    processes.REPLY_SECONDS = LONGEST_WAIT
     found = prepared(options, end)
     gpu = Gpu("none", {}, 0.0) if options.dry_run else measured_gpu()
     output = options.output or result_file(gpu)
     races, status, results = [], 0, {"gpu": gpu._asdict(), **found, "workloads": {}}
     for place, name in enumerate(options.workloads):
         goal = shrunk(GOALS[name]) if options.dry_run else GOALS[name]
-        seconds = (end - time.monotonic()) / (len(options.workloads) - place)
+        shares = [GOALS[other].time for other in options.workloads[place:]]
+        seconds = (end - time.monotonic()) * shares[0] / sum(shares)
         try:
             workers, judged = race(goal, options, gpu, seconds)
         except Exception as error:

@@ -707,7 +707,7 @@ def test_out_of_memory_says_how_much_and_leaves_the_network_usable():
     net = cr.mlp([2, 3000, 3000, 1], device="cuda")
     before = net.predict(X[:, :2])
     with pytest.raises(MemoryError):
-        cr.per_example_grads(net, np.zeros((2**20, 2)), np.zeros(2**20), "mse")
+        cr.per_example_grads(net, np.zeros((2**23, 2)), np.zeros(2**23), "mse")  # of more than addresses
     assert_same_bits(net.predict(X[:, :2]), before)
     net.fit(X[:, :2], Y, loss="mse")
 

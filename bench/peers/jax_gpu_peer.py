@@ -17,7 +17,7 @@ __all__ = ["PREDICTORS", "VARIANTS", "configure", "versions"]
 
 def configure(threads: int) -> None:
     """ImportError where JAX has no GPU, unless this is a dry run."""
-    if os.environ.get("CHAINRULE_BENCH_DEVICE", "cuda") == "cuda" and jax.default_backend() != "gpu":
+    if os.environ.get("CHAINRULE_BENCH_DEVICE", "cuda") == "cuda" and jax.default_backend() == "cpu":
         raise ImportError(f"jax {jax.__version__} sees no GPU")
 
 

@@ -162,10 +162,17 @@ class Scan(_Jax):
             return lax.scan(epoch, state, None, length=epochs)
 
         self.train = jax.jit(train, donate_argnums=0, static_argnums=3)
+        self.compiled: dict[int, Any] = {}
+
+    def prepare(self, epochs: int) -> None:
+        """Each number of epochs is a program of its own."""
+        if epochs not in self.compiled:
+            self.compiled[epochs] = self.train.lower(self.state, self.X, self.y, epochs).compile()
 
     def run(self, epochs: int) -> None:
         """One call."""
-        self.state, _losses = jax.block_until_ready(self.train(self.state, self.X, self.y, epochs))
+        train = self.compiled[epochs]
+        self.state, _losses = jax.block_until_ready(train(self.state, self.X, self.y))
 
     def losses(self, epochs: int) -> list[float]:
         """Per step."""

@@ -100,7 +100,8 @@ def settings(threads: int) -> dict[str, str]:
     )
     settings = dict.fromkeys(names, str(threads))
     settings["PYTHONPATH"] = os.pathsep.join(filter(None, (str(BENCH), os.environ.get("PYTHONPATH"))))
-    settings["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of idle compiler processes
+    # No pool of idle compiler processes, unless somebody asks for one.
+    settings["TORCHINDUCTOR_COMPILE_THREADS"] = os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if threads == 1:
         settings["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     return settings

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""PyTorch on a GPU: eager, and torch.compile with its own CUDA graphs; torch_graph_gpu_peer.py has more."""
+"""PyTorch on a GPU, eager. What is compiled or captured has files of its own, as it has its own processes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,10 +15,9 @@ DEVICE = os.environ.get("CHAINRULE_BENCH_DEVICE", "cuda")  # "cpu" for a dry run
 
 
 def configure(threads: int) -> None:
-    """Everything is made on the GPU."""
+    """A GPU is there."""
     if DEVICE == "cuda" and not torch.cuda.is_available():
         raise ImportError(f"torch {torch.__version__} sees no GPU")
-    torch.set_default_device(DEVICE)
 
 
 def versions() -> dict[str, str]:
@@ -45,7 +43,8 @@ class Eager(torch_peer.Eager):
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
         set_precision(work.precision)
-        super().__init__(work, problem)
+        with torch.device(DEVICE):  # as a default for ever it would cost every call
+            super().__init__(work, problem)
         self.tolerance = ROUNDED[work.precision]
 
     def _forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -61,26 +60,13 @@ class Eager(torch_peer.Eager):
         wait()
 
 
-class Compiled(Eager):
-    """Model and loss compiled with CUDA graphs; the optimizer is PyTorch's fused one."""
-
-    form = "torch.compile(model + loss, mode='reduce-overhead'), Adam/SGD(fused=True)"
-
-    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
-        super().__init__(work, problem)
-        self.forward = torch.compile(self._forward, dynamic=False, mode="reduce-overhead")
-
-    def _step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        return super()._step(x, y)
-
-
 class Predict(torch_peer.Predict):
     """The module called on all rows."""
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
         set_precision(work.precision)
-        super().__init__(work, problem)
+        with torch.device(DEVICE):
+            super().__init__(work, problem)
 
     def run(self, calls: int) -> None:
         """The results are dropped."""
@@ -88,18 +74,5 @@ class Predict(torch_peer.Predict):
         wait()
 
 
-class PredictCompiled(Predict):
-    """The same through torch.compile, whose kernels a graph replays."""
-
-    form = "torch.compile(model, mode='max-autotune')(x), otherwise the same"
-
-    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
-        super().__init__(work, problem)
-        compiled: Callable[[torch.Tensor], torch.Tensor] = torch.compile(
-            self.model, dynamic=False, mode="max-autotune"
-        )
-        self.call = compiled
-
-
-VARIANTS = {"torch eager": Eager, "torch.compile": Compiled}
-PREDICTORS = {"torch eager": Predict, "torch.compile": PredictCompiled}
+VARIANTS = {"torch eager": Eager}
+PREDICTORS = {"torch eager": Predict}

@@ -91,17 +91,6 @@ class Graph(torch_gpu_peer.Eager):
         return values
 
 
-class CompiledGraph(Graph):
-    """The same with model and loss compiled into fused kernels first."""
-
-    form = "torch.compile(model + loss) in the same graph"
-
-    def capture(self) -> None:
-        """Compiled without graphs of its own."""
-        self.forward = torch.compile(self._forward, dynamic=False)
-        super().capture()
-
-
 class Vmap(Graph):
     """Many networks: vmap of the gradient over stacked parameters, one fused optimizer, in a graph."""
 
@@ -111,7 +100,8 @@ class Vmap(Graph):
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
         torch_gpu_peer.set_precision(work.precision)
-        torch_gpu_peer.torch_peer.Eager.__init__(self, work, problem)
+        with torch.device(DEVICE):
+            torch_gpu_peer.torch_peer.Eager.__init__(self, work, problem)
         self.tolerance = ROUNDED[work.precision]
         names = [name for name, _ in self.model.named_parameters()]
         self.stacked = {
@@ -141,17 +131,6 @@ class Vmap(Graph):
         return [value[-1].cpu().numpy().copy() for value in self.stacked.values()]
 
 
-class CompiledVmap(Vmap):
-    """The same with the gradient compiled first."""
-
-    form = "torch.compile(vmap(grad_and_value(loss))) in the same graph"
-
-    def capture(self) -> None:
-        """Compiled without graphs of its own."""
-        self.gradients = torch.compile(self.gradients, dynamic=False)
-        super().capture()
-
-
 def capturable(work: Workload, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
     """A fused optimizer whose step count lies on the GPU."""
     if work.optimizer == "sgd":
@@ -162,9 +141,4 @@ def capturable(work: Workload, parameters: list[torch.Tensor]) -> torch.optim.Op
     )
 
 
-VARIANTS = {
-    "torch graph": Graph,
-    "torch compiled graph": CompiledGraph,
-    "torch vmap graph": Vmap,
-    "torch compiled vmap graph": CompiledVmap,
-}
+VARIANTS = {"torch graph": Graph, "torch vmap graph": Vmap}

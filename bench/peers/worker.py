@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 import traceback
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -40,6 +40,14 @@ class Runner(Protocol):
 
     def run(self, epochs: int) -> None:
         """Do it so many times; returns only when the last result is really there."""
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """One that has something to do before a number of epochs may be timed for the first time."""
+
+    def prepare(self, epochs: int) -> None:
+        """Do it; nothing changes."""
 
 
 class Contender(Runner, Protocol):
@@ -122,6 +130,8 @@ ERRORS = {
 def sample(contender: Runner, epochs: int) -> dict[str, float]:
     """Seconds of wall clock and of CPU (all threads) for `epochs` epochs from the initial weights."""
     contender.reset()
+    if isinstance(contender, Preparing):
+        contender.prepare(epochs)
     gc.collect()
     gc.disable()
     try:
