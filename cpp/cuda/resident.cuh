@@ -38,6 +38,23 @@ static __device__ __forceinline__ void block_each(int count, F f) {
 }
 static __device__ __forceinline__ int stride_of(int cols) { return static_cast<int>(resident_stride(cols)); }
 
+// Brings the line of memory that this is in nearer.
+static __device__ __forceinline__ void prefetch(const void* place) {
+#ifdef __CUDA_ARCH__
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(place));
+#else
+    (void)place;
+#endif
+}
+// Tells the compiler, which assembly makes forget it, that this is not shared memory.
+template <class T>
+static __device__ __forceinline__ T* in_global(T* place) {
+#ifdef __CUDA_ARCH__
+    __builtin_assume(__isGlobal(place));
+#endif
+    return place;
+}
+
 template <class T>
 struct Block {
     const Program& p;
@@ -46,6 +63,7 @@ struct Block {
     double* sums;
     Source<T> data = {};  // from the batch's first row on
     int rows = 0;
+    Index left = 0;  // rows of the epoch after this batch
 
     __device__ T* at(int place) const { return memory + place; }
 
@@ -55,7 +73,7 @@ struct Block {
         for (int s = 0; s < p.count; ++s) {
             const Program::Step& g = p.steps[s];
             if (g.kind != Program::Step::Kind::linear) continue;
-            T* const there = theta + g.offset;
+            T* const there = in_global(theta + g.offset);
             T* const here = at(ours + g.weights);
             const int stride = stride_of(g.outputs);
             block_each(g.outputs * (g.inputs + g.bias), [&](int e) {
@@ -74,6 +92,7 @@ struct Block {
 
     __device__ void begin_batch(Index first) {
         rows = static_cast<int>(job.rows - first < job.batch ? job.rows - first : job.batch);
+        left = job.rows - first - rows;
         data = job.data;
         if (data.rows.order) {
             data.rows.order += first;
@@ -90,6 +109,24 @@ struct Block {
             const int i = e / p.inputs, j = e % p.inputs;
             at(p.steps[0].x)[i * stride + j] = data.x[data.rows(i) * p.inputs + j];
         });
+    }
+
+    // Rows of the next batch come nearer while this one is in hand, and the part of the order that names those after them: each
+    // would take as long as a small layer otherwise.
+    __device__ void prefetch_next() const {
+        const Index next = left < job.batch ? left : job.batch,
+                    after = left - next < job.batch ? left - next : job.batch;
+        constexpr int line = 128 / sizeof(T), places = 128 / sizeof(std::int64_t);
+        block_each(static_cast<int>(next), [&](int i) {
+            const std::int64_t row = data.rows(rows + i);
+            for (int j = 0; j < p.inputs; j += line) prefetch(data.x + row * p.inputs + j);
+            if (data.labels) prefetch(data.labels + row);
+            if (data.y) prefetch(data.y + row * data.target_cols);
+            if (data.weight) prefetch(data.weight + row);
+        });
+        if (!data.rows.order) return;
+        block_each(static_cast<int>((after + places - 1) / places),
+                   [&](int i) { prefetch(data.rows.order + rows + next + i * places); });
     }
 
     __device__ void forward(const Program::Step& g, std::uint64_t drawn) const {
@@ -210,7 +247,7 @@ struct Block {
     }
 
     __device__ Rule<T> rule(const Hyper<T>* hyper) const {
-        Rule<T> rule = {job.rule, memory, {}, hyper, nullptr, job.l1, job.l2, job.clip_value};
+        Rule<T> rule = {job.rule, memory, {}, in_global(hyper), nullptr, job.l1, job.l2, job.clip_value};
         for (int slot = 0; slot < kSlots; ++slot) rule.slots[slot] = p.slots[slot] >= 0 ? at(p.slots[slot]) : nullptr;
         return rule;
     }
@@ -254,6 +291,7 @@ static __device__ __forceinline__ void resident_step(Block<T>& block, Control& c
     const Program& p = block.p;
     block.begin_batch(control.first);
     block.gather();
+    block.prefetch_next();
     const double weight = block.weight_of_batch();
     const double scale = static_cast<double>(static_cast<T>(!block.job.mean ? 1.0 : (weight > 0 ? 1 / weight : 0.0)));
     const std::uint64_t drawn = static_cast<std::uint64_t>(control.drawn);

@@ -78,6 +78,7 @@ std::set<Piece> pieces_of(const cuda::Program& p, Index batch) {
         const Index size = (s.inputs + s.bias) * cuda::resident_stride(s.outputs);
         if (s.kind == Step::Kind::linear) pieces.insert({s.weights, size});
         if (s.kind == Step::Kind::linear) parameters = std::max(parameters, s.weights + size);
+        check(s.weights + (s.kind == Step::Kind::linear ? size : 0) <= p.parameters, "weights come first");
         if (s.keeps_z) matrix(s.z, s.outputs);
         matrix(s.x, s.inputs);
         matrix(s.y, s.outputs);
@@ -86,6 +87,7 @@ std::set<Piece> pieces_of(const cuda::Program& p, Index batch) {
     }
     for (const int slot : p.slots)
         if (slot >= 0) pieces.insert({slot, parameters});
+    check(p.parameters == parameters && parameters % 4 == 0, "and are whole fours");
     if (p.gradient >= 0) pieces.insert({p.gradient, parameters});
     pieces.insert({p.sums, cuda::kResidentThreads * static_cast<Index>(sizeof(double) / sizeof(T))});
     return pieces;
