@@ -87,6 +87,17 @@ void bind_arrays(py::module_& m) {
         .def_property_readonly("shape", [](const DeviceArray& self) { return py::tuple(py::cast(self.shape())); })
         .def_property_readonly("dtype", &DeviceArray::dtype)
         .def_property_readonly("device", &DeviceArray::device)
+        .def("__len__", [](const DeviceArray& self) { return self.shape().at(0); })
+        .def(
+            "__getitem__",
+            [](const DeviceArray& self, const py::slice& part) {
+                py::ssize_t first = 0, last = 0, step = 0, length = 0;
+                if (!part.compute(self.shape().at(0), &first, &last, &step, &length)) throw py::error_already_set();
+                if (step != 1) throw py::index_error("[_cuda] an array's rows: expected neighbours, got a step");
+                return self.rows(first, first + length);
+            },
+            py::arg("rows"))
+        .def("all_finite", &DeviceArray::all_finite)
         .def("numpy", &DeviceArray::numpy)
         .def(
             "__array__",

@@ -58,6 +58,20 @@ class DeviceArray {
         for (const Index length : shape_) size *= length;
         return static_cast<std::size_t>(size * dtype_.itemsize());
     }
+    // Rows [first, last), of the same memory.
+    DeviceArray rows(Index first, Index last) const {
+        DeviceArray part = *this;
+        const std::size_t row = shape_[0] == 0 ? 0 : bytes() / static_cast<std::size_t>(shape_[0]);
+        part.data_ = static_cast<unsigned char*>(data_) + static_cast<std::size_t>(first) * row;
+        part.shape_[0] = last - first;
+        return part;
+    }
+    bool all_finite() const {
+        const Index size = static_cast<Index>(bytes()) / dtype_.itemsize();
+        if (dtype_.kind() != 'f') return true;
+        return dtype_.itemsize() == 4 ? cuda::all_finite(device_, static_cast<const float*>(data_), size)
+                                      : cuda::all_finite(device_, static_cast<const double*>(data_), size);
+    }
     py::array numpy() const {
         py::array array(dtype_, shape_);
         cuda::copy(device_, array.mutable_data(), data_, bytes());

@@ -295,16 +295,25 @@ void Network<T>::restore(const Array<T>& snapshot) {
 }
 
 template <class T>
+bool all_finite_by(const Stream& stream, int device, const T* at, Index size) {
+    const Buffer<double> count(device, kPieces + 1, "a sum");
+    sum_in_pieces(size, NotFinite<T>{at}, count.data(), stream);
+    sum_over(pieces_of(size), Partials{count.data()}, StoreSum{count.data() + kPieces}, stream);
+    double result = 0;
+    download(&result, count.data() + kPieces, 1, stream);
+    stream.wait();
+    return result == 0;
+}
+template <class T>
 bool Network<T>::all_finite() const {
     const OnDevice here(device_);
     const auto held = runtime_->hold();
-    const Buffer<double> count(device_, kPieces + 1, "a sum");
-    sum_in_pieces(size(), NotFinite<T>{theta()}, count.data(), runtime_->stream);
-    sum_over(pieces_of(size()), Partials{count.data()}, StoreSum{count.data() + kPieces}, runtime_->stream);
-    double result = 0;
-    download(&result, count.data() + kPieces, 1, runtime_->stream);
-    runtime_->stream.wait();
-    return result == 0;
+    return all_finite_by(runtime_->stream, device_, theta(), size());
+}
+template <class T>
+bool all_finite(int device, const T* at, Index size) {
+    const OnDevice here(device);
+    return all_finite_by(Stream(), device, at, size);
 }
 
 template <class T>
@@ -453,6 +462,7 @@ double evaluate(Network<T>& net, const Loss<T>& loss, const Dataset<T>& data) {
     template class Direction<T>;                                                                         \
     template class Derivatives<T>;                                                                       \
     template class Trainer<T>;                                                                           \
+    template bool all_finite<T>(int, const T*, Index);                                                   \
     template double evaluate<T>(Network<T>&, const Loss<T>&, const Dataset<T>&);                         \
     template std::vector<std::vector<double>> run_many<T>(const std::vector<Trainer<T>*>&, Index, Index, \
                                                           const double*, Index, Index, const std::function<void()>&);

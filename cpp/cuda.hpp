@@ -24,7 +24,9 @@ std::string state();  // "" if there is a usable GPU, else what is missing
 int device_count();   // 0 where there is none
 std::string device_name(int device);
 void synchronize(int device);
-void force_schedule(Schedule schedule);  // of trainers made from now on
+template <class T>
+bool all_finite(int device, const T* at, Index size);  // an array of the caller's, there
+void force_schedule(Schedule schedule);                // of trainers made from now on
 // Locks it. `wait_by` says how to wait where somebody has it: the bindings give Python's lock away meanwhile, which a training in
 // another thread asks for every 20 ms.
 std::unique_lock<std::mutex> hold(std::mutex& mutex);

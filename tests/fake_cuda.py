@@ -42,6 +42,15 @@ class Array:
     def numpy(self):
         return self.array.copy()
 
+    def all_finite(self):
+        return np.isfinite(self.array).all()
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, rows):
+        return Array(self.array[rows], self.device)
+
     def __dlpack_device__(self):
         return 2, self.device
 
@@ -71,6 +80,9 @@ def network(kind):
         def predict_array(self, X):
             return Array(self.predict(X.array), X.device)
 
+        def evaluate(self, *arguments):
+            return super().evaluate(*map(on_host, arguments))
+
     return Network
 
 
@@ -78,6 +90,9 @@ def trainer(kind):
     class Trainer(kind):
         def __init__(self, net, optimizer, loss, *arguments):
             super().__init__(net, optimizer, loss, *map(on_host, arguments))
+
+        def step(self, *arguments):
+            return super().step(*map(on_host, arguments))
 
     return Trainer
 

@@ -679,12 +679,43 @@ def test_predictions_that_stay_there(precision, rng):
     assert_same_bits(f.numpy(), net.predict(x))
 
 
-def test_training_on_arrays_there():
+@pytest.mark.parametrize(
+    "dtype", ["float32", "float64"]
+)  # of the arrays; float64 ones come to the host first
+@pytest.mark.parametrize("validation", ["data", "split"])
+def test_training_on_arrays_there(dtype, validation):
     a, b = networks("cuda", 2)
     b.load_state_dict(a.state_dict())
-    x, y = X.astype(np.float32), Y.astype(np.float32)
-    assert a.fit(x, y, loss="mse").history == b.fit(cuda.upload(x, 0), cuda.upload(y, 0), loss="mse").history
-    assert_same_bits(a.predict(x), b.predict(x))
+    x, y = X.astype(dtype), Y.astype(dtype)
+    there = cuda.upload(x, 0), cuda.upload(y, 0)
+    histories = []
+    for net, arrays in ((a, (x, y)), (b, there)):
+        options = {"validation_data": arrays} if validation == "data" else {"validation_split": 0.3}
+        optimizer = cr.Adam()
+        history = net.fit(*arrays, loss="mse", optimizer=optimizer, epochs=3, **options).history
+        step = net.train_step(*arrays, loss="mse", optimizer=optimizer)
+        whole = cr.mlp([3, 4, 1], activation="tanh", device="cuda").fit(
+            *arrays, loss="mse", optimizer="lbfgs", epochs=2
+        )
+        histories.append([history, step, net.evaluate(*arrays, loss="mse"), whole.history])
+    assert histories[0] == histories[1]
+    assert_same_bits(a.predict(X), b.predict(X))
+
+
+def test_rows_of_an_array_there():
+    x = X.astype(np.float32)
+    array = cuda.upload(x, 0)
+    assert len(array) == 50 and array.all_finite() and array[:0].all_finite()
+    for rows in (slice(0, 50), slice(7, 20), slice(49, None), slice(-3, None), slice(9, 3)):
+        assert_same_bits(array[rows].numpy(), x[rows])
+    with pytest.raises(IndexError, match="expected neighbours"):
+        array[::2]
+    for value in (np.nan, np.inf):
+        x[31, 2] = value
+        broken = cuda.upload(x, 0)
+        assert broken[:31].all_finite() and broken[32:].all_finite() and not broken.all_finite()
+        with pytest.raises(ValueError, match=r"X must be finite.*row 31, column 2"):
+            networks("cuda", 1)[0].fit(broken, Y, loss="mse")
 
 
 @pytest.mark.skipif(bool(CUDA_MODULE), reason="PyTorch has no emulated GPU")

@@ -110,6 +110,16 @@ def on_host(array: Any) -> Any:
     return _load()[0].from_dlpack(array).numpy() if on_gpu(array) else array
 
 
+def as_it_lies(array: Any, features: int, dtype: str, device: str) -> Any:
+    """Rows on the network's own GPU that its engine takes there, or what lies on a GPU as a NumPy copy."""
+    if not on_gpu(array):
+        return array
+    module = _load()[0]
+    X = array if isinstance(array, module.Array) else module.from_dlpack(array)
+    fits = X.device == _index(device) and X.dtype == dtype and len(X.shape) == 2 and X.shape[1] == features
+    return X if fits and len(X) and X.all_finite() else X.numpy()
+
+
 def upload(part: Any, device: str) -> Any:
     """An array's copy on a GPU, for several trainers; what is no array as it is."""
     return _load()[0].upload(part, _index(device)) if isinstance(part, np.ndarray) else part

@@ -104,9 +104,20 @@ class Data(NamedTuple):
 
 
 def take(
-    op: str, net: Network, loss: losses.Loss, X: Any, y: Any, sample_weight: Any = None, *, where: str = ""
+    op: str,
+    net: Network,
+    loss: losses.Loss,
+    X: Any,
+    y: Any,
+    sample_weight: Any = None,
+    *,
+    where: str = "",
+    as_it_lies: bool = False,
 ) -> Data:
-    """The user's X, y and weights, checked; `where` is put before their names in messages."""
+    """The user's X, y and weights, checked; `where` is put before their names in messages.
+
+    With as_it_lies, for the engine alone, X stays on the network's GPU if it is there.
+    """
     dtype = net.array_dtype
     if net.device != "cpu":
         if isinstance(loss, losses.CustomLoss):
@@ -114,8 +125,10 @@ def take(
                 f"[{op}] a loss of your own runs on the CPU: expected a built-in one on device "
                 f"{net.device!r}, got {short(loss)}; use net.to('cpu')"
             )
-        X, y, sample_weight = (devices.on_host(array) for array in (X, y, sample_weight))
-    matrix = as_matrix(op, X, net.in_features, dtype, name=f"{where}X")
+        X = devices.as_it_lies(X, net.in_features, dtype, net.device) if as_it_lies else devices.on_host(X)
+        y, sample_weight = devices.on_host(y), devices.on_host(sample_weight)
+    there = net.device != "cpu" and devices.on_gpu(X)
+    matrix = X if there else as_matrix(op, X, net.in_features, dtype, name=f"{where}X")
     if not len(matrix):
         raise ValueError(f"[{op}] {where}X must not be empty: expected at least one row, got 0")
     targets = loss.targets(op, y, len(matrix), net.out_features, dtype, f"{where}y")
@@ -498,7 +511,7 @@ def plan(
         0.0 if clip_norm is None else real("fit", "clip_norm", clip_norm, above=0),
         0.0 if clip_example_norm is None else real("fit", "clip_example_norm", clip_example_norm, above=0),
     )
-    data = take("fit", net, rule, X, y, sample_weight)
+    data = take("fit", net, rule, X, y, sample_weight, as_it_lies=not how.whole_batch)
     data, dy_weight = with_slopes("fit", net, data, dy, dy_weight)
     _check_by_example(net, dy is not None, penalties[4] > 0)
     data, validation = _with_validation(net, rule, data, validation_data, validation_split)
@@ -570,7 +583,7 @@ def _with_validation(
             "[fit] validation_data must be a tuple: expected (X, y) or (X, y, sample_weight), "
             f"got {type(validation_data).__name__}"
         )
-    return data, take("fit", net, loss, *validation_data, where="validation ")
+    return data, take("fit", net, loss, *validation_data, where="validation ", as_it_lies=True)
 
 
 def _verbosity(verbose: Any) -> int:
@@ -715,7 +728,7 @@ def _evaluate(net: Network, loss: losses.Loss, data: Data) -> float:
 def evaluate(net: Network, X: Any, y: Any, *, loss: Any, sample_weight: Any) -> float:
     """The reduced loss over all rows."""
     rule = losses.resolve("evaluate", loss)
-    return _evaluate(net, rule, take("evaluate", net, rule, X, y, sample_weight))
+    return _evaluate(net, rule, take("evaluate", net, rule, X, y, sample_weight, as_it_lies=True))
 
 
 # ------------------------------------------------------------ single steps
@@ -743,7 +756,7 @@ class Stepper:
         self.as_is: Callable[[Any, Any, float], float | None] = _never
 
     def step(self, net: Network, X: Any, y: Any, sample_weight: Any) -> float:
-        data = take("train_step", net, self.loss, X, y, sample_weight)
+        data = take("train_step", net, self.loss, X, y, sample_weight, as_it_lies=True)
         kind = data.flat, data.weight is not None
         trainer = self.trainers.get(kind)
         if trainer is None:
@@ -756,7 +769,7 @@ class Stepper:
         one = data.rows(0, 1)  # a trainer is made with data; its step is given its own
         trainer: Any = net._engine.trainer(
             net._core, self.engine, self.loss.engine(data.flat, data.weight is not None),
-            one.X.copy(), one.y.copy(), None, 1, False, 0, 0.0, 0.0, 0.0, 0.0,
+            devices.on_host(one.X).copy(), one.y.copy(), None, 1, False, 0, 0.0, 0.0, 0.0, 0.0,
         )  # fmt: skip
         trainer.domain = self.loss.domain
         return trainer
