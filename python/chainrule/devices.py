@@ -105,17 +105,22 @@ def on_gpu(array: Any) -> bool:
     return where is not None and not isinstance(array, type) and where()[0] == _DLPACK_CUDA
 
 
+def _taken(array: Any) -> Any:
+    """The GPU engine's own kind of array, on the same memory."""
+    module = _load()[0]
+    return array if isinstance(array, module.Array) else module.from_dlpack(array)
+
+
 def on_host(array: Any) -> Any:
     """A NumPy copy of what lies on a GPU; all else as it is."""
-    return _load()[0].from_dlpack(array).numpy() if on_gpu(array) else array
+    return _taken(array).numpy() if on_gpu(array) else array
 
 
 def as_it_lies(array: Any, features: int, dtype: str, device: str) -> Any:
     """Rows on the network's own GPU that its engine takes there, or what lies on a GPU as a NumPy copy."""
     if not on_gpu(array):
         return array
-    module = _load()[0]
-    X = array if isinstance(array, module.Array) else module.from_dlpack(array)
+    X = _taken(array)
     fits = X.device == _index(device) and X.dtype == dtype and len(X.shape) == 2 and X.shape[1] == features
     return X if fits and len(X) and X.all_finite() else X.numpy()
 
@@ -133,8 +138,7 @@ def run_many(trainers: list[Any], first_epoch: int, rates: NDArray[Any]) -> NDAr
 
 def predict(core: Any, array: Any, features: int, dtype: str, device: str) -> Any:
     """Outputs for rows that lie on the network's own GPU; they stay there."""
-    module = _load()[0]
-    X = array if isinstance(array, module.Array) else module.from_dlpack(array)
+    X = _taken(array)
     if X.device != _index(device) or X.dtype != dtype or len(X.shape) != 2 or X.shape[1] != features:
         raise ValueError(
             f"[predict] X on a GPU is taken as it is: expected {dtype} (rows, {features}) on '{device}', "
