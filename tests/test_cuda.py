@@ -486,10 +486,10 @@ def test_an_epoch_of_more_steps_than_a_launch_takes(schedule, rng):
         pair.assert_runs_equal(2, 1e-9)
 
 
-def test_each_step_of_a_graph_has_its_own_rate(schedule, rng):
-    """19 steps an epoch: a graph of 16 and three alone, with rates and bias corrections that differ."""
+def test_each_step_of_a_graph_has_its_own_rate_and_mask(schedule, rng):
+    """19 steps an epoch: a graph of 16 and three alone; rates, bias corrections and dropout differ."""
     adam = next(rule for rule in RULES if rule.name == "adam")
-    pair = Trained(rng, rule=adam, batch_size=2)
+    pair = Trained(rng, rule=adam, layers=with_dropout(0.3), batch_size=2)
     rates = np.linspace(0.02, 0.001, 38).reshape(2, 19)
     close(pair.trainer.run(0, rates), pair.cpu_trainer.run(0, rates), 1e-10, "losses ")
     pair.assert_same_parameters(1e-10)
