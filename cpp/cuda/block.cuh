@@ -223,7 +223,7 @@ static __device__ __forceinline__ void block_product_of_rows(int m, int n, int k
         [&] { block_product_of_rows_by<4, 1>(m, n, k, a, a_stride, b, b_stride, take); });
 }
 
-// The sums of B's columns, B (k x n): take(0, j, sum).
+// The sums of B's columns, B (k x n): take(j, sum).
 template <class T, class Take>
 static __device__ __forceinline__ void block_sum_of_rows(int n, int k, const T* b, int b_stride, Take take) {
     each_tile<T, kSharers, 1>(

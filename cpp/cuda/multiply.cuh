@@ -477,14 +477,7 @@ struct Tiles {
     using Mini = Simt<T, 16, 16, 128, 4, 4, 16>;
     using Tiny = Simt<T, 32, 32, 64, 4, 4, 4>;
     using Small = Simt<T, 64, 64, 16, 4, 4>;
-    using Large = Simt<T, 64, 64, 16, 4, 4>;
-};
-template <>
-struct Tiles<float> {
-    using Mini = Simt<float, 16, 16, 128, 4, 4, 16>;
-    using Tiny = Simt<float, 32, 32, 64, 4, 4, 4>;
-    using Small = Simt<float, 64, 64, 16, 4, 4>;
-    using Large = Simt<float, 128, 128, 16, 8, 8>;
+    using Large = std::conditional_t<sizeof(T) == 4, Simt<T, 128, 128, 16, 8, 8>, Small>;
 };
 using Tf32Tiny = TensorCores<false, 32, 32, 64, 1, 1>;
 using Tf32Small = TensorCores<false, 64, 64, 16, 2, 2>;

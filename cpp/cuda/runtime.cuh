@@ -98,21 +98,20 @@ class Graph {
     Graph(cudaStream_t stream, F f) {
         check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed), "beginning a graph");
         cudaGraph_t graph = nullptr;
+        const auto end = [&] {
+            const cudaError_t code = cudaStreamEndCapture(stream, &graph);
+            if (!GraphLost::is(code)) return code;
+            (void)cudaGetLastError();
+            throw GraphLost();
+        };
         try {
             f();
         } catch (...) {
-            const bool lost = GraphLost::is(cudaStreamEndCapture(stream, &graph));
-            (void)cudaGetLastError();
+            (void)end();  // what was lost made f fail
             if (graph) (void)cudaGraphDestroy(graph);
-            if (lost) throw GraphLost();
             throw;
         }
-        const cudaError_t ended = cudaStreamEndCapture(stream, &graph);
-        if (GraphLost::is(ended)) {
-            (void)cudaGetLastError();
-            throw GraphLost();
-        }
-        check(ended, "ending a graph");
+        check(end(), "ending a graph");
         const cudaError_t made = cudaGraphInstantiate(&executable_, graph, 0);
         (void)cudaGraphDestroy(graph);
         check(made, "instantiating a graph");
