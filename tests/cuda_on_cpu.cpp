@@ -33,6 +33,7 @@ template <class... P, class... A>
 void run(void (*kernel)(P...), int blocks, dim3 threads, std::size_t shared, A... arguments) {
     static const Stream stream;
     launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared, stream, arguments...);
+    stream.wait();
 }
 
 // ---- barriers and shuffles --------------------------------------------------------------------------------------------
@@ -99,6 +100,88 @@ void dies(F f, const char* rule) {
     int status = 0;
     waitpid(child, &status, 0);
     check(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT, rule);
+}
+
+// ---- what nothing orders ------------------------------------------------------------------------------------------------
+
+__global__ void shift(int* values, bool barrier) {
+    CHAINRULE_SHARED(int, memory);
+    memory[threadIdx.x] = values[threadIdx.x];
+    if (barrier) __syncthreads();
+    values[threadIdx.x] = memory[(threadIdx.x + 1) % blockDim.x];
+}
+__global__ void shift_within_warp(int* values, bool barrier) {
+    CHAINRULE_SHARED(int, memory);
+    memory[threadIdx.x] = values[threadIdx.x];
+    barrier ? __syncwarp() : static_cast<void>(__shfl_xor_sync(0xffffffffu, 0, 1));
+    values[threadIdx.x] = memory[threadIdx.x ^ 1];
+}
+__global__ void write_where_others_read(int* values) {
+    CHAINRULE_SHARED(int, memory);
+    if (threadIdx.x == 0) memory[0] = values[0];
+    __syncthreads();
+    const int first = memory[0];
+    if (threadIdx.x == blockDim.x - 1) memory[0] = first + 1;
+}
+__global__ void add_neighbour(int* values) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+    values[i] += values[i + 1];
+}
+__global__ void write_halves(std::uint16_t* values) { values[threadIdx.x] = 1; }
+__global__ void increment(int* value) { ++*value; }
+
+// The host's order alone, an event's, or that of a graph's branches.
+void on_two_streams(int* value, bool ordered) {
+    const Stream one, other;
+    const Event event;
+    launch(increment, 1, 1, 0, one, value);
+    if (ordered) event.order(one, other);
+    launch(increment, 1, 1, 0, other, value);
+    other.wait();
+}
+void on_two_branches(int* value, bool joined) {
+    const Stream one, other;
+    const Event event;
+    const Graph graph(one, [&] {
+        event.order(one, other);
+        launch(increment, 1, 1, 0, other, value);
+        if (joined) event.order(other, one);
+        launch(increment, 1, 1, 0, one, value);
+        if (!joined) event.order(other, one);
+    });
+    graph.launch(one);
+    graph.launch(one);
+    one.wait();
+}
+void reused_before_it_is_over(bool waited) {
+    const Stream one, other;
+    const Buffer<int> value(0, 1, "a number");
+    launch(increment, 1, 1, 0, one, value.data());
+    if (waited) one.wait();
+    clear(value.data(), 1, other);
+    other.wait();
+}
+
+void races() {
+    if (!cuda_on_cpu::races::watching) return;
+    const Buffer<int> values(0, 97, "numbers");
+    int* const v = values.data();
+    run(shift, 1, 64, 64 * sizeof(int), v, true);
+    dies([&] { run(shift, 1, 64, 64 * sizeof(int), v, false); }, "a missing barrier is found");
+    run(shift_within_warp, 1, 32, 32 * sizeof(int), v, true);
+    dies([&] { run(shift_within_warp, 1, 32, 32 * sizeof(int), v, false); }, "a shuffle orders no memory");
+    run(write_where_others_read, 1, 1, sizeof(int), v);
+    dies([&] { run(write_where_others_read, 1, 96, sizeof(int), v); }, "a write where others read is found");
+    run(add_neighbour, 1, 1, 0, v);
+    dies([&] { run(add_neighbour, 1, 2, 0, v); }, "neighbours in a block are not ordered");
+    dies([&] { run(add_neighbour, 2, 1, 0, v); }, "nor are blocks");
+    run(write_halves, 1, 64, 0, reinterpret_cast<std::uint16_t*>(v));
+    on_two_streams(v, true);
+    dies([&] { on_two_streams(v, false); }, "streams are not ordered");
+    on_two_branches(v, true);
+    dies([&] { on_two_branches(v, false); }, "nor are the branches of a graph");
+    reused_before_it_is_over(true);
+    dies([] { reused_before_it_is_over(false); }, "a copy waits for what it overwrites");
 }
 
 // ---- tiles ------------------------------------------------------------------------------------------------------------
@@ -184,6 +267,7 @@ int test() {
     barriers_and_shuffles();
     dies([] { run(leave_a_barrier, 1, 64, 0); }, "a barrier that a thread has left ends the process");
     dies([] { run(wait_at_two_barriers, 1, 64, 0); }, "threads at different barriers end the process");
+    races();
     tiles();
     multiplies<Tiles<float>::Mini>("mini product of float32 is exact");
     multiplies<Tiles<double>::Mini>("mini product of float64 is exact");

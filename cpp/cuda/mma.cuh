@@ -24,6 +24,16 @@ static __device__ __forceinline__ std::uint32_t bfloat16_pair(float first, float
     return pair_up(Vec<float>(first), Vec<float>(second))[0];
 }
 
+// A bfloat16's value, or that of a number in its own type.
+template <class T>
+static __device__ __forceinline__ T real_of(std::uint16_t bits) {
+    return static_cast<T>(Vec<float>((Vec<Pair>)(static_cast<std::uint32_t>(bits) << 16))[0]);
+}
+template <class T>
+static __device__ __forceinline__ T real_of(T number) {
+    return number;
+}
+
 #ifdef CUDA_ON_CPU
 // The same by the tables of fragments: every lane shows its operands, and takes the products that it holds. Their sum is cut off,
 // not rounded, as tensor cores do. Source: Fasi, Higham, Mikaitis and Pranesh, Numerical behavior of NVIDIA tensor cores, 2021.
@@ -41,7 +51,7 @@ inline void products_of_warp(float (&d)[4], const std::uint32_t (&a)[4], const s
         d[c] = static_cast<float>(sum);
         if (std::fabs(static_cast<double>(d[c])) > std::fabs(sum)) d[c] = std::nextafter(d[c], 0.0f);
     }
-    __syncwarp();
+    cuda_on_cpu::exchange(&mine, 1);  // nobody goes on while another one still reads
 }
 inline float float_of(std::uint32_t bits) { return Vec<float>(Vec<Pair>(bits))[0]; }
 inline void multiply_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {

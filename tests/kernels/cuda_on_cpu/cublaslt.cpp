@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // cuBLASLt on the CPU, as far as cpp/cuda/library.cuh uses it: column-major products of float32, float64 and bfloat16, and the
 // bias epilogue. It refuses what the real one refuses: misaligned matrices, a leading dimension shorter than a column.
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -47,10 +48,16 @@ double element(const void* data, const Layout& layout, std::uint64_t row, std::u
 
 void put(void* data, const Layout& layout, std::uint64_t row, std::uint64_t col, double value) {
     const std::uint64_t at = col * static_cast<std::uint64_t>(layout.ld) + row;
+    const float rounded = static_cast<float>(value);
+    std::uint32_t bits;
+    std::memcpy(&bits, &rounded, 4);
     if (layout.type == lt::kReal64)
         static_cast<double*>(data)[at] = value;
+    else if (layout.type == lt::kReal32)
+        static_cast<float*>(data)[at] = rounded;
     else
-        static_cast<float*>(data)[at] = static_cast<float>(value);
+        static_cast<std::uint16_t*>(data)[at] =
+            static_cast<std::uint16_t>(rounded != rounded ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 bool aligned(const void* data, const Layout& layout) {
@@ -72,6 +79,13 @@ void multiply(const Product& p, const void* a, const Layout& la, const void* b, 
                        (p.transpose_b ? element(b, lb, j, k, tf32) : element(b, lb, k, j, tf32));
             put(d, ld, i, j, sum);
         }
+}
+
+void touch(const void* data, const Layout& layout, bool writes) {
+    const std::size_t size = size_of(layout.type);
+    for (std::uint64_t col = 0; col < layout.cols; ++col)
+        cuda_on_cpu::races::touch(static_cast<const char*>(data) + col * static_cast<std::uint64_t>(layout.ld) * size,
+                                  layout.rows * size, writes);
 }
 
 int create(void** handle) { return *handle = new int(0), 0; }
@@ -111,10 +125,13 @@ int heuristic(void*, void*, void*, void*, void*, void*, void* preference, int, l
     if (*static_cast<int*>(preference) != 15)
         std::abort();  // an attribute that we set is missing; any answer would do for our side
     const char* algorithms = std::getenv("CHAINRULE_EMULATOR_ALGORITHMS");
-    return *found = lt::Heuristic{}, *count = algorithms ? std::atoi(algorithms) : 1, 0;
+    static std::atomic<int> asked{0};
+    const auto there = [&](const char* which) { return algorithms && std::strcmp(algorithms, which) == 0; };
+    return *found = lt::Heuristic{}, *count = there("some") ? ++asked % 2 : !there("none"), 0;
 }
 int matmul(void*, void* product, const void*, const void* a, void* a_layout, const void* b, void* b_layout, const void*,
-           const void*, void*, void* d, void* d_layout, const lt::Algorithm*, void*, std::size_t, void* stream) {
+           const void*, void*, void* d, void* d_layout, const lt::Algorithm*, void* workspace, std::size_t,
+           void* stream) {
     const Product p = *static_cast<Product*>(product);
     const Layout la = *static_cast<Layout*>(a_layout), lb = *static_cast<Layout*>(b_layout);
     const Layout ld = *static_cast<Layout*>(d_layout);
@@ -122,7 +139,14 @@ int matmul(void*, void* product, const void*, const void* a, void* a_layout, con
     const std::uint64_t m = p.transpose_a ? la.cols : la.rows, n = p.transpose_b ? lb.rows : lb.cols;
     const std::uint64_t k = p.transpose_a ? la.rows : la.cols, other = p.transpose_b ? lb.cols : lb.rows;
     if (m != ld.rows || n != ld.cols || k != other) return kInvalid;
-    cuda_on_cpu::enqueue(static_cast<cudaStream_t>(stream), [=] { multiply(p, a, la, b, lb, d, ld); });
+    cuda_on_cpu::enqueue(static_cast<cudaStream_t>(stream), [=] {
+        touch(a, la, false);
+        touch(b, lb, false);
+        touch(d, ld, true);
+        cuda_on_cpu::races::touch(workspace, 1, true);  // for all of it
+        if (p.epilogue == lt::kBias) cuda_on_cpu::races::touch(p.bias, ld.rows * size_of(ld.type), false);
+        multiply(p, a, la, b, lb, d, ld);
+    });
     return 0;
 }
 

@@ -5,6 +5,8 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -33,7 +35,7 @@ struct Fiber {
     void* stack = nullptr;
     void* fake_stack = nullptr;
     enum class State { free, running, at_barrier, at_exchange, done } state = State::free;
-    unsigned thread = 0;
+    unsigned thread = 0, barriers = 0, warp_barriers = 0;
     bool waited = false;
     const char* file = nullptr;
     int line = 0;
@@ -69,6 +71,7 @@ class Block {
         : kernel_(kernel),
           count_(block.x * block.y),
           reversed_(reversed),
+          shared_bytes_(shared),
           shared_(std::malloc(shared > 0 ? shared : 1)) {
         blockDim = block;
         gridDim = grid;
@@ -79,6 +82,9 @@ class Block {
     void run(dim3 where) {
         Block* const before = std::exchange(current, this);
         blockIdx = where;
+        races::now.block = (where.z * gridDim.y + where.y) * gridDim.x + where.x;
+        races::now.shared = static_cast<const unsigned char*>(shared_);
+        races::now.shared_bytes = shared_bytes_;
         fibers_.assign(count_, nullptr);
         warps_.assign((count_ + 31) / 32, Warp{});
         next_ = done_ = waiting_ = 0;
@@ -123,6 +129,7 @@ class Block {
         }
         return bytes.data();
     }
+    void warp_barrier() { races::now.warp_barriers = ++active_->warp_barriers; }
     void* shared() const { return shared_; }
 
     // The life of a fiber: threads, one after the other, until one of them has to wait; then that one alone.
@@ -144,11 +151,15 @@ class Block {
     void become(Fiber* fiber) {
         active_ = fiber;
         threadIdx = dim3(fiber->thread % blockDim.x, fiber->thread / blockDim.x, 0);
+        races::now.thread = fiber->thread;
+        races::now.barriers = fiber->barriers;
+        races::now.warp_barriers = fiber->warp_barriers;
     }
     void take(Fiber* fiber) {
         const unsigned thread = reversed_ ? count_ - 1 - next_ : next_;
         ++next_;
         fiber->thread = thread;
+        fiber->barriers = fiber->warp_barriers = 0;
         fiber->waited = false;
         fiber->state = Fiber::State::running;
         fibers_[thread] = fiber;
@@ -223,12 +234,16 @@ class Block {
                 die("threads of a block wait at different barriers: " + std::string(fiber->file) + ":" +
                     std::to_string(fiber->line) + " and " + fibers_[0]->file + ":" + std::to_string(fibers_[0]->line));
         waiting_ = 0;
-        for (Fiber* fiber : fibers_) fiber->state = Fiber::State::running;
+        for (Fiber* fiber : fibers_) {
+            fiber->state = Fiber::State::running;
+            ++fiber->barriers;
+        }
     }
 
     const std::function<void()>& kernel_;
     const unsigned count_;
     const bool reversed_;
+    const std::size_t shared_bytes_;
     void* const shared_;
     std::vector<Fiber*> fibers_;
     std::vector<Warp> warps_;
@@ -245,6 +260,7 @@ class Block {
 void* shared_memory() { return current->shared(); }
 void block_barrier(const char* file, int line) { current->barrier(file, line); }
 const unsigned char* exchange(const void* mine, std::size_t size) { return current->exchange(mine, size); }
+void warp_barrier() { current->warp_barrier(); }
 
 void run(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t shared) {
     const bool reversed = backward();
@@ -259,15 +275,34 @@ void run(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t
 
 // ---- the host's side --------------------------------------------------------------------------------------------------
 
+namespace {
+
+using cuda_on_cpu::races::Clock;
+
+// What a stream is given: work, or the recording of an event or the wait for one. Streams and events go by their numbers.
+struct Item {
+    unsigned stream, event;
+    enum class Kind { work, record, wait } kind;
+    std::function<void()> work;
+};
+// How far each stream is, and where each event was recorded.
+struct Clocks {
+    std::map<unsigned, Clock> streams, events;
+};
+
+}  // namespace
+
 struct CudaGraph {
-    std::vector<std::function<void()>> nodes;
+    std::vector<Item> items;
+    unsigned origin = 0;
     bool open = true;
 };
 struct CudaStream {
+    unsigned number;
     std::shared_ptr<CudaGraph> capturing;
-    bool origin = false;
 };
 struct CudaEvent {
+    unsigned number;
     std::shared_ptr<CudaGraph> capturing;
 };
 
@@ -287,13 +322,63 @@ std::size_t capacity() {
 
 }  // namespace
 
-cudaError_t cuda_on_cpu::enqueue(cudaStream_t stream, std::function<void()> work) {
-    if (stream && stream->capturing && stream->capturing->open) {
-        stream->capturing->nodes.push_back(std::move(work));
-    } else {
-        work();
+namespace {
+
+std::atomic<std::uint32_t> pieces{0};
+Clocks clocks;  // of what is not in a graph
+Clock host;     // what the host has waited for; of all its threads, whose mutexes nobody looks at
+std::vector<bool> numbers;
+
+unsigned take_number() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto free = std::find(numbers.begin(), numbers.end(), false);
+    const auto number = static_cast<unsigned>(free - numbers.begin());
+    if (free == numbers.end()) numbers.push_back(true);
+    return numbers[number] = true, number;
+}
+void leave_number(unsigned number) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    numbers[number] = false;
+}
+
+void perform(const Item& item, Clocks& at) {
+    Clock before;
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        Clock& clock = at.streams[item.stream];
+        clock.join(host);
+        if (item.kind == Item::Kind::record) at.events[item.event] = clock;
+        if (item.kind == Item::Kind::wait) clock.join(at.events[item.event]);
+        if (item.kind != Item::Kind::work) return;
+        before = clock;
     }
+    namespace races = cuda_on_cpu::races;
+    const races::Moment outside = races::now;
+    races::now = {++pieces, item.stream, &before, nullptr, 0, 0, 0, 0, 0};
+    const std::uint32_t piece = races::now.piece;
+    item.work();
+    races::now = outside;
+    const std::lock_guard<std::mutex> lock(mutex);
+    at.streams[item.stream].advance(item.stream, piece);
+}
+
+cudaError_t give(CudaStream& stream, Item item) {
+    if (stream.capturing && stream.capturing->open)
+        stream.capturing->items.push_back(std::move(item));
+    else
+        perform(item, clocks);
     return cudaSuccess;
+}
+cudaError_t wait_for_all() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (const auto& [number, clock] : clocks.streams) host.join(clock);
+    return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t cuda_on_cpu::enqueue(cudaStream_t stream, std::function<void()> work) {
+    return give(*stream, {stream->number, 0, Item::Kind::work, std::move(work)});
 }
 
 const char* cudaGetErrorString(cudaError_t code) {
@@ -323,7 +408,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
     }
     return cudaSuccess;
 }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { return wait_for_all(); }
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
     const std::lock_guard<std::mutex> lock(mutex);
     *total = capacity();
@@ -333,27 +418,39 @@ cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex);
     if (in_use + bytes > capacity()) return cudaErrorMemoryAllocation;
-    if (::posix_memalign(memory, 256, bytes > 0 ? bytes : 1) != 0) return cudaErrorMemoryAllocation;
+    if (cuda_on_cpu::races::watching)
+        *memory = cuda_on_cpu::races::allocate(bytes);
+    else if (::posix_memalign(memory, 256, bytes > 0 ? bytes : 1) != 0)
+        *memory = nullptr;
+    if (*memory == nullptr) return cudaErrorMemoryAllocation;
     std::memset(*memory, 0xff, bytes);
     allocations()[*memory] = bytes;
     in_use += bytes;
     return cudaSuccess;
 }
 cudaError_t cudaFree(void* memory) {
+    (void)wait_for_all();
     const std::lock_guard<std::mutex> lock(mutex);
     const auto found = allocations().find(memory);
     if (memory == nullptr) return cudaSuccess;
     if (found == allocations().end()) return cudaErrorInvalidValue;
     in_use -= found->second;
+    cuda_on_cpu::races::watching ? cuda_on_cpu::races::release(memory, found->second) : std::free(memory);
     allocations().erase(found);
-    std::free(memory);
     return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
-    return cuda_on_cpu::enqueue(stream, [=] { std::memcpy(to, from, bytes); });
+    return cuda_on_cpu::enqueue(stream, [=] {
+        cuda_on_cpu::races::touch(from, bytes, false);
+        cuda_on_cpu::races::touch(to, bytes, true);
+        std::memcpy(to, from, bytes);
+    });
 }
 cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t stream) {
-    return cuda_on_cpu::enqueue(stream, [=] { std::memset(to, value, bytes); });
+    return cuda_on_cpu::enqueue(stream, [=] {
+        cuda_on_cpu::races::touch(to, bytes, true);
+        std::memset(to, value, bytes);
+    });
 }
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
     const std::lock_guard<std::mutex> lock(mutex);
@@ -362,16 +459,24 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
         if (pointer >= start && pointer < static_cast<char*>(start) + bytes) attributes->type = cudaMemoryTypeDevice;
     return cudaSuccess;
 }
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return *stream = new CudaStream, cudaSuccess; }
-cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+    return *stream = new CudaStream{take_number(), nullptr}, cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    leave_number(stream->number);
+    return delete stream, cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return host.join(clocks.streams[stream->number]), cudaSuccess;
+}
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
     if (event->capturing && event->capturing->open) stream->capturing = event->capturing;
-    return cudaSuccess;
+    return give(*stream, {stream->number, event->number, Item::Kind::wait, nullptr});
 }
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     stream->capturing = std::make_shared<CudaGraph>();
-    stream->origin = true;
+    stream->capturing->origin = stream->number;
     return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
@@ -381,23 +486,38 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
         stream->capturing.reset();
         return cudaErrorStreamCaptureInvalidated;
     }
-    *graph = new CudaGraph{stream->capturing->nodes, false};
+    *graph = new CudaGraph(*stream->capturing);
     stream->capturing.reset();
     return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
     return *executable = new CudaGraph(*graph), cudaSuccess;
 }
+// Its streams are branches of the graph alone: what is on the real ones of their numbers does not wait for them, nor they for it.
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
-    return cuda_on_cpu::enqueue(stream, [executable] {
-        for (const auto& node : executable->nodes) node();
-    });
+    Clocks branches;
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        branches.streams[executable->origin] = clocks.streams[stream->number];
+    }
+    for (const Item& item : executable->items) perform(item, branches);
+    const std::lock_guard<std::mutex> lock(mutex);
+    return clocks.streams[stream->number].join(branches.streams[executable->origin]), cudaSuccess;
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) { return delete executable, cudaSuccess; }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return *event = new CudaEvent, cudaSuccess; }
-cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-    return event->capturing = stream->capturing, cudaSuccess;
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+    return *event = new CudaEvent{take_number(), nullptr}, cudaSuccess;
 }
-cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    leave_number(event->number);
+    return delete event, cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    event->capturing = stream->capturing;
+    return give(*stream, {stream->number, event->number, Item::Kind::record, nullptr});
+}
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return host.join(clocks.events[event->number]), cudaSuccess;
+}

@@ -3,11 +3,12 @@
 // really run. It is slow, and strict where a GPU is lax:
 //   blocks run one after the other, a block's threads as fibers that change at barriers, shuffles and products of a warp;
 //   a barrier that part of a block has left, or that its threads reach at different places, ends the process with a word;
+//   built with CHAINRULE_CUDA_RACES, it ends the process at two accesses that nothing orders (races.hpp);
 //   device and shared memory are of the exact size and full of NaN, so that AddressSanitizer and plain sums see misuse;
 //   CHAINRULE_EMULATOR_ORDER=backward runs blocks and threads from the last to the first: a missing barrier, or a block that
 //   waits for another one, then changes the results; CHAINRULE_EMULATOR_MEMORY is how many bytes the device has;
 //   CHAINRULE_EMULATOR_CAPTURE=lost ends every graph that is being made as another thread's wait for the device would;
-//   CHAINRULE_EMULATOR_ALGORITHMS=0: cuBLASLt finds no algorithm for any product.
+//   CHAINRULE_EMULATOR_ALGORITHMS=none: cuBLASLt finds no algorithm for any product, =some: for every other one.
 #pragma once
 
 #define CUDA_ON_CPU 1
@@ -25,6 +26,8 @@
 #include <tuple>
 #include <utility>
 
+#include "races.hpp"
+
 struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
@@ -39,6 +42,7 @@ void* shared_memory();
 void block_barrier(const char* file, int line);
 // Gives all lanes of the warp this one's bytes: lane l's are at `all + l * size`; they stay until the next exchange.
 const unsigned char* exchange(const void* mine, std::size_t size);
+void warp_barrier();  // what the lanes did before their last exchange comes before what they do next
 void run(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t shared);
 }  // namespace cuda_on_cpu
 
@@ -60,6 +64,7 @@ T __shfl_down_sync(unsigned, T value, int delta) {
 inline void __syncwarp() {
     const char nothing = 0;
     cuda_on_cpu::exchange(&nothing, 1);
+    cuda_on_cpu::warp_barrier();
 }
 
 // ---- what the host calls ----------------------------------------------------------------------------------------------
