@@ -405,9 +405,9 @@ Index Optimizer<T>::slot_size(int number) const {
 // ---- single steps ---------------------------------------------------------------------------------------------------
 
 template <class T>
-Step<T>::Step(Network<T>& net, const Loss<T>& loss, Index rows, Index target_cols, const Extras& extras) {
+Step<T>::Step(Network<T>& net, const Loss<T>& loss, Index rows, Index, const Extras& extras) {
     const OnDevice here(net.device());
-    work_ = std::make_unique<Work>(net, loss, rows, target_cols, extras, false);
+    work_ = std::make_unique<Work>(net, loss, rows, extras, false);
 }
 template <class T>
 Step<T>::~Step() = default;
@@ -418,12 +418,7 @@ double Step<T>::sweep(const Dataset<T>& data, const std::int64_t*, Index rows, c
     const OnDevice here(w.net.device());
     const auto held = w.net.runtime().hold();
     w.batch.take(w.net, data, w.net.runtime().stream);
-    w.set_control(Control{});
-    w.shape(rows);
-    w.forward(w.batch.source(), rows, nullptr);
-    w.run_loss(w.batch.source(), rows);
-    if (backward) w.store_gradient(w.batch.source(), rows, nullptr);
-    w.end(w.batch.source(), rows, 1, w.net.runtime().stream);
+    w.sweep(w.batch.source(), rows, backward);
     return w.get_control().value;
 }
 
@@ -439,10 +434,11 @@ double evaluate(Network<T>& net, const Loss<T>& loss, const Dataset<T>& data) {
     const OnDevice here(net.device());
     const auto held = net.runtime().hold();
     const Index piece = std::min(data.rows, rows_at_once(net, 2));
-    typename Step<T>::Work work(net, loss, piece, data.target_cols, {}, false);
-    work.batch.take(net, data, net.runtime().stream);
+    auto& work = kept_step(net, loss, piece);
+    Resident<T> rows_there;
+    rows_there.take(net, data, net.runtime().stream);
     work.set_control(Control{});
-    Source<T> source = work.batch.source();
+    Source<T> source = rows_there.source();
     source.rows.first = &work.control.data()->first;
     for (Index first = 0; first < data.rows; first += piece) {
         const Index rows = std::min(piece, data.rows - first);

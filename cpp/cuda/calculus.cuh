@@ -106,7 +106,16 @@ struct Derivatives<T>::Work {
     }
     // That gradient, once the stream has made it: to[k] is parameter k's.
     void leave_gradient(T* const* to) const {
-        for (std::size_t k = 0; k < net.parameters().size(); ++k) net.read(net.parameters()[k], flat.data(), to[k]);
+        const OnDevice here(net.device());
+        const auto held = net.runtime().hold();
+        leave(flat.data(), to);
+    }
+    void leave(const T* gradient, T* const* to) const {
+        for (std::size_t k = 0; k < net.parameters().size(); ++k) {
+            const Parameter& part = net.parameters()[k];
+            download(to[k], gradient + part.offset, part.size, stream());
+        }
+        net.runtime().stream.wait();
     }
     T* room(Index size) {
         out.grow(net.device(), size, "derivatives");
@@ -295,11 +304,13 @@ void Derivatives<T>::input_gradient(const Dataset<T>& data, const Loss<T>& loss,
 template <class T>
 double Derivatives<T>::gradient(const Dataset<T>& data, const Loss<T>& loss, T* const* to) {
     Network<T>& net = work_->net;
-    Step<T> step(net, loss, data.rows, data.target_cols);
-    const double value = step.sweep(data, nullptr, data.rows, Noise{});
-    const T* flat = step.gradient();
-    for (std::size_t k = 0; k < net.parameters().size(); ++k) net.read(net.parameters()[k], flat, to[k]);
-    return value;
+    const OnDevice here(net.device());
+    const auto held = net.runtime().hold();
+    auto& step = kept_step(net, loss, data.rows);
+    step.batch.take(net, data, net.runtime().stream);
+    step.sweep(step.batch.source(), data.rows, true);
+    work_->leave(step.gradient(), to);
+    return step.get_control().value;
 }
 
 template <class T>

@@ -43,10 +43,19 @@ struct Pack {
     }
 };
 
+template <class T>
+struct Unpack {
+    const std::uint16_t* from;
+    Index from_stride;
+    T* to;
+    Index stride;
+    __device__ void operator()(Index i, Index j) const { to[i * stride + j] = real_of<T>(from[i * from_stride + j]); }
+};
+
 // An epilogue over a product that lies in memory, by tiles as the small ones of our own; what it makes is packed beside.
-template <class T, class Epilogue>
+template <class T, class C, class Epilogue>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
-    finish_product(int m, int n, const T* c, Index stride, Epilogue epilogue, Packed<T, std::uint16_t> packed) {
+    finish_product(int m, int n, const C* c, Index stride, Epilogue epilogue, Packed<T, std::uint16_t> packed) {
     CHAINRULE_SHARED(T, memory);
     constexpr int tile = static_cast<int>(kSmallTile), down = kThreads / tile, N = 4;
     const int blocks_down = (m + tile - 1) / tile, block = static_cast<int>(blockIdx.x);
@@ -58,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
         CHAINRULE_UNROLL(4)
         for (int d = 0; d < N; ++d) rows[d] = first + r + d * down < m ? first + r + d * down : -1;
         if (j < n) {
-            each_there(rows, [&](int d) { v.at[d] = c[rows[d] * stride + j]; });
+            each_there(rows, [&](int d) { v.at[d] = real_of<T>(c[rows[d] * stride + j]); });
             epilogue(rows, j, v);
         }
         if (packed.to && j < packed.stride) each_there(rows, [&](int d) { packed.put(rows[d], j, v.at[d]); });
@@ -117,19 +126,33 @@ class Library {
         const Room& room = rooms_[stream == side_];
         const Direct direct = direct_of(epilogue);
         const Index c_stride = direct.to ? direct.stride : padded(n);
+        const bool halved = half() && rounds_before(epilogue);
         // A column of ones would make an odd width, for which tensor cores are slow; the zeros beside it do no harm.
         const Shape shape = {ADownK,   BDownK,   m,        b.ones < 0 ? n : padded(n), k,
-                             x.stride, y.stride, c_stride, direct.bias != nullptr};
+                             x.stride, y.stride, c_stride, direct.bias != nullptr,     halved};
         const Plan& plan = plan_of(shape);
-        if (!plan.found) return false;
-        T* const c = direct.to ? direct.to : room.product.data();
+        if (!plan.found) {
+            unpack(a.data, a.stride, stream);
+            unpack(b.data, b.stride, stream);
+            unpack_saved(epilogue, stream);
+            return false;
+        }
+        void* const c = direct.to ? direct.to : room.product.data();
         run(plan, x.data, y.data, direct.bias, c, room, stream);
         if (direct.to) return true;
-        const Packed<T, std::uint16_t> packed = result(epilogue, m);
-        launch(finish_product<T, Epilogue>,
-               dim3(static_cast<unsigned>(tiles_of(m, std::max(n, packed.stride), kSmallTile))), kThreads,
-               kThreads * sizeof(double), stream, static_cast<int>(m), static_cast<int>(n), static_cast<const T*>(c),
-               c_stride, epilogue, packed);
+        Epilogue end = epilogue;
+        find_saved(end);
+        const Packed<T, std::uint16_t> packed = result(end, m);
+        const auto finish = [&](auto type) {
+            using C = decltype(type);
+            launch(finish_product<T, C, Epilogue>,
+                   dim3(static_cast<unsigned>(tiles_of(m, std::max(n, packed.stride), kSmallTile))), kThreads,
+                   kThreads * sizeof(double), stream, static_cast<int>(m), static_cast<int>(n),
+                   static_cast<const C*>(c), c_stride, end, packed);
+        };
+        if constexpr (std::is_same_v<Epilogue, Differentiate<float>>)
+            if (halved) return finish(std::uint16_t{}), true;
+        finish(T{});
         return true;
     }
 
@@ -137,7 +160,7 @@ class Library {
     static constexpr Index kWorkspace = Index{32} << 20;
     static constexpr std::uint32_t kAlignment =
         16;  // in bytes, of what a product takes; the library would count on 256
-    using Shape = std::tuple<bool, bool, Index, Index, Index, Index, Index, Index, bool>;
+    using Shape = std::tuple<bool, bool, Index, Index, Index, Index, Index, Index, bool, bool>;
     struct Ready {
         const void* data;
         Index stride;
@@ -153,12 +176,9 @@ class Library {
     };
     struct Place {  // of a packed matrix
         unsigned char* data = nullptr;
+        Index rows = 0, cols = 0;
         std::int64_t last = 0;  // step that it is up to date in
-    };
-    struct Result {  // what an epilogue makes, if it is an operand of a product of this step or of a later one
-        const T* matrix = nullptr;
-        Index cols = 0;
-        int later = 0;
+        bool alone = false;     // the matrix itself is not
     };
     struct Plan {
         void *product = nullptr, *a = nullptr, *b = nullptr, *c = nullptr;
@@ -186,15 +206,19 @@ class Library {
     static Direct direct_of(const StoreGradient<T>&) { return {}; }
     static Direct direct_of(const Update<T>&) { return {}; }
 
-    static Result result_of(const Activate<T>& e) { return {e.y.data, e.y.cols, 0}; }
-    static Result result_of(const Differentiate<T>& e) { return {e.dx.data, e.dx.cols, 0}; }
-    static Result result_of(const StoreGradient<T>&) { return {}; }
-    static Result result_of(const Update<T>& e) { return {e.rule.theta + e.offset, e.inputs, 1}; }
+    // Whether it may have a product as bfloat16: rounded, then multiplied by 0 or 1 instead of the other way round.
+    template <class Epilogue>
+    static bool rounds_before(const Epilogue&) {
+        return false;
+    }
+    static bool rounds_before(const Differentiate<T>& e) { return e.packed_only && !e.add && e.op == Op::relu; }
 
     Place& place(const T* matrix, Index rows, Index cols) {
         const auto [found, added] = packed_.try_emplace(matrix);
         if (added) {
             found->second.data = arena_.data() + used_;
+            found->second.rows = rows;
+            found->second.cols = cols;
             used_ += rows * packed_stride(cols) * element_bytes();
         }
         return found->second;
@@ -216,15 +240,54 @@ class Library {
         }
         return {packed.data, packed_stride(cols)};
     }
-    // Where an epilogue packs what it makes, which has as many rows.
-    template <class Epilogue>
-    Packed<T, std::uint16_t> result(const Epilogue& epilogue, Index rows) {
-        const Result made = result_of(epilogue);
-        if (!made.matrix || !half()) return {nullptr, 0, 0};
-        Place& packed = place(made.matrix, rows, made.cols);
-        packed.last = step_ + made.later;
-        return {reinterpret_cast<std::uint16_t*>(packed.data), made.cols, packed_stride(made.cols)};
+    // Where an epilogue packs what it makes, if that is an operand of a product of this step or, `later`, of one to come. What is
+    // to be packed alone is taken from it.
+    Packed<T, std::uint16_t> packed_of(const T* matrix, Index rows, Index cols, int later, bool alone) {
+        if (!half()) return {nullptr, 0, 0};
+        Place& packed = place(matrix, rows, cols);
+        packed.last = step_ + later;
+        packed.alone = alone;
+        return {reinterpret_cast<std::uint16_t*>(packed.data), cols, packed_stride(cols)};
     }
+    Packed<T, std::uint16_t> result(Activate<T>& e, Index rows) { return result(e.y, e.packed_only, rows); }
+    Packed<T, std::uint16_t> result(Differentiate<T>& e, Index rows) { return result(e.dx, e.packed_only, rows); }
+    Packed<T, std::uint16_t> result(StoreGradient<T>&, Index) { return {nullptr, 0, 0}; }
+    Packed<T, std::uint16_t> result(Update<T>& e, Index rows) {
+        return packed_of(e.rule.theta + e.offset, rows, e.inputs, 1, false);
+    }
+    Packed<T, std::uint16_t> result(MatrixView<T>& made, bool packed_only, Index rows) {
+        const Packed<T, std::uint16_t> packed = packed_of(made.data, rows, made.cols, 0, packed_only);
+        if (packed.to && packed_only) made.data = nullptr;
+        return packed;
+    }
+
+    // A matrix of this step that is there as bfloat16 alone, or null.
+    Place* alone(const T* matrix) {
+        const auto found = packed_.find(matrix);
+        const bool it_is = found != packed_.end() && found->second.alone && found->second.last == step_;
+        return it_is ? &found->second : nullptr;
+    }
+    template <class Epilogue>
+    void find_saved(Epilogue&) {}
+    void find_saved(Differentiate<T>& e) {
+        const Place* packed = alone(e.saved.data);
+        if (!packed) return;
+        e.packed = reinterpret_cast<const std::uint16_t*>(packed->data);
+        e.saved.stride = packed_stride(packed->cols);
+    }
+    // For tiles of ours, where the library has no algorithm.
+    void unpack(const T* matrix, Index stride, cudaStream_t stream) {
+        Place* packed = alone(matrix);
+        if (!packed) return;
+        packed->alone = false;
+        map_elements(packed->rows, packed->cols,
+                     Unpack<T>{reinterpret_cast<const std::uint16_t*>(packed->data), packed_stride(packed->cols),
+                               const_cast<T*>(matrix), stride},
+                     stream);
+    }
+    template <class Epilogue>
+    void unpack_saved(const Epilogue&, cudaStream_t) {}
+    void unpack_saved(const Differentiate<T>& e, cudaStream_t stream) { unpack(e.saved.data, e.saved.stride, stream); }
 
     const Plan& plan_of(const Shape& shape) {
         auto found = plans_.find(shape);
@@ -240,7 +303,7 @@ class Library {
     }
     // Row-major C = A B is column-major Cᵀ = Bᵀ Aᵀ: ours are the library's the other way round.
     void describe(const Shape& shape, Plan& plan) {
-        const auto [a_down, b_down, m, n, k, a_stride, b_stride, c_stride, bias] = shape;
+        const auto [a_down, b_down, m, n, k, a_stride, b_stride, c_stride, bias, halved] = shape;
         const int real = sizeof(T) == 8 ? lt::kReal64 : lt::kReal32, type = half() ? lt::kBfloat16 : real;
         const int compute = sizeof(T) == 8                  ? lt::kCompute64
                             : precision_ == Precision::tf32 ? lt::kComputeTf32
@@ -258,7 +321,7 @@ class Library {
         };
         layout(plan.a, type, b_down ? n : k, b_down ? k : n, b_stride);
         layout(plan.b, type, a_down ? m : k, a_down ? k : m, a_stride);
-        layout(plan.c, real, n, m, c_stride);
+        layout(plan.c, halved ? lt::kBfloat16 : real, n, m, c_stride);
         choose(plan);
     }
     template <class V>
@@ -287,7 +350,7 @@ class Library {
         check_library(status, "choosing an algorithm");
         plan.algorithm = best.algorithm;
     }
-    void run(const Plan& plan, const void* a, const void* b, const T* bias, T* c, const Room& room,
+    void run(const Plan& plan, const void* a, const void* b, const T* bias, void* c, const Room& room,
              cudaStream_t stream) const {
         const T one = 1, zero = 0;
         if (bias) set(plan.product, lt::kBiasPointer, bias);

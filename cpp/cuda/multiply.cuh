@@ -303,7 +303,8 @@ __global__ void __launch_bounds__(Tile::threads, 1)
 
 // ---- epilogues ------------------------------------------------------------------------------------------------------
 // An epilogue takes N elements of a column of C, whose rows are given, -1 for one that is not there, and leaves what it has put
-// into memory. All are loaded before the first is needed: N waits in one.
+// into memory. All are loaded before the first is needed: N waits in one. With `packed_only` nobody reads what it makes but
+// products, and derivatives that want no more than a sign: the library may keep it in the form that its products take, alone.
 
 // f(c) for each of N rows or places that is there.
 template <class I, int N, class F>
@@ -317,10 +318,11 @@ static __device__ __forceinline__ void each_there(const I (&rows)[N], F f) {
 template <class T>
 struct Activate {
     const T* bias;       // null: none
-    MatrixView<T> z, y;  // z.data null: not kept
+    MatrixView<T> z, y;  // data null: not kept
     Op op;
     T param;
     bool add;
+    bool packed_only = false;
     template <int N>
     __device__ void operator()(const int (&rows)[N], int j, Several<T, N>& v) {
         Several<T, N> more = {};
@@ -330,7 +332,7 @@ struct Activate {
         if (add) each_there(rows, [&](int c) { v.at[c] = v.at[c] + more.at[c]; });
         if (z.data) each_there(rows, [&](int c) { z.data[rows[c] * z.stride + j] = v.at[c]; });
         op_forward(op, v, param);
-        each_there(rows, [&](int c) { y.data[rows[c] * y.stride + j] = v.at[c]; });
+        if (y.data) each_there(rows, [&](int c) { y.data[rows[c] * y.stride + j] = v.at[c]; });
     }
     __device__ void finish(T*) {}
 };
@@ -338,19 +340,24 @@ struct Activate {
 // dX = dZ W, and the cotangent before the op that made X: dX g'. With `add`, dX is added to what is there.
 template <class T>
 struct Differentiate {
-    MatrixView<T> dx;
-    MatrixView<const T> saved;
+    MatrixView<T> dx;             // data null: not kept
+    MatrixView<const T> saved;    // data null: there is no op
+    const std::uint16_t* packed;  // not null: `saved` lies here instead, as bfloat16
     Op op;
     T param;
     bool add;
+    bool packed_only = false;
     template <int N>
     __device__ void operator()(const int (&rows)[N], int j, Several<T, N>& v) {
         Several<T, N> more = {}, from = {};
         if (add) each_there(rows, [&](int c) { more.at[c] = dx.data[rows[c] * dx.stride + j]; });
-        if (saved.data) each_there(rows, [&](int c) { from.at[c] = saved.data[rows[c] * saved.stride + j]; });
+        if (packed)
+            each_there(rows, [&](int c) { from.at[c] = real_of<T>(packed[rows[c] * saved.stride + j]); });
+        else if (saved.data)
+            each_there(rows, [&](int c) { from.at[c] = saved.data[rows[c] * saved.stride + j]; });
         if (add) each_there(rows, [&](int c) { v.at[c] = v.at[c] + more.at[c]; });
         if (saved.data) op_vjp(op, v, from, param);
-        each_there(rows, [&](int c) { dx.data[rows[c] * dx.stride + j] = v.at[c]; });
+        if (dx.data) each_there(rows, [&](int c) { dx.data[rows[c] * dx.stride + j] = v.at[c]; });
     }
     __device__ void finish(T*) {}
 };

@@ -133,24 +133,30 @@ struct Step<T>::Work {
     using Kind = typename Tape<T>::Kind;
     using LayerKind = typename Layer<T>::Kind;
 
-    Work(Network<T>& network, const Loss<T>& the_loss, Index rows, Index cols, const Extras& the_extras, bool training)
+    Work(Network<T>& network, const Loss<T>& the_loss, Index rows, const Extras& the_extras, bool training)
         : net(network),
           loss(the_loss),
-          target_cols(cols),
           extras(the_extras),
           tape(net, training),
-          values(net.device(), std::max<Index>(rows, 1), "the values of a loss"),
           control(net.device(), 1, "a step"),
           partials(net.device(), kPieces, "a step") {
-        shape(rows);
-        capacity = rows;
+        make_room(rows);
         if (extras.sobolev) sobolev.emplace(net);
     }
     void shape(Index rows) { tape.shape(0, rows, 1, {Kind::primal, Kind::cotangent}); }
+    // For up to so many. What could not be had is not there any more: the next call asks for it again.
+    void make_room(Index rows) {
+        if (rows <= capacity) return;
+        capacity = 0;
+        values.grow(net.device(), rows, "the values of a loss");
+        shape(rows);
+        capacity = rows;
+    }
 
     void forward(const Source<T>& data, Index rows, const typename Tape<T>::Drawing* drawing);
     void run_loss(const Source<T>& data, Index rows);
     void end(const Source<T>& data, Index rows, Index advance, cudaStream_t stream);
+    void sweep(const Source<T>& data, Index rows, bool backward);
     template <class Weigh>
     void down(const typename Tape<T>::Drawing* drawing, Weigh weigh);
     void store_gradient(const Source<T>& data, Index rows, const typename Tape<T>::Drawing* drawing);
@@ -182,7 +188,7 @@ struct Step<T>::Work {
 
     Network<T>& net;
     Loss<T> loss;
-    Index target_cols, capacity = 0;
+    Index capacity = 0;
     Extras extras;
     Tape<T> tape;
     Buffer<T> values, stored;
@@ -216,6 +222,28 @@ void Step<T>::Work::run_loss(const Source<T>& data, Index rows) {
 template <class T>
 void Step<T>::Work::end(const Source<T>& data, Index rows, Index advance, cudaStream_t stream) {
     sum_over(rows, WeightedValue<T>{values.data(), data}, EndStep{control.data(), loss.mean, rows, advance}, stream);
+}
+
+// One step's work without the update; its value is the control's.
+template <class T>
+void Step<T>::Work::sweep(const Source<T>& data, Index rows, bool backward) {
+    set_control(Control{});
+    shape(rows);
+    forward(data, rows, nullptr);
+    run_loss(data, rows);
+    if (backward) store_gradient(data, rows, nullptr);
+    end(data, rows, 1, net.runtime().stream);
+}
+
+// A network's own, for those who ask for single sweeps again and again: memory takes longer to be had than many a sweep.
+template <class T>
+typename Step<T>::Work& kept_step(Network<T>& net, const Loss<T>& loss, Index rows) {
+    using Work = typename Step<T>::Work;
+    std::unique_ptr<Work>& kept = net.runtime().step;
+    if (!kept) kept = std::make_unique<Work>(net, loss, rows, Extras{}, false);
+    kept->loss = loss;
+    kept->make_room(rows);
+    return *kept;
 }
 
 // All cotangents; weigh(l, stream) enqueues what is done with the gradient of layer l, which nobody reads W of any more. The lowest

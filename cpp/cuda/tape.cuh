@@ -26,13 +26,25 @@ struct Network<T>::Runtime {
     Index shared_bytes;
     Stream stream, side;
     Event fork, join;
-    std::unique_ptr<Tape<T>> predictor;  // with the memory of the largest prediction so far
-    Buffer<T> rows_in, rows_out;         // of predictions by blocks, for arrays that lie elsewhere
+    std::unique_ptr<Tape<T>> predictor;            // with the memory of the largest prediction so far
+    std::unique_ptr<typename Step<T>::Work> step;  // of evaluations and gradients
+    Buffer<T> rows_in, rows_out;                   // of predictions by blocks, for arrays that lie elsewhere
 };
 
 template <class T>
 MatrixView<const T> constant(MatrixView<T> m) {
     return {m.data, m.rows, m.cols, m.stride};
+}
+
+// Whether the derivative of a layer is read off its output; relu's is off the sign, which rounding keeps (down to 2⁻¹³⁴).
+template <class T>
+bool reads_output(const Layer<T>& g) {
+    switch (g.kind) {
+        case Layer<T>::Kind::linear: return false;
+        case Layer<T>::Kind::op:
+            return is_rowwise(g.op) || (saves_of(g.op) == Saves::output && g.op != Op::relu && g.op != Op::leaky_relu);
+        default: return true;
+    }
 }
 
 template <class T>
@@ -48,8 +60,11 @@ class Tape {
           training_(training),
           views_(static_cast<std::size_t>(kinds * (net.depth() + 1))) {}
 
-    // From now on products are made so.
-    void multiply_by(const Arithmetic<T>& how) { how_ = how; }
+    // From now on products are made so. `only_products` and derivatives read what lies between the layers, no code of the caller's.
+    void multiply_by(const Arithmetic<T>& how, bool only_products) {
+        how_ = how;
+        only_products_ = only_products;
+    }
     // Matrices are not what products have seen of them.
     void begin_step() const { how_.begin_step(); }
     // From now on every φ and every cotangent is there after a sweep.
@@ -114,6 +129,12 @@ class Tape {
     }
     bool identity(Index l) const { return layer(l).kind == LayerKind::dropout && !training_; }
     Index saved_at(Index l) const { return saves_of(layer(l).op) == Saves::input ? l : l + 1; }
+    // Whether φˡ, or its cotangent, is read by products alone, and by derivatives that look at its sign.
+    bool packed_only(Kind kind, Index l) const {
+        if (!only_products_ || l == 0) return false;
+        if (kind == cotangent) return layer(l - 1).kind == LayerKind::linear;
+        return l < net_.depth() && layer(l).kind == LayerKind::linear && !reads_output(layer(l - 1));
+    }
     void product(Index l, const Operand<T>& x, const T* flat, bool with_bias, const Activate<T>& epilogue,
                  cudaStream_t stream) const;
     Activate<T> plain(Kind kind, Index l, bool add) const {
@@ -127,7 +148,7 @@ class Tape {
     const Network<T>& net_;
     Arithmetic<T> how_;
     const bool training_;
-    bool whole_ = false;
+    bool whole_ = false, only_products_ = false;
     Index phase_ = 0, rows_ = 0, seeds_ = 1, examples_ = 0;
     Operand<T> input_{nullptr, 0};
     std::vector<MatrixView<T>> views_;
@@ -222,6 +243,7 @@ void Tape<T>::forward(const Drawing* drawing, cudaStream_t stream) const {
                 end.op = op.op;
                 end.param = static_cast<T>(op.param);
             }
+            end.packed_only = packed_only(primal, l + 1 + fused);
             product(l, operand(primal, l), net_.theta(), true, end, stream);
             l += fused;
         } else if (g.kind == LayerKind::op) {
@@ -297,7 +319,8 @@ void Tape<T>::second_tangents(cudaStream_t stream) const {
 template <class T>
 void Tape<T>::pull_linear(Kind kind, Index l, Kind to, const T* flat, bool fused, bool add, cudaStream_t stream) const {
     const Layer<T>& g = layer(l);
-    Differentiate<T> end = {at(to, fused ? l - 1 : l), {}, Op::identity, T{0}, add};
+    const Index end_at = fused ? l - 1 : l;
+    Differentiate<T> end = {at(to, end_at), {}, nullptr, Op::identity, T{0}, add, packed_only(to, end_at)};
     if (fused) {
         end.saved = constant(at(primal, saved_at(l - 1)));
         end.op = layer(l - 1).op;

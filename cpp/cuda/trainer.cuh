@@ -46,8 +46,8 @@ struct Trainer<T>::Work {
           optimizer(rule),
           options(the_options),
           rows(dataset.rows),
-          step(net, the_loss, std::min(options.batch_size, rows), dataset.target_cols,
-               {dataset.dy != nullptr, options.clip_example_norm}, true),
+          step(net, the_loss, std::min(options.batch_size, rows), {dataset.dy != nullptr, options.clip_example_norm},
+               true),
           order(net.device(), options.shuffle ? rows : 0, "the order of an epoch"),
           host_order(options.shuffle ? static_cast<std::size_t>(rows) : 0) {
         data.take(net, dataset, net.runtime().stream);
@@ -156,19 +156,17 @@ void Trainer<T>::Work::open_library() {
     reserve(batch());
     Arithmetic<T> how = net.runtime().how;
     how.library = library.get();
-    step.tape.multiply_by(how);
+    step.tape.multiply_by(how, !stores_examples());
 }
 
-// For batches of so many rows. What could not be had is not there any more: the next call asks for it again.
+// For batches of so many rows.
 template <class T>
 void Trainer<T>::Work::make_room(Index count) {
     if (count <= step.capacity) return;
     graphs.clear();
-    step.capacity = 0;
-    step.values.grow(net.device(), count, "the values of a loss");
-    step.shape(count);
+    step.capacity = 0;  // also if there is no room for the library
     if (library) reserve(count);
-    step.capacity = count;
+    step.make_room(count);
 }
 
 template <class T>
