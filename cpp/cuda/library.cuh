@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // L2: large matrix products by cuBLASLt. The operands are packed into the form that it is fast with (gathered, rounded to
 // bfloat16, with their column of ones, in whole lines) unless they have it: each matrix once a step, or by the epilogue that makes
-// it. A bias alone goes into the library's own epilogue, any other of ours is one pass over its result. Each shape's algorithm is
-// chosen once, among those that sum in a fixed order.
+// it, and then as nothing else if nobody reads more. A bias alone goes into the library's own epilogue, any other of ours is one
+// pass over its result. Each shape's algorithm is chosen once, among those that sum in a fixed order.
 #pragma once
 
 #include <map>
@@ -175,8 +175,8 @@ class Library {
         Buffer<T> product;
     };
     struct Place {  // of a packed matrix
-        unsigned char* data = nullptr;
-        Index rows = 0, cols = 0;
+        unsigned char* data;
+        Index rows, cols;
         std::int64_t last = 0;  // step that it is up to date in
         bool alone = false;     // the matrix itself is not
     };
@@ -214,13 +214,8 @@ class Library {
     static bool rounds_before(const Differentiate<T>& e) { return e.packed_only && !e.add && e.op == Op::relu; }
 
     Place& place(const T* matrix, Index rows, Index cols) {
-        const auto [found, added] = packed_.try_emplace(matrix);
-        if (added) {
-            found->second.data = arena_.data() + used_;
-            found->second.rows = rows;
-            found->second.cols = cols;
-            used_ += rows * packed_stride(cols) * element_bytes();
-        }
+        const auto [found, added] = packed_.try_emplace(matrix, Place{arena_.data() + used_, rows, cols});
+        if (added) used_ += rows * packed_stride(cols) * element_bytes();
         return found->second;
     }
     template <class Out>
@@ -275,7 +270,8 @@ class Library {
         e.packed = reinterpret_cast<const std::uint16_t*>(packed->data);
         e.saved.stride = packed_stride(packed->cols);
     }
-    // For tiles of ours, where the library has no algorithm.
+    // For tiles of ours, where the library has no algorithm. Whoever reads a matrix on the second stream comes after those who do
+    // on the first, so that none of them finds it half unpacked.
     void unpack(const T* matrix, Index stride, cudaStream_t stream) {
         Place* packed = alone(matrix);
         if (!packed) return;

@@ -28,8 +28,8 @@ void Clock::join(const Clock& other) {
 namespace {
 
 constexpr std::size_t kWord = 4, kArena = std::size_t{16} << 30;
-constexpr std::size_t kWhole = std::size_t{64}
-                               << 10;  // of a longer copy, every sixteenth word stands for its neighbours
+// Of a copy longer than this, every sixteenth word stands for its neighbours.
+constexpr std::size_t kLong = std::size_t{64} << 10;
 
 struct Access {
     std::uint32_t piece = 0, block, barriers, warp_barriers;
@@ -37,7 +37,6 @@ struct Access {
     std::uint8_t bytes, writes;  // which bytes of the word
     const void* code;
 
-    bool of_thread(const Access& b) const { return piece == b.piece && block == b.block && thread == b.thread; }
     // Whether this one, the earlier, comes before b on any GPU.
     bool before(const Access& b) const {
         if (piece != b.piece) return now.before->at(stream) >= piece;
@@ -46,7 +45,7 @@ struct Access {
                (thread / 32 == b.thread / 32 && warp_barriers < b.warp_barriers);
     }
 };
-// The last few of a word that are not known to be over, or whose end nobody has asked for.
+// The last few accesses to a word. Where four are too few one is forgotten, and a race with it is not found.
 struct Word {
     Access last[4];
 };
@@ -117,7 +116,7 @@ void touch(const void* at, std::size_t bytes, bool writes, const void* code) {
                    0,
                    writes,
                    code};
-    const std::size_t step = bytes > kWhole ? 16 * kWord : kWord;
+    const std::size_t step = bytes > kLong ? 16 * kWord : kWord;
     for (std::size_t byte = first; byte < end; byte = byte / step * step + step) {
         const std::size_t next = std::min(end, byte / kWord * kWord + kWord);
         mine.bytes = static_cast<std::uint8_t>(((1u << (next - byte)) - 1) << byte % kWord);
@@ -151,7 +150,7 @@ void release(void* memory, std::size_t bytes) {
     auto* const begin = static_cast<unsigned char*>(memory);
     (void)::madvise(begin, bytes, MADV_DONTNEED);
     (void)::madvise(words + static_cast<std::size_t>(begin - arena) / kWord, bytes / kWord * sizeof(Word),
-                    MADV_DONTNEED);  // of an odd size: what the kernel rounds up to is at most a neighbour's page
+                    MADV_DONTNEED);  // whole pages, both
     free_pieces.emplace(bytes, begin);
 }
 
