@@ -198,7 +198,7 @@ def test_steps_with_many_losses_and_optimizers(data):
 @pytest.mark.parametrize(
     "watcher",
     [
-        {"callbacks": [lambda epoch, logs: None]},
+        pytest.param({"callbacks": [lambda epoch, logs: None]}, id="a function"),
         {"callbacks": [cr.EarlyStopping("loss", patience=100)]},
         {"verbose": 1},
         {"verbose": 2},

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT
 // See cuda_runtime.h beside this file.
+#undef _FORTIFY_SOURCE  // it takes a jump to another stack for a mistake
 #include "cuda_runtime.h"
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -10,15 +12,16 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -29,12 +32,22 @@ namespace {
 
 constexpr std::size_t kStackBytes = 256 * 1024;
 
-// A thread of a block. It runs on a fiber of its own from its first barrier on; threads that meet none share one fiber.
+// A thread of a block. It runs on a fiber of its own from its first barrier on; threads that meet none share one fiber. A context
+// begins it, jumps go on from there: they leave out a call of the system, which would be half of all time.
 struct Fiber {
-    ucontext_t context;
-    void* stack = nullptr;
+    Fiber()
+        : stack(::mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
+                       0)) {
+        if (stack == MAP_FAILED) throw std::bad_alloc();
+    }
+    ~Fiber() { (void)::munmap(stack, kStackBytes); }
+    Fiber(const Fiber&) = delete;
+    Fiber& operator=(const Fiber&) = delete;
+
+    jmp_buf at;
+    void* const stack;
     void* fake_stack = nullptr;
-    enum class State { free, running, at_barrier, at_exchange, done } state = State::free;
+    enum class State { running, at_barrier, at_exchange, done } state = State::running;
     unsigned thread = 0, barriers = 0, warp_barriers = 0;
     bool waited = false;
     const char* file = nullptr;
@@ -60,7 +73,7 @@ bool backward() {
     return order != nullptr && std::strcmp(order, "backward") == 0;
 }
 
-std::vector<std::unique_ptr<Fiber>>& pool() {
+std::vector<std::unique_ptr<Fiber>>& idle_fibers() {
     thread_local std::vector<std::unique_ptr<Fiber>> fibers;
     return fibers;
 }
@@ -88,20 +101,11 @@ class Block {
         fibers_.assign(count_, nullptr);
         warps_.assign((count_ + 31) / 32, Warp{});
         next_ = done_ = waiting_ = 0;
-        while (done_ < count_) {
-            bool moved = false;
-            if (next_ < count_) moved = start();
-            for (unsigned t = 0; !moved && t < count_; ++t) {
-                Fiber* fiber = fibers_[reversed_ ? count_ - 1 - t : t];
-                if (fiber && fiber->state == Fiber::State::running) {
-                    enter(fiber);
-                    moved = true;
-                }
-            }
-            if (!moved) release();
-        }
-        for (Fiber* fiber : fibers_)
-            if (fiber) fiber->state = Fiber::State::free;
+        while (next_ < count_) start();
+        while (done_ < count_)
+            if (!move()) release();
+        std::move(own_.begin(), own_.end(), std::back_inserter(idle_fibers()));
+        own_.clear();
         current = before;
     }
 
@@ -132,18 +136,14 @@ class Block {
     void warp_barrier() { races::now.warp_barriers = ++active_->warp_barriers; }
     void* shared() const { return shared_; }
 
-    // The life of a fiber: threads, one after the other, until one of them has to wait; then that one alone.
+    // What a fiber does: threads, one after the other, until one of them has to wait; then that one alone.
     void live() {
+        Fiber* self = active_;
         for (;;) {
-            Fiber* self = active_;
             kernel_();
             ++done_;
-            self->state = Fiber::State::done;
-            if (next_ < count_ && !self->waited) {
-                take(self);
-                continue;
-            }
-            leave(Fiber::State::done);
+            if (next_ == count_ || self->waited) return leave(Fiber::State::done);
+            take(self);
         }
     }
 
@@ -165,48 +165,55 @@ class Block {
         fibers_[thread] = fiber;
         become(fiber);
     }
-    bool start() {
-        Fiber* fiber = nullptr;
-        for (const auto& candidate : pool())
-            if (candidate->state == Fiber::State::free) {
-                fiber = candidate.get();
-                break;
-            }
-        if (!fiber) {
-            pool().push_back(std::make_unique<Fiber>());
-            fiber = pool().back().get();
-            fiber->stack = ::mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-            if (fiber->stack == MAP_FAILED) die("no memory for a fiber");
-        }
-#if defined(__SANITIZE_ADDRESS__)
-        __asan_unpoison_memory_region(fiber->stack, kStackBytes);  // frames of threads that have ended
-#endif
-        prepare(fiber->context, fiber->stack);
-        fiber->fake_stack = nullptr;
-        take(fiber);
-        enter(fiber);
-        return true;
+    void start() {
+        if (idle_fibers().empty()) return begin();
+        own_.push_back(std::move(idle_fibers().back()));
+        idle_fibers().pop_back();
+        take(own_.back().get());
+        enter(active_);
     }
-    static void prepare(ucontext_t& context, void* stack) {
+    // All that can, once.
+    bool move() {
+        bool moved = false;
+        for (unsigned t = 0; t < count_; ++t) {
+            Fiber* fiber = fibers_[reversed_ ? count_ - 1 - t : t];
+            if (fiber->state != Fiber::State::running) continue;
+            enter(fiber);
+            moved = true;
+        }
+        return moved;
+    }
+    // A new fiber, and its first thread. It lives on, block after block.
+    void begin() {
+        own_.push_back(std::make_unique<Fiber>());
+        ucontext_t context;
         getcontext(&context);
-        context.uc_stack.ss_sp = stack;
+        context.uc_stack.ss_sp = own_.back()->stack;
         context.uc_stack.ss_size = kStackBytes;
         context.uc_link = nullptr;
-        makecontext(&context, &Block::begin, 0);
-    }
-    static void begin() {
+        makecontext(
+            &context,
+            [] {
 #if defined(__SANITIZE_ADDRESS__)
-        __sanitizer_finish_switch_fiber(nullptr, &current->host_stack_, &current->host_stack_size_);
+                __sanitizer_finish_switch_fiber(nullptr, &current->host_stack_, &current->host_stack_size_);
 #endif
-        current->live();
+                for (;;) current->live();
+            },
+            0);
+        take(own_.back().get());
+        go([&] { setcontext(&context); });
     }
     void enter(Fiber* fiber) {
         become(fiber);
+        go([&] { _longjmp(fiber->at, 1); });
+    }
+    // To the active fiber, and back when it leaves.
+    template <class Jump>
+    void go(Jump jump) {
 #if defined(__SANITIZE_ADDRESS__)
-        __sanitizer_start_switch_fiber(&host_fake_stack_, fiber->stack, kStackBytes);
+        __sanitizer_start_switch_fiber(&host_fake_stack_, active_->stack, kStackBytes);
 #endif
-        swapcontext(&host_, &fiber->context);
+        if (_setjmp(host_) == 0) jump();
 #if defined(__SANITIZE_ADDRESS__)
         __sanitizer_finish_switch_fiber(host_fake_stack_, nullptr, nullptr);
 #endif
@@ -216,12 +223,11 @@ class Block {
         fiber->state = state;
         fiber->waited = true;
 #if defined(__SANITIZE_ADDRESS__)
-        __sanitizer_start_switch_fiber(state == Fiber::State::done ? nullptr : &fiber->fake_stack, host_stack_,
-                                       host_stack_size_);
+        __sanitizer_start_switch_fiber(&fiber->fake_stack, host_stack_, host_stack_size_);
 #endif
-        swapcontext(&fiber->context, &host_);
+        if (_setjmp(fiber->at) == 0) _longjmp(host_, 1);
 #if defined(__SANITIZE_ADDRESS__)
-        __sanitizer_finish_switch_fiber(fiber->fake_stack, &host_stack_, &host_stack_size_);
+        __sanitizer_finish_switch_fiber(fiber->fake_stack, &current->host_stack_, &current->host_stack_size_);
 #endif
     }
     // Nobody can move: a barrier that all have reached, or a mistake.
@@ -245,11 +251,12 @@ class Block {
     const bool reversed_;
     const std::size_t shared_bytes_;
     void* const shared_;
-    std::vector<Fiber*> fibers_;
+    std::vector<std::unique_ptr<Fiber>> own_;
+    std::vector<Fiber*> fibers_;  // by thread
     std::vector<Warp> warps_;
     Fiber* active_ = nullptr;
     unsigned next_ = 0, done_ = 0, waiting_ = 0;
-    ucontext_t host_;
+    jmp_buf host_;
     void* host_fake_stack_ = nullptr;
     const void* host_stack_ = nullptr;
     std::size_t host_stack_size_ = 0;

@@ -101,7 +101,7 @@ void meet(Word& word, const Access& mine, bool shared, std::size_t byte) {
 }  // namespace
 
 void touch(const void* at, std::size_t bytes, bool writes, const void* code) {
-    if (now.piece == 0) return;
+    if (now.piece == 0 || bytes == 0) return;
     const auto* const begin = static_cast<const unsigned char*>(at);
     const bool shared = begin >= now.shared && begin < now.shared + now.shared_bytes;
     if (!shared && (begin < arena || begin >= arena + kArena)) return;  // a thread's own
@@ -116,11 +116,11 @@ void touch(const void* at, std::size_t bytes, bool writes, const void* code) {
                    0,
                    writes,
                    code};
-    const std::size_t step = bytes > kLong ? 16 * kWord : kWord;
-    for (std::size_t byte = first; byte < end; byte = byte / step * step + step) {
-        const std::size_t next = std::min(end, byte / kWord * kWord + kWord);
-        mine.bytes = static_cast<std::uint8_t>(((1u << (next - byte)) - 1) << byte % kWord);
-        meet((shared ? shared_words : words)[byte / kWord], mine, shared, byte);
+    const std::size_t step = bytes > kLong ? 16 : 1, last = (end - 1) / kWord;
+    for (std::size_t word = first / kWord; word <= last; word = word / step * step + step) {
+        const std::size_t from = std::max(first, word * kWord), to = std::min(end, word * kWord + kWord);
+        mine.bytes = static_cast<std::uint8_t>(((1u << (to - from)) - 1) << from % kWord);
+        meet((shared ? shared_words : words)[word], mine, shared, from);
     }
 }
 
@@ -158,6 +158,8 @@ void release(void* memory, std::size_t bytes) {
 }  // namespace cuda_on_cpu
 
 // ---- what the compiler calls ------------------------------------------------------------------------------------------
+
+#ifndef __SANITIZE_ADDRESS__  // with it GCC knows these functions, and nobody calls them
 
 #define CHAINRULE_WATCH(size)                                                                                     \
     void __tsan_read##size(void* at) { cuda_on_cpu::races::touch(at, size, false, __builtin_return_address(0)); } \
@@ -201,3 +203,5 @@ CHAINRULE_WATCH(4)
 CHAINRULE_WATCH(8)
 CHAINRULE_WATCH(16)
 }
+
+#endif
