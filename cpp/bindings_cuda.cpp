@@ -106,20 +106,30 @@ void bind_arrays(py::module_& m) {
                 return dtype.is_none() ? py::object(array) : py::object(array.attr("astype")(dtype));
             },
             py::arg("dtype") = py::none(), py::arg("copy") = py::none())
-        .def("__dlpack__", [](const DeviceArray& self, const py::kwargs&) { return self.to_dlpack(); })
+        // Nothing of ours works on an array any more when somebody has it: `stream` need not wait.
+        .def(
+            "__dlpack__",
+            [](const DeviceArray& self, const py::object&, const py::object&,
+               const std::optional<std::pair<int, int>>& device, std::optional<bool> copy) {
+                self.expect_device(device);
+                return (copy.value_or(false) ? self.copy() : self).to_dlpack();
+            },
+            py::arg("stream") = py::none(), py::kw_only(), py::arg("max_version") = py::none(),
+            py::arg("dl_device") = py::none(), py::arg("copy") = py::none())
         .def("__dlpack_device__", [](const DeviceArray& self) { return py::make_tuple(dlpack::kCuda, self.device()); });
     m.def("upload", &DeviceArray::upload, py::arg("array"), py::arg("device"));
     m.def("from_dlpack", &DeviceArray::from_dlpack, py::arg("source"));
 }
 
-// Where NVIDIA's wheels, of CUDA 13 and 12, and its installer put their libraries; none of these is on the loader's path.
+// Where NVIDIA's wheels, of CUDA 13 and 12, and its installer put their libraries.
 std::vector<std::string> library_folders() {
-    std::vector<std::string> folders;
+    std::vector<std::string> folders;  // in the order in which PyTorch looks, whose libraries must be of one version
     const py::object spec = py::module_::import("importlib.util").attr("find_spec")("nvidia");
     if (!spec.is_none() && !spec.attr("submodule_search_locations").is_none())
         for (const py::handle& place : spec.attr("submodule_search_locations"))
             for (const char* part : {"/cu13/lib/", "/cublas/lib/"})
                 folders.push_back(py::cast<std::string>(place) + part);
+    folders.push_back("");  // the loader's
     folders.push_back("/usr/local/cuda/lib64/");
     return folders;
 }
@@ -155,13 +165,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("state", &cuda::state);
     m.def("device_count", &cuda::device_count);
     m.def("device_name", &cuda::device_name, py::arg("device"));
-    m.def(
-        "synchronize",
-        [](int device) {
-            const Unlocked unlocked;
-            cuda::synchronize(device);
-        },
-        py::arg("device"));
+    m.def("synchronize", &cuda::synchronize, py::arg("device"));
     m.def("schedules", [] { return std::vector<std::string>(schedule_names.begin() + 1, schedule_names.end()); });
     m.def(
         "force_schedule",

@@ -77,6 +77,17 @@ class DeviceArray {
         cuda::copy(device_, array.mutable_data(), data_, bytes());
         return array;
     }
+    DeviceArray copy() const {
+        DeviceArray made(dtype_, shape_, device_);
+        cuda::copy(device_, made.data_, data_, bytes());
+        return made;
+    }
+    void expect_device(const std::optional<std::pair<int, int>>& wanted) const {
+        if (wanted && *wanted != std::pair<int, int>(dlpack::kCuda, device_))
+            throw py::buffer_error("[dlpack] an array stays on its device: expected (" + std::to_string(dlpack::kCuda) +
+                                   ", " + std::to_string(device_) + "), got (" + std::to_string(wanted->first) + ", " +
+                                   std::to_string(wanted->second) + "); .numpy() is the host's copy");
+    }
     py::capsule to_dlpack() const;
     static DeviceArray from_dlpack(const py::object& source);
 

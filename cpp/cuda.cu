@@ -9,7 +9,9 @@
 
 #include <dlfcn.h>
 
+#include <chrono>
 #include <deque>
+#include <thread>
 
 #include "cuda/calculus.cuh"
 #include "cuda/predict.cuh"
@@ -20,27 +22,56 @@ namespace cuda {
 
 namespace {
 
+std::atomic<void (*)(const std::function<void()>&)> how_to_wait{[](const std::function<void()>& wait) { wait(); }};
+
 std::vector<std::string>& library_folders() {
     static std::vector<std::string> folders;
     return folders;
 }
 
-// A function of cuBLASLt, of the newest one that somebody has loaded already, the loader finds or a folder has; never closed
-// again.
-void* library_symbol(const char* name) {
+// The functions of one cuBLASLt; null unless all are there and it can begin on this device with this driver.
+template <class Find>
+std::unique_ptr<const lt::Functions> functions_of(Find find_symbol) {
+    auto table = std::make_unique<lt::Functions>();
+    bool all = true;
+    const auto find = [&](auto& function, const char* name) {
+        void* const symbol = find_symbol(name);
+        std::memcpy(&function, &symbol, sizeof symbol);
+        all = all && symbol;
+    };
+    find(table->Create, "cublasLtCreate");
+    find(table->Destroy, "cublasLtDestroy");
+    find(table->Matmul, "cublasLtMatmul");
+    find(table->MatmulDescCreate, "cublasLtMatmulDescCreate");
+    find(table->MatmulDescDestroy, "cublasLtMatmulDescDestroy");
+    find(table->MatmulDescSetAttribute, "cublasLtMatmulDescSetAttribute");
+    find(table->MatrixLayoutCreate, "cublasLtMatrixLayoutCreate");
+    find(table->MatrixLayoutDestroy, "cublasLtMatrixLayoutDestroy");
+    find(table->MatmulPreferenceCreate, "cublasLtMatmulPreferenceCreate");
+    find(table->MatmulPreferenceDestroy, "cublasLtMatmulPreferenceDestroy");
+    find(table->MatmulPreferenceSetAttribute, "cublasLtMatmulPreferenceSetAttribute");
+    find(table->MatmulAlgoGetHeuristic, "cublasLtMatmulAlgoGetHeuristic");
+    void* handle = nullptr;
+    if (!all || table->Create(&handle) != 0) return nullptr;
+    (void)table->Destroy(handle);
+    return table;
+}
+
+// Of what somebody has loaded already, else from the first folder that has one that works. Never closed again.
+std::unique_ptr<const lt::Functions> find_functions() {
 #ifdef CUDA_ON_CPU
-    return cuda_on_cpu::library_symbol(name);
+    return functions_of(cuda_on_cpu::library_symbol);
 #else
-    static void* const library = [] {
-        void* handle = nullptr;
-        std::vector<std::string> folders = {""};
-        folders.insert(folders.end(), library_folders().begin(), library_folders().end());
-        for (const std::string& folder : folders)
-            for (const char* file : {"libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"})
-                if (!handle) handle = dlopen((folder + file).c_str(), RTLD_NOW | RTLD_LOCAL);
-        return handle;
-    }();
-    return library ? dlsym(library, name) : nullptr;
+    const auto in_folder = [](const std::string& folder, int how) -> std::unique_ptr<const lt::Functions> {
+        for (const char* file : {"libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"})
+            if (void* const library = dlopen((folder + file).c_str(), RTLD_NOW | RTLD_LOCAL | how))
+                if (auto found = functions_of([=](const char* name) { return dlsym(library, name); })) return found;
+        return nullptr;
+    };
+    if (auto loaded = in_folder("", RTLD_NOLOAD)) return loaded;
+    for (const std::string& folder : library_folders())
+        if (auto found = in_folder(folder, 0)) return found;
+    return nullptr;
 #endif
 }
 
@@ -79,8 +110,19 @@ std::string device_name(int device) {
 }
 
 void synchronize(int device) {
-    const OnDevice here(device);
-    check(cudaDeviceSynchronize(), "a kernel");
+    how_to_wait.load()([=] {
+        const OnDevice here(device);
+        const std::lock_guard<std::recursive_mutex> alone(graph_in_making());
+        const auto patience = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+        cudaError_t code = cudaDeviceSynchronize();
+        // Another library makes a graph: it is soon over.
+        while (GraphLost::is(code) && std::chrono::steady_clock::now() < patience) {
+            (void)cudaGetLastError();
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            code = cudaDeviceSynchronize();
+        }
+        check(code, "a kernel");
+    });
 }
 
 int device_of(const void* pointer) {
@@ -89,9 +131,6 @@ int device_of(const void* pointer) {
     return attributes.type == cudaMemoryTypeDevice ? attributes.device : -1;
 }
 
-namespace {
-std::atomic<void (*)(const std::function<void()>&)> how_to_wait{[](const std::function<void()>& wait) { wait(); }};
-}  // namespace
 void wait_by(void (*how)(const std::function<void()>& wait)) { how_to_wait.store(how); }
 std::unique_lock<std::mutex> hold(std::mutex& mutex) {
     std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
@@ -103,35 +142,17 @@ void force_schedule(Schedule schedule) { forced_schedule.store(schedule); }
 void look_for_libraries(std::vector<std::string> folders) { library_folders() = std::move(folders); }
 
 void copy(int device, void* to, const void* from, std::size_t bytes) {
-    const OnDevice here(device);
-    const Stream stream;
-    upload(static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), static_cast<Index>(bytes), stream);
-    stream.wait();
+    how_to_wait.load()([=] {
+        const OnDevice here(device);
+        const Stream stream;
+        upload(static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), static_cast<Index>(bytes),
+               stream);
+        stream.wait();
+    });
 }
 
 const lt::Functions* lt::functions() {
-    static const std::unique_ptr<const Functions> found = [] {
-        auto table = std::make_unique<Functions>();
-        bool all = true;
-        const auto find = [&](auto& function, const char* name) {
-            void* const symbol = library_symbol(name);
-            std::memcpy(&function, &symbol, sizeof symbol);
-            all = all && symbol;
-        };
-        find(table->Create, "cublasLtCreate");
-        find(table->Destroy, "cublasLtDestroy");
-        find(table->Matmul, "cublasLtMatmul");
-        find(table->MatmulDescCreate, "cublasLtMatmulDescCreate");
-        find(table->MatmulDescDestroy, "cublasLtMatmulDescDestroy");
-        find(table->MatmulDescSetAttribute, "cublasLtMatmulDescSetAttribute");
-        find(table->MatrixLayoutCreate, "cublasLtMatrixLayoutCreate");
-        find(table->MatrixLayoutDestroy, "cublasLtMatrixLayoutDestroy");
-        find(table->MatmulPreferenceCreate, "cublasLtMatmulPreferenceCreate");
-        find(table->MatmulPreferenceDestroy, "cublasLtMatmulPreferenceDestroy");
-        find(table->MatmulPreferenceSetAttribute, "cublasLtMatmulPreferenceSetAttribute");
-        find(table->MatmulAlgoGetHeuristic, "cublasLtMatmulAlgoGetHeuristic");
-        return all ? std::move(table) : nullptr;
-    }();
+    static const std::unique_ptr<const Functions> found = find_functions();
     return found.get();
 }
 
@@ -157,25 +178,29 @@ class Spare {
         return memory;
     }
     void keep(const Piece& piece) {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        std::unique_lock<std::mutex> lock(mutex_);
         pieces_.push_back(piece);
         total_ += piece.bytes;
-        drop_to(kMost);
+        drop_to(kMost, std::move(lock));
     }
     bool clear() {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        std::unique_lock<std::mutex> lock(mutex_);
         const bool some = !pieces_.empty();
-        drop_to(0);
+        drop_to(0, std::move(lock));
         return some;
     }
 
    private:
     static constexpr std::size_t kMost = std::size_t{64} << 20;
-    void drop_to(std::size_t most) {
+    // Released without the lock: that waits for graphs in making, and whoever makes one may come here for memory.
+    void drop_to(std::size_t most, std::unique_lock<std::mutex> lock) {
+        std::vector<void*> gone;
         for (; total_ > most; pieces_.pop_front()) {
             total_ -= pieces_.front().bytes;
-            release(pieces_.front().memory);
+            gone.push_back(pieces_.front().memory);
         }
+        lock.unlock();
+        for (void* memory : gone) release(memory);
     }
     std::mutex mutex_;
     std::deque<Piece> pieces_;
@@ -216,7 +241,11 @@ void* allocate(int device, std::size_t bytes, const char* what) {
     check(code, "allocating memory");
     return memory;
 }
-void release(void* memory) noexcept { (void)cudaFree(memory); }
+void release(void* memory) noexcept {
+    if (!memory) return;
+    const std::lock_guard<std::recursive_mutex> alone(graph_in_making());  // it may wait for the device
+    (void)cudaFree(memory);
+}
 
 // ---- networks -------------------------------------------------------------------------------------------------------
 
@@ -312,8 +341,12 @@ bool Network<T>::all_finite() const {
 }
 template <class T>
 bool all_finite(int device, const T* at, Index size) {
-    const OnDevice here(device);
-    return all_finite_by(Stream(), device, at, size);
+    bool finite = false;
+    how_to_wait.load()([&] {
+        const OnDevice here(device);
+        finite = all_finite_by(Stream(), device, at, size);
+    });
+    return finite;
 }
 
 template <class T>

@@ -84,6 +84,15 @@ def dtype(request):
     return np.dtype(request.param)
 
 
+@pytest.fixture(params=["by size", "resident", "fused", "library"])
+def schedule(request):
+    """What trainers on a GPU take that are made in the test."""
+    cuda = sys.modules["chainrule._cuda"]
+    cuda.force_schedule("" if request.param == "by size" else request.param)
+    yield request.param
+    cuda.force_schedule("")
+
+
 @pytest.fixture
 def on_fused_isas():
     """run -> [run() under each instruction set that has a fused multiply-add]."""

@@ -10,11 +10,14 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <thread>
 #include <vector>
 
+#include "cuda.hpp"
 #include "cuda/multiply.cuh"
 
 namespace chainrule {
@@ -261,10 +264,34 @@ void multiplies(const char* rule) {
         }
 }
 
+// While one thread makes a graph, others wait for the device and release memory: neither may notice.
+void graphs_beside_waits() {
+    const Stream stream;
+    Buffer<float> memory(0, 100, "a test");
+    std::thread other;
+    bool fine = true;
+    try {
+        const Graph graph(stream, [&] {
+            other = std::thread([&] {
+                try {
+                    release(allocate(0, 100, "a test"));
+                    synchronize(0);
+                } catch (const std::exception&) { fine = false; }
+            });
+            std::this_thread::sleep_for(std::chrono::milliseconds(20));  // for the other one to come first
+            clear(memory.data(), memory.size(), stream);
+        });
+        graph.launch(stream);
+    } catch (const GraphLost&) { fine = false; }
+    other.join();
+    check(fine, "a graph is made while other threads wait for the device");
+}
+
 }  // namespace
 
 int test() {
     barriers_and_shuffles();
+    graphs_beside_waits();
     dies([] { run(leave_a_barrier, 1, 64, 0); }, "a barrier that a thread has left ends the process");
     dies([] { run(wait_at_two_barriers, 1, 64, 0); }, "threads at different barriers end the process");
     races();

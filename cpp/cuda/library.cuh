@@ -87,6 +87,7 @@ class Library {
     }
     ~Library() {
         for (auto& [shape, plan] : plans_) destroy(plan);
+        const std::lock_guard<std::recursive_mutex> alone(graph_in_making());  // it may wait for the device
         (void)lt_.Destroy(handle_);
     }
     Library(const Library&) = delete;
@@ -318,17 +319,18 @@ class Library {
         layout(plan.a, type, b_down ? n : k, b_down ? k : n, b_stride);
         layout(plan.b, type, a_down ? m : k, a_down ? k : m, a_stride);
         layout(plan.c, halved ? lt::kBfloat16 : real, n, m, c_stride);
-        choose(plan);
+        choose(plan, halved);
     }
     template <class V>
     void set(void* product, int attribute, const V& value) const {
         check_library(lt_.MatmulDescSetAttribute(product, attribute, &value, sizeof value), "describing a product");
     }
-    void choose(Plan& plan) const {
+    void choose(Plan& plan, bool halved) const {
         void* preference = nullptr;
         check_library(lt_.MatmulPreferenceCreate(&preference), "choosing an algorithm");
         const std::uint64_t bytes = kWorkspace;
-        const std::uint32_t in_order = 2 | 4;  // parts of a sum are kept apart and added by one kernel
+        // Parts of a sum are kept apart and added by one kernel; as float32, too, where the sum is rounded to bfloat16.
+        const std::uint32_t in_order = halved ? 2 : 2 | 4;
         const std::uint32_t alignment = kAlignment;
         int status = lt_.MatmulPreferenceSetAttribute(preference, lt::kWorkspaceBytes, &bytes, sizeof bytes);
         if (status == 0)

@@ -4,7 +4,9 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -29,20 +31,43 @@ inline int attribute(cudaDeviceAttr which, int device) {
     return value;
 }
 
-// Makes a device the calling thread's while it lives.
+// Whether somebody in this process works on the device. The runtime cannot say; the driver can, and is there already.
+inline bool is_in_use(int device) {
+    using Ask = int (*)(int device, unsigned* flags, int* active);
+    static const auto ask = [] {
+        void* const driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+        return reinterpret_cast<Ask>(driver ? dlsym(driver, "cuDevicePrimaryCtxGetState") : nullptr);
+    }();
+    unsigned flags = 0;
+    int active = 1;
+    return !ask || ask(device, &flags, &active) != 0 || active != 0;
+}
+
+// Makes a device the calling thread's while it lives. A device that nobody works on is not returned to: CUDA would begin there
+// and take some hundred MB of its memory.
 class OnDevice {
    public:
-    explicit OnDevice(int device) {
+    explicit OnDevice(int device) : device_(device) {
         check(cudaGetDevice(&before_), "asking for the device");
         if (before_ != device) check(cudaSetDevice(device), "choosing the device");
     }
-    ~OnDevice() { (void)cudaSetDevice(before_); }
+    ~OnDevice() {
+        if (before_ != device_ && is_in_use(before_)) (void)cudaSetDevice(before_);
+    }
     OnDevice(const OnDevice&) = delete;
     OnDevice& operator=(const OnDevice&) = delete;
 
    private:
+    const int device_;
     int before_ = 0;
 };
+
+// Held while a graph is made, and by whatever waits for a whole device: CUDA refuses that while anybody makes a graph, and ends
+// the graph.
+inline std::recursive_mutex& graph_in_making() {
+    static auto& mutex = *new std::recursive_mutex;  // memory may be released after the end of main
+    return mutex;
+}
 
 class Stream {
    public:
@@ -80,7 +105,7 @@ class Event {
     cudaEvent_t event_ = nullptr;
 };
 
-// Somebody else's wait for the whole device, in another thread, ends a graph that is being made; nothing of it has run.
+// Another library's wait for the whole device, in another thread, ends a graph that is being made; nothing of it has run.
 class GraphLost : public std::runtime_error {
    public:
     GraphLost() : std::runtime_error("[cuda] a graph was lost to another thread's wait for the device") {}
@@ -96,6 +121,7 @@ class Graph {
     // f() enqueues on `stream` and on streams that it forks from it and joins again.
     template <class F>
     Graph(cudaStream_t stream, F f) {
+        const std::lock_guard<std::recursive_mutex> alone(graph_in_making());
         check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed), "beginning a graph");
         cudaGraph_t graph = nullptr;
         const auto end = [&] {

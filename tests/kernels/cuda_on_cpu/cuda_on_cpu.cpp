@@ -302,7 +302,7 @@ struct Clocks {
 struct CudaGraph {
     std::vector<Item> items;
     unsigned origin = 0;
-    bool open = true;
+    bool open = true, lost = false;
 };
 struct CudaStream {
     unsigned number;
@@ -376,8 +376,14 @@ cudaError_t give(CudaStream& stream, Item item) {
         perform(item, clocks);
     return cudaSuccess;
 }
+// Refused while anybody makes a graph, which is lost then.
+std::weak_ptr<CudaGraph> capture;  // the engine makes one at a time
 cudaError_t wait_for_all() {
     const std::lock_guard<std::mutex> lock(mutex);
+    if (const auto graph = capture.lock(); graph && graph->open) {
+        graph->lost = true;
+        return cudaErrorStreamCaptureUnsupported;
+    }
     for (const auto& [number, clock] : clocks.streams) host.join(clock);
     return cudaSuccess;
 }
@@ -436,10 +442,10 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
     return cudaSuccess;
 }
 cudaError_t cudaFree(void* memory) {
-    (void)wait_for_all();
+    if (memory == nullptr) return cudaSuccess;
+    if (const cudaError_t code = wait_for_all(); code != cudaSuccess) return code;  // it may wait, at least
     const std::lock_guard<std::mutex> lock(mutex);
     const auto found = allocations().find(memory);
-    if (memory == nullptr) return cudaSuccess;
     if (found == allocations().end()) return cudaErrorInvalidValue;
     in_use -= found->second;
     cuda_on_cpu::races::watching ? cuda_on_cpu::races::release(memory, found->second) : std::free(memory);
@@ -482,13 +488,18 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
     return give(*stream, {stream->number, event->number, Item::Kind::wait, nullptr});
 }
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+    const std::lock_guard<std::mutex> lock(mutex);
     stream->capturing = std::make_shared<CudaGraph>();
     stream->capturing->origin = stream->number;
+    if (const auto other = capture.lock(); other && other->open) cuda_on_cpu::die("two graphs are made at a time");
+    capture = stream->capturing;
     return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+    const std::lock_guard<std::mutex> lock(mutex);
     stream->capturing->open = false;
-    if (const char* how = std::getenv("CHAINRULE_EMULATOR_CAPTURE"); how && std::string_view(how) == "lost") {
+    const char* how = std::getenv("CHAINRULE_EMULATOR_CAPTURE");
+    if (stream->capturing->lost || (how && std::string_view(how) == "lost")) {
         *graph = nullptr;
         stream->capturing.reset();
         return cudaErrorStreamCaptureInvalidated;
