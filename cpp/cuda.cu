@@ -15,7 +15,7 @@
 
 #include "cuda/calculus.cuh"
 #include "cuda/predict.cuh"
-#include "cuda/trainer.cuh"
+#include "cuda/together.cuh"
 
 namespace chainrule {
 namespace cuda {

@@ -489,6 +489,28 @@ def test_an_epoch_of_more_steps_than_a_launch_takes(schedule, rng):
         pair.assert_runs_equal(2, 1e-9)
 
 
+def test_a_step_takes_the_schedule_that_suits_its_rows(rng):
+    """Whatever rows its trainer was made with: one, by train_step, which meets its batches later."""
+
+    class Tall(Trained):
+        rows = 4096
+
+    pair = Tall(rng, rule=RULES[0], layers=layers_of([3, 5, 2], "tanh"), batch_size=1)
+    for rows, chosen in ((1, "resident"), (32, "resident"), (4096, "fused"), (7, "fused")):
+        x, y = pair.x[:rows], pair.y[:rows]
+        close(pair.trainer.step(x, y, None, 0.01), pair.cpu_trainer.step(x, y, None, 0.01), 1e-12, "loss ")
+        assert pair.trainer.schedule == chosen
+        pair.assert_same_parameters(1e-12)
+
+
+def test_what_is_enqueued_ahead_of_a_divergence_counts(schedule, rng):
+    """The loss of an epoch is read when the next is on its way; that one's steps have been taken, too."""
+    pair = Trained(rng, rule=RULES[0], batch_size=10)
+    losses = pair.trainer.run(0, np.array([0.01, np.inf, 0.01, 0.01, 0.01]))
+    assert np.isfinite(losses[:-1]).all() and not np.isfinite(losses[-1]) and len(losses) < 5
+    assert pair.optimizer.step_count == 4 * (len(losses) + 1)
+
+
 def test_each_step_of_a_graph_has_its_own_rate_and_mask(schedule, rng):
     """19 steps an epoch: a graph of 16 and three alone; rates, bias corrections and dropout differ."""
     adam = next(rule for rule in RULES if rule.name == "adam")

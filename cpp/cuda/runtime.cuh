@@ -115,6 +115,38 @@ class GraphLost : public std::runtime_error {
     }
 };
 
+// Memory of the host that copies read and write while the host goes on; contents undefined. Others wait for it.
+template <class T>
+class Pinned {
+   public:
+    Pinned() = default;
+    Pinned(const Pinned&) = delete;
+    Pinned& operator=(const Pinned&) = delete;
+    ~Pinned() { drop(); }
+    T* data() const { return data_; }
+    T& operator[](Index k) const { return data_[k]; }
+    // At least so many.
+    void grow(Index size) {
+        if (size_ >= size) return;
+        drop();
+        void* memory = nullptr;
+        check(cudaHostAlloc(&memory, static_cast<std::size_t>(size) * sizeof(T), cudaHostAllocDefault),
+              "memory of the host for copies");
+        data_ = static_cast<T*>(memory);
+        size_ = size;
+    }
+
+   private:
+    void drop() {
+        if (!data_) return;
+        const std::lock_guard<std::recursive_mutex> alone(graph_in_making());  // it may wait for the device
+        (void)cudaFreeHost(std::exchange(data_, nullptr));
+        size_ = 0;
+    }
+    T* data_ = nullptr;
+    Index size_ = 0;
+};
+
 // What a piece of work enqueued, to be enqueued again in one call.
 class Graph {
    public:

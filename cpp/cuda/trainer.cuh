@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// L3: the epoch loop on a device. The host draws each epoch's order while the device still works on the one before, puts the
-// rates of its steps beside it, and reads one number back at the end.
+// L3: the epoch loop on a device. The host draws each epoch's order and the rates of its steps, enqueues it all while the device
+// still works on the epoch before, and reads one number back at the end.
 #pragma once
 
 #include <chrono>
@@ -38,6 +38,31 @@ class Poller {
 
 inline std::atomic<Schedule> forced_schedule{Schedule::by_size};
 
+// Until the device has come so far.
+inline void wait(const Event& event, Poller& look) {
+    // A short wait must not end a scheduler's turn too late, a long one must not take a processor.
+    const auto patience = std::chrono::steady_clock::now() + std::chrono::milliseconds(1);
+    while (!event.reached()) {
+        look();
+        if (std::chrono::steady_clock::now() < patience)
+            std::this_thread::yield();
+        else
+            std::this_thread::sleep_for(std::chrono::microseconds(50));
+    }
+}
+
+// An epoch on its way: what copies read and write of it while the host goes on. There are two, so that the device finds the next
+// epoch when it has done one: to read a loss, draw an order and copy it takes as long as some steps.
+constexpr Index kFlights = 2;
+template <class T>
+struct Flight {
+    Pinned<std::int64_t> order;
+    Pinned<Hyper<T>> rates;
+    Pinned<Job<T>> job;
+    Pinned<Control> control;  // before and after
+    Event done;
+};
+
 template <class T>
 struct Trainer<T>::Work {
     Work(Network<T>& network, Optimizer<T>& rule, const Loss<T>& the_loss, const Dataset<T>& dataset,
@@ -48,8 +73,7 @@ struct Trainer<T>::Work {
           rows(dataset.rows),
           step(net, the_loss, std::min(options.batch_size, rows), {dataset.dy != nullptr, options.clip_example_norm},
                true),
-          order(net.device(), options.shuffle ? rows : 0, "the order of an epoch"),
-          host_order(options.shuffle ? static_cast<std::size_t>(rows) : 0) {
+          order(net.device(), options.shuffle ? rows : 0, "the order of an epoch") {
         data.take(net, dataset, net.runtime().stream);
         source = data.source();
         source.rows = {options.shuffle ? order.data() : nullptr, &step.control.data()->first};
@@ -76,24 +100,19 @@ struct Trainer<T>::Work {
     }
     void choose();
     void open_library();
-    void reserve(Index count);
     void make_room(Index count);
-    Job<T> job(const Source<T>& from, Index count) const;
-    void upload_job(const Source<T>& from, Index count) {
-        own = job(from, count);
-        upload(jobs.data(), &own, 1, net.runtime().stream);
-    }
+    Job<T> job(const Source<T>& from, Index count, Index of_a_step) const;
     void enqueue(const Source<T>& from, Index count, Index times);
     void enqueue_step(Source<T> from, Index count, Index number, Index times);
     void take_rates(std::int64_t count, const double* lr, Index lr_stride, Hyper<T>* to) const;
-    void prepare(std::int64_t steps, const double* lr, Index lr_stride);
+    void draw_order(Flight<T>& flight, Index number, cudaStream_t stream);
+    void prepare(Flight<T>& flight, std::int64_t count, const double* lr, Index lr_stride);
+    void prepare_resident(Flight<T>& flight, const Job<T>& job);
     const Graph* graph_of(Index count, Index times);
-    void enqueue_epoch(Poller& look);
-    void wait(Poller& look);
-    void draw_order(Index number, cudaStream_t stream);
-    void begin_epoch(Index number, const double* lr, Index lr_stride);
-    double end_epoch(const Control& control);
-    double epoch(Index number, const double* lr, Index lr_stride, Poller& look);
+    void enqueue_resident(Flight<T>& flight, Poller& look);
+    void enqueue_steps(Poller& look);
+    void enqueue_epoch(Flight<T>& flight, Index number, const double* lr, Index lr_stride, Poller& look);
+    double end_epoch(const Control& control) const;
 
     Network<T>& net;
     Optimizer<T>& optimizer;
@@ -103,18 +122,14 @@ struct Trainer<T>::Work {
     Resident<T> data;
     Source<T> source;
     Buffer<std::int64_t> order;
-    std::vector<std::int64_t> host_order, next_order;
-    Index upcoming = -1, next_number = -1;  // the epoch to draw an order for; the one that next_order is of
     Buffer<Hyper<T>> hyper;
-    std::vector<Hyper<T>> host_hyper;
+    Flight<T> flights[kFlights];
     std::map<std::pair<Index, Index>, Graph> graphs;  // by rows and steps
+    Index planned = batch();                          // rows of a step that the schedule is for, at most
     Schedule schedule = Schedule::fused;
     std::unique_ptr<Library<T>> library;
     Program program;  // of the resident schedule
     Buffer<Job<T>> jobs;
-    Job<T> own = {};
-    Event done;
-    std::int64_t enqueued = 0;  // steps of the epoch
 };
 
 // The schedule: resident, if what the network needs fits into a processor's shared memory and nobody asked for another one.
@@ -125,13 +140,15 @@ void Trainer<T>::Work::choose() {
         !stores_examples() && net.precision() != Precision::tf32 && net.precision() != Precision::bfloat16;
     bool slots[kSlots];
     for (int s = 0; s < kSlots; ++s) slots[s] = optimizer.slots[s].size() > 0;
-    program = plan_resident(net.layers(), net.first_cotangent(), batch(), slots, options.regularization.clip_norm != 0);
+    program = plan_resident(net.layers(), net.first_cotangent(), planned, slots, options.regularization.clip_norm != 0);
     const bool fits =
         plain && program.count > 0 && program.total * static_cast<Index>(sizeof(T)) <= net.runtime().shared_bytes;
-    const bool large = wants_library(net.multiplies_per_row() * static_cast<double>(batch()));
+    schedule = Schedule::fused;
+    step.tape.multiply_by(net.runtime().how, false);
+    const bool large = wants_library(net.multiplies_per_row() * static_cast<double>(planned));
     if (fits && (forced == Schedule::by_size || forced == Schedule::resident)) {
         schedule = Schedule::resident;
-        jobs = Buffer<Job<T>>(net.device(), 1, "a network at work");
+        jobs.grow(net.device(), 1, "a network at work");
     } else if ((forced == Schedule::by_size ? large : forced == Schedule::library) && lt::functions()) {
         schedule = Schedule::library;
         open_library();
@@ -141,36 +158,32 @@ void Trainer<T>::Work::choose() {
     net.runtime().stream.wait();
 }
 
-template <class T>
-void Trainer<T>::Work::reserve(Index count) {
-    std::vector<typename Library<T>::Linear> layers;
-    for (const Layer<T>& g : net.layers())
-        if (g.kind == Layer<T>::Kind::linear) layers.push_back({g.inputs, g.outputs});
-    library->reserve(count, layers);
-}
-
 // A library with room for every product of a step.
 template <class T>
 void Trainer<T>::Work::open_library() {
-    library = std::make_unique<Library<T>>(net.device(), net.precision(), net.runtime().side);
-    reserve(batch());
+    if (!library) library = std::make_unique<Library<T>>(net.device(), net.precision(), net.runtime().side);
+    std::vector<typename Library<T>::Linear> layers;
+    for (const Layer<T>& g : net.layers())
+        if (g.kind == Layer<T>::Kind::linear) layers.push_back({g.inputs, g.outputs});
+    library->reserve(planned, layers);
     Arithmetic<T> how = net.runtime().how;
     how.library = library.get();
     step.tape.multiply_by(how, !stores_examples());
 }
 
-// For batches of so many rows.
+// For steps of so many rows, the schedule that suits them, too.
 template <class T>
 void Trainer<T>::Work::make_room(Index count) {
     if (count <= step.capacity) return;
     graphs.clear();
     step.capacity = 0;  // also if there is no room for the library
-    if (library) reserve(count);
+    planned = count;
+    choose();
     step.make_room(count);
 }
 
 template <class T>
-Job<T> Trainer<T>::Work::job(const Source<T>& from, Index count) const {
+Job<T> Trainer<T>::Work::job(const Source<T>& from, Index count, Index of_a_step) const {
     const Regularization& r = options.regularization;
     Job<T> job = {};
     job.theta = net.theta();
@@ -180,7 +193,7 @@ Job<T> Trainer<T>::Work::job(const Source<T>& from, Index count) const {
     job.data = from;
     job.data.rows.first = nullptr;  // a block counts for itself
     job.rows = count;
-    job.batch = batch();
+    job.batch = of_a_step;
     job.seed = options.seed;
     job.rule = optimizer.settings.rule;
     job.loss = step.loss.op;
@@ -241,22 +254,36 @@ void Trainer<T>::Work::take_rates(std::int64_t count, const double* lr, Index lr
         to[s] = prepare_step<T>(optimizer.settings, lr[lr_stride > 1 ? s : 0], optimizer.step_count + s + 1);
 }
 
-// The rates of the steps to come, and a control at its beginning. What is copied from stays as it is until the epoch is over: a wait
-// for each copy takes as long as two small steps.
 template <class T>
-void Trainer<T>::Work::prepare(std::int64_t count, const double* lr, Index lr_stride) {
+void Trainer<T>::Work::draw_order(Flight<T>& flight, Index number, cudaStream_t stream) {
+    flight.order.grow(rows);
+    permute(rows, options.seed, static_cast<std::uint64_t>(number), flight.order.data());
+    upload(order.data(), flight.order.data(), rows, stream);
+}
+
+// The rates of the steps to come, and a control at its beginning.
+template <class T>
+void Trainer<T>::Work::prepare(Flight<T>& flight, std::int64_t count, const double* lr, Index lr_stride) {
     cudaStream_t stream = net.runtime().stream;
-    host_hyper.resize(static_cast<std::size_t>(count));
-    take_rates(count, lr, lr_stride, host_hyper.data());
+    flight.rates.grow(count);
+    take_rates(count, lr, lr_stride, flight.rates.data());
     if (hyper.size() < count) {
         graphs.clear();  // they know the old place
         hyper.grow(net.device(), count, "the rates of an epoch");
     }
-    upload(hyper.data(), host_hyper.data(), count, stream);
-    Control control;
-    control.drawn = optimizer.step_count;
-    enqueued = 0;
-    step.set_control(control);
+    upload(hyper.data(), flight.rates.data(), count, stream);
+    flight.control.grow(2);
+    flight.control[0] = Control{};
+    flight.control[0].drawn = optimizer.step_count;
+    upload(step.control.data(), flight.control.data(), 1, stream);
+    net.count_change();
+}
+
+template <class T>
+void Trainer<T>::Work::prepare_resident(Flight<T>& flight, const Job<T>& job) {
+    flight.job.grow(1);
+    flight.job[0] = job;
+    upload(jobs.data(), flight.job.data(), 1, net.runtime().stream);
 }
 
 // So many steps as a graph; null if that was lost, for now.
@@ -270,87 +297,65 @@ const Graph* Trainer<T>::Work::graph_of(Index count, Index times) {
     return &found->second;
 }
 
+// An interrupt is heard between launches, of which an epoch mostly has one.
 template <class T>
-void Trainer<T>::Work::enqueue_epoch(Poller& look) {
-    cudaStream_t stream = net.runtime().stream;
-    if (schedule == Schedule::resident) {
-        upload_job(source, rows);
-        while (enqueued < steps()) {
-            launch_resident<T>(net.runtime(), program, jobs.data(), 1, kStepsInLaunch);
-            enqueued = std::min<std::int64_t>(enqueued + kStepsInLaunch, steps());
-            wait(look);
-        }
-        return;
+void Trainer<T>::Work::enqueue_resident(Flight<T>& flight, Poller& look) {
+    prepare_resident(flight, job(source, rows, batch()));
+    for (std::int64_t left = steps(); left > 0; left -= kStepsInLaunch) {
+        launch_resident<T>(net.runtime(), program, jobs.data(), 1, kStepsInLaunch);
+        optimizer.step_count += std::min<std::int64_t>(left, kStepsInLaunch);
+        if (left <= kStepsInLaunch) break;
+        flight.done.record(net.runtime().stream);
+        wait(flight.done, look);
     }
+}
+
+template <class T>
+void Trainer<T>::Work::enqueue_steps(Poller& look) {
     const auto launch_steps = [&](Index count, Index times) {
         if (const Graph* graph = graph_of(count, times))
-            graph->launch(stream);
+            graph->launch(net.runtime().stream);
         else
             enqueue(source, count, times);
-        enqueued += times;
+        optimizer.step_count += times;
         look();
     };
     const Index whole = rows / options.batch_size, rest = rows % options.batch_size;
     for (Index s = 0; s < whole / kStepsInGraph; ++s) launch_steps(options.batch_size, kStepsInGraph);
-    for (Index s = 0; s < whole % kStepsInGraph; ++s) launch_steps(options.batch_size, 1);
+    if (whole % kStepsInGraph > 0) launch_steps(options.batch_size, whole % kStepsInGraph);
     if (rest > 0) launch_steps(rest, 1);
-    wait(look);
 }
 
-// Until the device has done what it was given; meanwhile the next epoch's order is drawn.
 template <class T>
-void Trainer<T>::Work::wait(Poller& look) {
-    done.record(net.runtime().stream);
+void Trainer<T>::Work::enqueue_epoch(Flight<T>& flight, Index number, const double* lr, Index lr_stride, Poller& look) {
+    cudaStream_t stream = net.runtime().stream;
+    if (options.shuffle) draw_order(flight, number, stream);
+    prepare(flight, steps(), lr, lr_stride);
+    schedule == Schedule::resident ? enqueue_resident(flight, look) : enqueue_steps(look);
+    download(flight.control.data() + 1, step.control.data(), 1, stream);
+    flight.done.record(stream);
     look();
-    if (upcoming >= 0 && options.shuffle) {
-        next_order.resize(static_cast<std::size_t>(rows));
-        permute(rows, options.seed, static_cast<std::uint64_t>(upcoming), next_order.data());
-        next_number = std::exchange(upcoming, -1);
-    }
-    // A short wait must not end a scheduler's turn too late, a long one must not take a processor.
-    const auto patience = std::chrono::steady_clock::now() + std::chrono::milliseconds(1);
-    while (!done.reached()) {
-        look();
-        if (std::chrono::steady_clock::now() < patience)
-            std::this_thread::yield();
-        else
-            std::this_thread::sleep_for(std::chrono::microseconds(50));
-    }
 }
 
 template <class T>
-void Trainer<T>::Work::draw_order(Index number, cudaStream_t stream) {
-    if (next_number == number)
-        host_order.swap(next_order);
-    else
-        permute(rows, options.seed, static_cast<std::uint64_t>(number), host_order.data());
-    upload(order.data(), host_order.data(), rows, stream);
-}
-
-template <class T>
-void Trainer<T>::Work::begin_epoch(Index number, const double* lr, Index lr_stride) {
-    if (options.shuffle) draw_order(number, net.runtime().stream);
-    prepare(steps(), lr, lr_stride);
-    net.count_change();
-}
-
-template <class T>
-double Trainer<T>::Work::end_epoch(const Control& control) {
-    optimizer.step_count += std::exchange(enqueued, 0);
+double Trainer<T>::Work::end_epoch(const Control& control) const {
     return step.loss.mean && control.weight > 0 ? control.total / control.weight : control.total;
 }
 
-template <class T>
-double Trainer<T>::Work::epoch(Index number, const double* lr, Index lr_stride, Poller& look) {
-    begin_epoch(number, lr, lr_stride);
+// enqueue(k) and end(k), of epochs 0 … count - 1 in their order, each enqueued before the one before it has ended; until end is
+// false. Whatever ends it, the stream has done what it was given.
+template <class Enqueue, class End>
+void fly(cudaStream_t stream, Index count, Enqueue enqueue, End end) {
     try {
-        enqueue_epoch(look);
+        for (Index k = 0; k <= count; ++k) {
+            if (k < count) enqueue(k);
+            if (k > 0 && !end(k - 1)) break;
+        }
     } catch (...) {
-        (void)cudaStreamSynchronize(net.runtime().stream);
-        optimizer.step_count += std::exchange(enqueued, 0);
+        (void)cudaStreamSynchronize(stream);
         throw;
     }
-    return end_epoch(step.get_control());
+    check(cudaStreamSynchronize(stream), "a kernel");
 }
 
 template <class T>
@@ -376,14 +381,22 @@ std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const doubl
                                     const std::function<void()>& poll) {
     const OnDevice here(work_->net.device());
     const auto held = work_->net.runtime().hold();
-    work_->make_room(work_->batch());
+    Work& work = *work_;
+    work.make_room(work.batch());
     Poller look(poll);  // of the whole run: an epoch may be over in no time
     std::vector<double> losses;
-    for (Index epoch = 0; epoch < epochs; ++epoch) {
-        work_->upcoming = epoch + 1 < epochs ? first_epoch + epoch + 1 : -1;
-        losses.push_back(work_->epoch(first_epoch + epoch, lr + epoch * lr_stride, lr_stride, look));
-        if (!std::isfinite(losses.back())) break;
-    }
+    const auto end = [&](Index k) {
+        const Flight<T>& flight = work.flights[k % kFlights];
+        wait(flight.done, look);
+        losses.push_back(work.end_epoch(flight.control[1]));
+        return std::isfinite(losses.back());
+    };
+    fly(
+        work.net.runtime().stream, epochs,
+        [&](Index k) {
+            work.enqueue_epoch(work.flights[k % kFlights], first_epoch + k, lr + k * lr_stride, lr_stride, look);
+        },
+        end);
     return losses;
 }
 
@@ -396,175 +409,15 @@ double Trainer<T>::step(const Dataset<T>& batch, double lr) {
     const auto held = work.net.runtime().hold();
     work.make_room(batch.rows);
     work.step.batch.take(work.net, batch, work.net.runtime().stream);
-    work.prepare(1, &lr, 1);
-    work.net.count_change();
-    if (work.schedule == Schedule::resident && batch.rows <= work.batch()) {
-        work.upload_job(work.step.batch.source(), batch.rows);
+    work.prepare(work.flights[0], 1, &lr, 1);
+    if (work.schedule == Schedule::resident) {
+        work.prepare_resident(work.flights[0], work.job(work.step.batch.source(), batch.rows, batch.rows));
         launch_resident<T>(work.net.runtime(), work.program, work.jobs.data(), 1, 1);
     } else {
         work.enqueue(work.step.batch.source(), batch.rows, 1);
     }
     ++work.optimizer.step_count;
     return work.step.get_control().value;
-}
-
-// ---- many networks at once --------------------------------------------------------------------------------------------
-
-template <class T>
-bool same_layers(const std::vector<Layer<T>>& a, const std::vector<Layer<T>>& b) {
-    return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Layer<T>& x, const Layer<T>& y) {
-        return x.kind == y.kind && x.inputs == y.inputs && x.outputs == y.outputs && x.bias == y.bias && x.op == y.op &&
-               x.param == y.param;
-    });
-}
-
-// Whether all of them take the same path through one launch: each a block of the resident schedule, with one program.
-template <class T>
-bool run_together(const std::vector<Trainer<T>*>& trainers) {
-    const auto& first = trainers.front()->work();
-    for (const Trainer<T>* trainer : trainers) {
-        const auto& work = trainer->work();
-        bool same = work.schedule == Schedule::resident && work.net.device() == first.net.device() &&
-                    same_layers(work.net.layers(), first.net.layers()) && work.batch() == first.batch() &&
-                    work.program.gradient == first.program.gradient;
-        for (int s = 0; s < kSlots; ++s) same = same && work.program.slots[s] == first.program.slots[s];
-        if (!same) return false;
-    }
-    return true;
-}
-
-// The epochs of networks whose epochs have as many launches; one that diverges sits out the rest. What the blocks need goes to
-// the device in a copy for all of them, and comes back in one: with copies and waits of each, these take longer than the steps.
-template <class T>
-class Together {
-   public:
-    using Work = typename Trainer<T>::Work;
-    explicit Together(const std::vector<Trainer<T>*>& trainers) {
-        std::int64_t steps = 0;
-        for (const Trainer<T>* trainer : trainers) {
-            all_.push_back(&trainer->work());
-            steps += all_.back()->steps();
-        }
-        const int device = first().net.device();
-        jobs_on_device_ = Buffer<Job<T>>(device, static_cast<Index>(all_.size()), "networks at work");
-        controls_on_device_ = Buffer<Control>(device, static_cast<Index>(all_.size()), "networks at work");
-        rates_on_device_ = Buffer<Hyper<T>>(device, steps, "the rates of an epoch");
-    }
-    template <class Rates>
-    void epoch(Index number, Rates rates, Index lr_stride, Poller& look, std::vector<std::vector<double>>& losses) {
-        active_.clear();
-        jobs_.clear();
-        rates_.clear();
-        std::int64_t most = 0;
-        for (std::size_t k = 0; k < all_.size(); ++k) {
-            if (!losses[k].empty() && !std::isfinite(losses[k].back())) continue;
-            add(k, number, rates(k), lr_stride);
-            most = std::max<std::int64_t>(most, all_[k]->steps());
-        }
-        send();
-        const Index networks = static_cast<Index>(active_.size());
-        for (std::int64_t done = 0; done < most; done += kStepsInLaunch) {
-            launch_resident<T>(first().net.runtime(), first().program, jobs_on_device_.data(), networks,
-                               kStepsInLaunch);
-            for (const std::size_t k : active_)
-                all_[k]->enqueued = std::min<std::int64_t>(done + kStepsInLaunch, all_[k]->steps());
-            first().wait(look);
-        }
-        download(controls_.data(), controls_on_device_.data(), networks, stream());
-        first().net.runtime().stream.wait();
-        for (std::size_t n = 0; n < active_.size(); ++n)
-            losses[active_[n]].push_back(all_[active_[n]]->end_epoch(controls_[n]));
-    }
-    // After an interruption: what has been enqueued has been done.
-    void abandon() {
-        (void)cudaStreamSynchronize(stream());
-        for (Work* work : all_) work->optimizer.step_count += std::exchange(work->enqueued, 0);
-    }
-
-   private:
-    Work& first() const { return *all_.front(); }
-    cudaStream_t stream() const { return first().net.runtime().stream; }
-
-    // The next block's network. An order or rates that the one before has, too, it takes from there.
-    void add(std::size_t k, Index number, const double* lr, Index lr_stride) {
-        Work& work = *all_[k];
-        const Work* before = active_.empty() ? nullptr : all_[active_.back()];
-        Job<T> job = work.job(work.source, work.rows);
-        job.control = controls_on_device_.data() + jobs_.size();
-        if (work.options.shuffle) {
-            const bool same = before && before->options.shuffle && before->options.seed == work.options.seed &&
-                              before->rows == work.rows;
-            if (same)
-                job.data.rows.order = jobs_.back().data.rows.order;
-            else
-                work.draw_order(number, stream());
-        }
-        const std::int64_t steps = work.steps();
-        if (before && same_rates(*before, work) && std::equal(lr, lr + (lr_stride > 1 ? steps : 1), lr_)) {
-            job.hyper = jobs_.back().hyper;
-        } else {
-            job.hyper = rates_on_device_.data() + rates_.size();
-            rates_.resize(rates_.size() + static_cast<std::size_t>(steps));
-            work.take_rates(steps, lr, lr_stride, rates_.data() + rates_.size() - steps);
-        }
-        lr_ = lr;
-        work.enqueued = 0;
-        work.net.count_change();
-        active_.push_back(k);
-        jobs_.push_back(job);
-    }
-    static bool same_rates(const Work& a, const Work& b) {
-        const OptimizerSettings &x = a.optimizer.settings, &y = b.optimizer.settings;
-        return a.steps() == b.steps() && a.optimizer.step_count == b.optimizer.step_count && x.rule == y.rule &&
-               std::equal(std::begin(x.values), std::end(x.values), std::begin(y.values));
-    }
-    void send() {
-        controls_.assign(active_.size(), Control{});
-        for (std::size_t n = 0; n < active_.size(); ++n) controls_[n].drawn = all_[active_[n]]->optimizer.step_count;
-        upload(rates_on_device_.data(), rates_.data(), static_cast<Index>(rates_.size()), stream());
-        upload(controls_on_device_.data(), controls_.data(), static_cast<Index>(controls_.size()), stream());
-        upload(jobs_on_device_.data(), jobs_.data(), static_cast<Index>(jobs_.size()), stream());
-        first().net.runtime().stream.wait();
-    }
-
-    std::vector<Work*> all_;
-    std::vector<std::size_t> active_;  // those that still train, by their places
-    std::vector<Job<T>> jobs_;
-    std::vector<Control> controls_;
-    std::vector<Hyper<T>> rates_;
-    const double* lr_ = nullptr;  // the last one's
-    Buffer<Job<T>> jobs_on_device_;
-    Buffer<Control> controls_on_device_;
-    Buffer<Hyper<T>> rates_on_device_;
-};
-
-template <class T>
-std::vector<std::vector<double>> run_many(const std::vector<Trainer<T>*>& trainers, Index first_epoch, Index epochs,
-                                          const double* lr, Index lr_network, Index lr_stride,
-                                          const std::function<void()>& poll) {
-    std::vector<std::vector<double>> losses(trainers.size());
-    const auto rates_of = [&](std::size_t k, Index epoch) {
-        return lr + static_cast<Index>(k) * lr_network + epoch * lr_stride;
-    };
-    if (!run_together(trainers)) {
-        for (std::size_t k = 0; k < trainers.size(); ++k)
-            losses[k] = trainers[k]->run(first_epoch, epochs, rates_of(k, 0), lr_stride, poll);
-        return losses;
-    }
-    const OnDevice here(trainers.front()->work().net.device());
-    std::vector<std::unique_lock<std::mutex>> locks;
-    for (const Trainer<T>* trainer : trainers) locks.push_back(trainer->work().net.runtime().hold());
-    Together<T> together(trainers);
-    Poller look(poll);
-    try {
-        for (Index epoch = 0; epoch < epochs; ++epoch)
-            together.epoch(
-                first_epoch + epoch, [&](std::size_t k) { return rates_of(k, epoch); }, lr_stride, look, losses);
-    } catch (...) {
-        together.abandon();
-        throw;
-    }
-    return losses;
 }
 
 }  // namespace cuda

@@ -452,6 +452,15 @@ cudaError_t cudaFree(void* memory) {
     allocations().erase(found);
     return cudaSuccess;
 }
+cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned) {
+    *memory = std::malloc(bytes);
+    return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+cudaError_t cudaFreeHost(void* memory) {
+    if (const cudaError_t code = wait_for_all(); code != cudaSuccess) return code;
+    std::free(memory);
+    return cudaSuccess;
+}
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
     return cuda_on_cpu::enqueue(stream, [=] {
         cuda_on_cpu::races::touch(from, bytes, false);
