@@ -79,9 +79,9 @@ MANY = ("chainrule fit_many", "torch vmap graph", "torch compiled vmap graph", "
 LONGEST_WAIT = 100.0  # seconds for one answer; compilers are slow
 LEAST_WAIT, LEAST_OWN_WAIT = 4.0, 20.0  # even when its time has passed: for a rival, and for chainrule
 OVERTIME = 20.0  # seconds after the last workload's end, when the run ends itself
-# Shares of a workload's time, from the start of its processes: until when they must be there, rivals may be
-# verified, and rivals may be calibrated. What is left is for the rounds.
-STARTED, VERIFIED, CALIBRATED = 0.4, 0.6, 0.8
+# Shares of a workload's time, from the start of its processes: until when they must be there, rivals should
+# be verified, and calibrated, for what is left is the rounds'; and when a rival that is not is refused.
+STARTED, VERIFIED, CALIBRATED, REFUSED = 0.4, 0.6, 0.8, 0.9
 # How much of the time for verification a rival has to itself before the next one begins beside it. XLA
 # chooses kernels by timing them, and would keep bad ones if others used the GPU; those it finds on the disk
 # were chosen while nvcc ran and little else used the GPU. Inductor times little more than launch sizes.
@@ -221,9 +221,9 @@ class Judged(Race):
         if ours(one):
             one.calibrate(seconds)
             return
-        left = self.window.left(CALIBRATED)
-        if left <= 0:
+        if self.window.left(REFUSED) <= 0:
             raise PeerError("the workload's time was spent")
+        left = self.window.left(CALIBRATED)
         waiting = sum(not ours(other) and not other.epochs for other in self.contestants)
         one.process.reply_seconds = self.patience(one, CALIBRATED, 2 * left / (waiting + 1))
         one.calibrate(min(seconds, RIVALS_SECONDS))
@@ -415,7 +415,7 @@ def summary(races: list[Judged]) -> str:
             f"{share:.0%}" if share is not None else "-",
             f"{judged.goal.share:.0%}" if judged.goal.share else "",
             {None: "", True: "yes", False: "NO"}[got["met"]],
-            ", ".join(got["without"]),
+            ", ".join(name.partition(",")[0] for name in got["without"]),
         ])  # fmt: skip
     return "\n".join(align(rows))
 

@@ -101,7 +101,7 @@ def test_a_late_or_broken_rival_is_alone(judged, slow, why):
 
 
 def test_a_window_that_is_spent_is_spent_for_rivals_only(judged, gpu, monkeypatch):
-    monkeypatch.setattr(gpu, "CALIBRATED", 0.0)
+    monkeypatch.setattr(gpu, "REFUSED", 0.0)
     names, excluded, _ = judged()
     assert names == ["chainrule fit"] and "time was spent" in excluded["torch eager"]
 
