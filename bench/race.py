@@ -100,12 +100,13 @@ class Race:
         progress(f"{work.name}: float64 reference")
         problem.save(self.make(work), path)
         for process in workers.processes:
+            offered = [v for v in process.hello[self.kind] if variants is None or v in variants]
             try:
-                process.ask("load", workload=asdict(work), path=str(path))
+                if offered:
+                    process.ask("load", workload=asdict(work), path=str(path))
             except PeerError as error:
                 self.excluded[f"{process.peer}, threads={process.threads}"] = str(error)
                 continue
-            offered = [v for v in process.hello[self.kind] if variants is None or v in variants]
             self.contestants += [Contestant(process, variant, self.kind) for variant in offered]
         path.unlink()
 

@@ -9,7 +9,6 @@ import platform
 import shutil
 import statistics
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,13 +69,6 @@ def ask(program: Path, *arguments: object) -> dict[str, Any]:
     """Run a program that prints one JSON object."""
     command = [str(program), *map(str, arguments)]
     return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
-
-
-def ask_python(module: str) -> dict[str, Any]:
-    """The same of a module of this directory, in a process of its own."""
-    call = [sys.executable, "-m", module]
-    done = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True, timeout=90, cwd=HERE)
-    return dict(json.loads(done.stdout))
 
 
 class Peak(Program):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""chainrule on a GPU: the whole run in one `fit` or `fit_many`, and one `train_step` per batch."""
+"""chainrule on a GPU: the whole run in one `fit` or `fit_many`."""
 
 from __future__ import annotations
 
@@ -36,16 +36,6 @@ def _engine() -> object:
 
 class Fit(chainrule_peer.Fit):
     """All epochs in one call; losses are read, so that the end is the end."""
-
-    device = "cuda"
-
-    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
-        self.dtype, self.tolerance = work.precision, ROUNDED[work.precision]
-        super().__init__(work, problem)
-
-
-class TrainStep(chainrule_peer.TrainStep):
-    """One call a step, each with the batch from NumPy to the GPU and the loss back."""
 
     device = "cuda"
 
@@ -111,5 +101,5 @@ class Predict(chainrule_peer.Predict):
         return np.asarray(self.net(self.X).numpy())
 
 
-VARIANTS = {"chainrule fit": Fit, "chainrule fit_many": FitMany, "chainrule train_step": TrainStep}
+VARIANTS = {"chainrule fit": Fit, "chainrule fit_many": FitMany}
 PREDICTORS = {"chainrule": Predict}

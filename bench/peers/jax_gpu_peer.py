@@ -12,7 +12,7 @@ from . import jax_peer
 from .jax_peer import versions
 from .problem import Workload
 
-__all__ = ["PREDICTORS", "VARIANTS", "configure", "versions"]
+__all__ = ["PREDICTORS", "VARIANTS", "configure", "set_precision", "versions"]
 
 
 def configure(threads: int) -> None:
@@ -21,7 +21,8 @@ def configure(threads: int) -> None:
         raise ImportError(f"jax {jax.__version__} sees no GPU")
 
 
-def _set_precision(work: Workload) -> None:
+def set_precision(work: Workload) -> None:
+    """Of products from here on."""
     name = {"float32": "float32", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}[work.precision]
     jax.config.update("jax_default_matmul_precision", name)
 
@@ -30,15 +31,7 @@ class Jit(jax_peer.Jit):
     """One call into the compiled step per batch."""
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
-        _set_precision(work)
-        super().__init__(work, problem)
-
-
-class Scan(jax_peer.Scan):
-    """The whole run in one XLA program."""
-
-    def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
-        _set_precision(work)
+        set_precision(work)
         super().__init__(work, problem)
 
 
@@ -46,9 +39,9 @@ class Predict(jax_peer.Predict):
     """The compiled forward pass on all rows."""
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
-        _set_precision(work)
+        set_precision(work)
         super().__init__(work, problem)
 
 
-VARIANTS = {"jax.jit": Jit, "jax lax.scan": Scan}
+VARIANTS = {"jax.jit": Jit}
 PREDICTORS = {"jax.jit": Predict}

@@ -210,7 +210,7 @@ class Worker:
         return {}
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """A stopped worker cannot notice that its parent was killed; Linux can end it for us."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -218,7 +218,7 @@ def _die_with_parent() -> None:
 
 def main() -> None:
     """Serve commands until the pipe closes."""
-    _die_with_parent()
+    die_with_parent()
     # Libraries may print: keep the real stdout for answers and send everything else to stderr.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
