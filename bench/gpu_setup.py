@@ -137,7 +137,8 @@ def build(seconds: float) -> str:
 def check(seconds: float) -> str:
     """The GPU's tests; their last words."""
     options = ["-q", "-m", "gpu and not slow", "--maxfail=30", "--tb=line"]
-    code, text = run([sys.executable, "-m", "pytest", *options, "tests/test_cuda.py"], seconds)
+    files = sorted(map(str, ROOT.glob("tests/test_cuda*.py")))
+    code, text = run([sys.executable, "-m", "pytest", *options, *files], seconds)
     if code is None:
         return f"not through in {seconds:.0f} s; the last words: {text[-300:]}"
     lines = text.splitlines()
