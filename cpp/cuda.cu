@@ -364,7 +364,10 @@ void Network<T>::predict(Index rows, const T* x, T* f) const {
     const bool here_already = rows > 0 && device_of(x) == device_;
     const Index piece = rows_at_once(*this, 1);
     for (Index first = 0; first < rows; first += piece) {
-        tape.shape(0, std::min(piece, rows - first), 1, {Tape<T>::primal});
+        const Index count = std::min(piece, rows - first);
+        const Arithmetic<T> how = arithmetic_of(*this, count);
+        tape.multiply_by(how, how.library != nullptr);
+        tape.shape(0, count, 1, {Tape<T>::primal});
         const T* from = x + first * inputs();
         if (!here_already) tape.load(Tape<T>::primal, 0, from, runtime_->stream);
         tape.input(here_already ? from : tape.at(Tape<T>::primal, 0).data, {}, runtime_->stream);
@@ -475,7 +478,7 @@ double evaluate(Network<T>& net, const Loss<T>& loss, const Dataset<T>& data) {
     source.rows.first = &work.control.data()->first;
     for (Index first = 0; first < data.rows; first += piece) {
         const Index rows = std::min(piece, data.rows - first);
-        work.shape(rows);
+        work.shape_by_size(rows);
         work.forward(source, rows, nullptr);
         work.run_loss(source, rows);
         work.end(source, rows, 1, net.runtime().stream);

@@ -116,10 +116,11 @@ def test_op(row, shape, dtype, rng):
     close(net.second(x, False), twin.second(x64, False), 64 * eps(dtype) * roundings(row, shape[1]), "second")
 
 
-@pytest.fixture(params=["layer by layer", "by blocks"])
+@pytest.fixture(params=["layer by layer", "by blocks", "by cuBLASLt"])
 def way(request):
     """Predictions that go through memory between layers, and those that keep all weights in each block."""
-    cuda.force_schedule("resident" if request.param == "by blocks" else "fused")
+    schedules = {"layer by layer": "fused", "by blocks": "resident", "by cuBLASLt": "library"}
+    cuda.force_schedule(schedules[request.param])
     yield request.param
     cuda.force_schedule("")
 
@@ -144,14 +145,18 @@ def test_linear_of_every_width(precision, bias, way, rng):
             )
 
 
-def test_calls_of_any_size_one_after_the_other(dtype, rng):
-    """What a network keeps for its next evaluation, gradient and prediction is of no use to a larger one."""
-    pair = Pair(layers_of([5, 9, 3], "tanh"), dtype.name, rng)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_calls_of_any_size_one_after_the_other(precision, schedule, rng):
+    """What a network keeps for its next evaluation, gradient and prediction is of no use to a larger one.
+
+    Two products on the way up and two down: at worst, four times the rounding of their operands.
+    """
+    pair = Pair(layers_of([5, 9, 3], "tanh"), precision, rng)
+    relative = 4 * ROUNDED[precision] if precision in ROUNDED else ROUNDINGS * eps(pair.dtype)
     for rows, name, reduction in ((7, "mse", "mean"), (70, "cross_entropy", "sum"), (33, "huber", "mean")):
         loss = _core.Loss(name, 1.0, reduction, None)
         x, y = pair.numbers(rng, rows, 5), pair.numbers(rng, rows, 3)
         y = y.argmax(axis=1) if name == "cross_entropy" else y
-        relative = ROUNDINGS * eps(dtype)
         got = pair.gpu.value_and_grad_as_is(x, y, loss, NO_LIMITS)
         exact = pair.cpu.value_and_grad_as_is(wide(x), wide(y), loss, NO_LIMITS)
         assert got[0] == pytest.approx(exact[0], rel=relative)

@@ -93,14 +93,12 @@ class Library {
     Library(const Library&) = delete;
     Library& operator=(const Library&) = delete;
 
-    struct Linear {
-        Index inputs, outputs;
-    };
     // Memory for the products of a step of `rows` rows; before a graph is made of them.
-    void reserve(Index rows, const std::vector<Linear>& layers) {
+    void reserve(Index rows, const std::vector<Layer<T>>& layers) {
         forget();
         Index product = 0, packed = 0;
-        for (const Linear& g : layers) {
+        for (const Layer<T>& g : layers) {
+            if (g.kind != Layer<T>::Kind::linear) continue;
             const Index in = padded(g.inputs + 1), out = padded(g.outputs);
             product = std::max({product, rows * in, rows * out, g.outputs * in});
             // W, and on either side an activation and a cotangent.

@@ -153,6 +153,13 @@ struct Step<T>::Work {
         capacity = rows;
     }
 
+    // For rows that come without a schedule.
+    void shape_by_size(Index rows) {
+        const Arithmetic<T> how = arithmetic_of(net, rows);
+        tape.multiply_by(how, how.library && !extras.sobolev && extras.clip_example_norm == 0);
+        shape(rows);
+    }
+
     void forward(const Source<T>& data, Index rows, const typename Tape<T>::Drawing* drawing);
     void run_loss(const Source<T>& data, Index rows);
     void end(const Source<T>& data, Index rows, Index advance, cudaStream_t stream);
@@ -228,7 +235,7 @@ void Step<T>::Work::end(const Source<T>& data, Index rows, Index advance, cudaSt
 template <class T>
 void Step<T>::Work::sweep(const Source<T>& data, Index rows, bool backward) {
     set_control(Control{});
-    shape(rows);
+    shape_by_size(rows);
     forward(data, rows, nullptr);
     run_loss(data, rows);
     if (backward) store_gradient(data, rows, nullptr);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 
 #include "../cuda.hpp"
 #include "library.cuh"
@@ -26,10 +27,31 @@ struct Network<T>::Runtime {
     Index shared_bytes;
     Stream stream, side;
     Event fork, join;
+    std::unique_ptr<Library<T>> library;           // of large predictions, evaluations and gradients
     std::unique_ptr<Tape<T>> predictor;            // with the memory of the largest prediction so far
     std::unique_ptr<typename Step<T>::Work> step;  // of evaluations and gradients
     Buffer<T> rows_in, rows_out;                   // of predictions by blocks, for arrays that lie elsewhere
 };
+
+inline std::atomic<Schedule> forced_schedule{Schedule::by_size};
+
+// Whether cuBLASLt makes a step's products, from its multiplications.
+inline bool by_library(double multiplies) {
+    const Schedule forced = forced_schedule.load();
+    return (forced == Schedule::by_size ? wants_library(multiplies) : forced == Schedule::library) && lt::functions();
+}
+
+// How a sweep over so many rows makes its products. Of those before it, the library forgets what it has packed.
+template <class T>
+Arithmetic<T> arithmetic_of(const Network<T>& net, Index rows) {
+    auto& run = net.runtime();
+    Arithmetic<T> how = run.how;
+    if (!by_library(net.multiplies_per_row() * static_cast<double>(rows))) return how;
+    if (!run.library) run.library = std::make_unique<Library<T>>(net.device(), net.precision(), run.side);
+    run.library->reserve(rows, net.layers());
+    how.library = run.library.get();
+    return how;
+}
 
 template <class T>
 MatrixView<const T> constant(MatrixView<T> m) {

@@ -36,8 +36,6 @@ class Poller {
     Clock::time_point last_ = Clock::now();
 };
 
-inline std::atomic<Schedule> forced_schedule{Schedule::by_size};
-
 // Until the device has come so far.
 inline void wait(const Event& event, Poller& look) {
     // A short wait must not end a scheduler's turn too late, a long one must not take a processor.
@@ -145,11 +143,10 @@ void Trainer<T>::Work::choose() {
         plain && program.count > 0 && program.total * static_cast<Index>(sizeof(T)) <= net.runtime().shared_bytes;
     schedule = Schedule::fused;
     step.tape.multiply_by(net.runtime().how, false);
-    const bool large = wants_library(net.multiplies_per_row() * static_cast<double>(planned));
     if (fits && (forced == Schedule::by_size || forced == Schedule::resident)) {
         schedule = Schedule::resident;
         jobs.grow(net.device(), 1, "a network at work");
-    } else if ((forced == Schedule::by_size ? large : forced == Schedule::library) && lt::functions()) {
+    } else if (by_library(net.multiplies_per_row() * static_cast<double>(planned))) {
         schedule = Schedule::library;
         open_library();
     }
@@ -162,10 +159,7 @@ void Trainer<T>::Work::choose() {
 template <class T>
 void Trainer<T>::Work::open_library() {
     if (!library) library = std::make_unique<Library<T>>(net.device(), net.precision(), net.runtime().side);
-    std::vector<typename Library<T>::Linear> layers;
-    for (const Layer<T>& g : net.layers())
-        if (g.kind == Layer<T>::Kind::linear) layers.push_back({g.inputs, g.outputs});
-    library->reserve(planned, layers);
+    library->reserve(planned, net.layers());
     Arithmetic<T> how = net.runtime().how;
     how.library = library.get();
     step.tape.multiply_by(how, !stores_examples());
