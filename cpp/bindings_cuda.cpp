@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// L4: the module _cuda, the GPU engine's. Its functions are the text of _core's; a loss is _core.Loss and a snapshot one of
-// _core's, so _core is imported first.
+// L4: the module _cuda, the GPU engine's. Its functions are the text of _core's; a loss is _core.Loss, so _core is
+// imported first.
 #include <pybind11/pybind11.h>
 
 #include "bindings_calculus.hpp"
@@ -135,9 +135,9 @@ std::vector<std::string> library_folders() {
 }
 
 template <class T>
-void bind_cuda(py::module_& m, const py::module_& core, const std::string& bits) {
+void bind_cuda(py::module_& m, const std::string& bits) {
     using E = Cuda<T>;
-    m.attr(("Snapshot" + bits).c_str()) = core.attr(("Snapshot" + bits).c_str());
+    py::class_<cuda::Buffer<T>>(m, ("Snapshot" + bits).c_str(), "The parameters of a network at one time.");
     bind_network<E>(m, bits)
         .def(py::init([](const std::vector<LayerRow>& rows, const std::string& precision, int device) {
                  return std::make_unique<PyNetwork<E>>(make_layers<T>(rows), precision_of<T>(precision), device);
@@ -155,7 +155,7 @@ void bind_cuda(py::module_& m, const py::module_& core, const std::string& bits)
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "The engine of chainrule on NVIDIA GPUs. Its names are an implementation detail; use the package's.";
     m.attr("__version__") = CHAINRULE_VERSION;
-    const py::module_ core = py::module_::import("chainrule._core");
+    py::module_::import("chainrule._core");
     cuda::look_for_libraries(library_folders());
     cuda::wait_by([](const std::function<void()>& wait) {
         if (!PyGILState_Check()) return wait();
@@ -172,6 +172,6 @@ PYBIND11_MODULE(_cuda, m) {
         [](const std::string& name) { cuda::force_schedule(lookup<cuda::Schedule>(schedule_names, name, "schedule")); },
         py::arg("name"));
     bind_arrays(m);
-    bind_cuda<float>(m, core, "32");
-    bind_cuda<double>(m, core, "64");
+    bind_cuda<float>(m, "32");
+    bind_cuda<double>(m, "64");
 }

@@ -334,7 +334,7 @@ py::class_<PyNetwork<E>> bind_network(py::module_& m, const std::string& bits) {
         .def("snapshot", [](const Net& self) { return self.net.snapshot(); })
         .def(
             "restore",
-            [](Net& self, const Array<T>& snapshot) {
+            [](Net& self, const typename E::Network::Snapshot& snapshot) {
                 if (snapshot.size() != self.net.size())
                     throw py::value_error("[restore] snapshot does not fit the network: expected " +
                                           std::to_string(self.net.size()) + " numbers, got " +

@@ -305,17 +305,17 @@ void Network<T>::write(const Parameter& parameter, const T* from) {
 }
 
 template <class T>
-Array<T> Network<T>::snapshot() const {
+Buffer<T> Network<T>::snapshot() const {
     const OnDevice here(device_);
     const auto held = runtime_->hold();
-    Array<T> copy(size());
-    download(copy.data(), theta(), size(), runtime_->stream);
+    Buffer<T> copy(device_, size(), "a copy of the parameters");
+    upload(copy.data(), theta(), size(), runtime_->stream);
     runtime_->stream.wait();
     return copy;
 }
 
 template <class T>
-void Network<T>::restore(const Array<T>& snapshot) {
+void Network<T>::restore(const Buffer<T>& snapshot) {
     const OnDevice here(device_);
     const auto held = runtime_->hold();
     upload(theta(), snapshot.data(), size(), runtime_->stream);

@@ -59,8 +59,9 @@ class Network {
 
     void read(const Parameter& parameter, const T* flat, T* to) const;
     void write(const Parameter& parameter, const T* from);
-    Array<T> snapshot() const;
-    void restore(const Array<T>& snapshot);
+    using Snapshot = Buffer<T>;  // there, where a copy takes no time
+    Snapshot snapshot() const;
+    void restore(const Snapshot& snapshot);
     bool all_finite() const;
     void publish() {}
 

@@ -236,8 +236,9 @@ class Network {
     void read(const Parameter& parameter, const T* flat, T* to) const;
     void pack(const Parameter& parameter, const T* from, T* flat) const;
     void write(const Parameter& parameter, const T* from);
-    Array<T> snapshot() const;
-    void restore(const Array<T>& snapshot);
+    using Snapshot = Array<T>;
+    Snapshot snapshot() const;
+    void restore(const Snapshot& snapshot);
     bool all_finite() const;
     void publish();  // after training: external layers' own copies
 
