@@ -20,8 +20,13 @@ struct Finish {
     int outputs;
     Op op;
     float param;
+    bool for_tiles;  // whether the next layer multiplies it by tiles
     __device__ float biased(float z, int o) const { return bias && o < outputs ? z + bias[o] : z; }
-    __device__ float masked(float phi, int o) const { return o < outputs ? phi : 0.0f; }
+    template <class Tile>
+    __device__ float left(float phi, int o) const {
+        const float masked = o < outputs ? phi : 0.0f;
+        return for_tiles ? Tile::kept(masked) : masked;
+    }
 };
 
 // Sixteen sums are finished at a time, the first ones, and the others move up: one jump to the op for all of them, and one text
@@ -41,9 +46,10 @@ struct SimtPrediction : Simt<float, 128, 64, 16, 8, 8> {
             CHAINRULE_UNROLL(4)
             for (int four = 0; four < 16; four += 4) {
                 const int o = first + column(col_of(c + four / 8));
-                auto& there = several_at<4>(to + o * stride + row_of(four % 8));
-                there = {{finish.masked(phi.at[four], o), finish.masked(phi.at[four + 1], o),
-                          finish.masked(phi.at[four + 2], o), finish.masked(phi.at[four + 3], o)}};
+                Several<float, 4> left;
+                CHAINRULE_UNROLL(4)
+                for (int r = 0; r < 4; ++r) left.at[r] = finish.left<Simt>(phi.at[four + r], o);
+                several_at<4>(to + o * stride + row_of(four % 8)) = left;
             }
             CHAINRULE_UNROLL(8)
             for (int r = 0; r < 8; ++r) {
@@ -68,7 +74,7 @@ struct TensorPrediction : TensorCores<Bfloat16, 128, 64, 16, 2, 4> {
             const int row = Base::first_row() + 16 * i + Base::group();
             CHAINRULE_UNROLL(16)
             for (int e = 0; e < 16; ++e) {
-                to[output(e) * stride + row + e % 4 / 2 * 8] = finish.masked(phi.at[e], output(e));
+                to[output(e) * stride + row + e % 4 / 2 * 8] = finish.template left<Base>(phi.at[e], output(e));
                 this->sum[0][e / 4][e % 4] = this->sum[1][e / 4][e % 4];
             }
         }
@@ -97,6 +103,12 @@ struct Prediction {
     }
     __device__ float* at(int place) const { return memory + place; }
     __device__ float* weights(const Step& g) const { return at(g.weights) + (g.outputs + 3) / 4 * 4; }
+    // Whether a linear layer comes next that multiplies by tiles, which want their operands rounded.
+    __device__ bool for_tiles(const Step* next) const {
+        const Step* const end = p.steps + p.count;
+        while (next < end && next->kind == Step::Kind::dropout) ++next;
+        return next < end && next->kind == Step::Kind::linear && !few(*next);
+    }
 
     __device__ void bring_weights(const float* theta) const {
         for (int s = 0; s < p.count; ++s) {
@@ -113,7 +125,7 @@ struct Prediction {
             each(panels * height * w_stride, [&](int e) {
                 const int place = e % w_stride, k = e / w_stride % height;
                 const int o = e / w_stride / height * Tile::cols + Tile::column(place);
-                to[e] = place < Tile::cols && o < g.outputs && k < g.inputs ? w[o * g.inputs + k] : 0.0f;
+                to[e] = place < Tile::cols && o < g.outputs && k < g.inputs ? Tile::kept(w[o * g.inputs + k]) : 0.0f;
             });
         }
     }
@@ -124,6 +136,7 @@ struct Prediction {
         const int thread = static_cast<int>(threadIdx.x), columns = terms(p.inputs);
         const int row = thread / 32 * rows_of_warp + thread % rows_of_warp, first = thread % 32 / rows_of_warp * N;
         float* const to = at(p.steps[0].x);
+        const bool rounds = for_tiles(p.steps);
         for (int i = row; i < rows; i += warps * rows_of_warp) {
             const float* const from = x + static_cast<Index>(i) * p.inputs;
             CHAINRULE_UNROLL(4)
@@ -131,14 +144,14 @@ struct Prediction {
                 Several<float, N> here = {};
                 if (i < count && j < p.inputs) here = several_at<N>(from + j);
                 CHAINRULE_UNROLL(4)
-                for (int c = 0; c < N; ++c) to[(j + c) * x_stride + i] = here.at[c];
+                for (int c = 0; c < N; ++c) to[(j + c) * x_stride + i] = rounds ? Tile::kept(here.at[c]) : here.at[c];
             }
         }
     }
     __device__ Finish finish(const Step& g) const {
         const bool linear = g.kind == Step::Kind::linear;
         return {g.bias ? at(g.weights) : nullptr, g.outputs, linear ? g.fused : g.op,
-                static_cast<float>(linear ? g.fused_param : g.param)};
+                static_cast<float>(linear ? g.fused_param : g.param), for_tiles(&g + 1)};
     }
     __device__ void multiply_wide(const Step& g) const {
         const int height = terms(g.inputs);
@@ -160,14 +173,19 @@ struct Prediction {
                 for (int k = 0; k < g.inputs; ++k)
                     sum = fma(Vec<float>(x[k * x_stride]), Vec<float>(w[k]), Vec<float>(sum))[0];
             }
-            at(g.y)[o * x_stride + i] = after.masked(op_forward(after.op, after.biased(sum, o), after.param), o);
+            const float phi = op_forward(after.op, after.biased(sum, o), after.param);
+            at(g.y)[o * x_stride + i] = after.template left<Tile>(phi, o);
         });
     }
     __device__ void apply(const Step& g) const {
         const Finish how = finish(g);
         each(g.outputs * (rows / 4), [&](int e) {
-            auto& phi = several_at<4>(at(g.y) + e / (rows / 4) * x_stride + e % (rows / 4) * 4);
+            auto& there = several_at<4>(at(g.y) + e / (rows / 4) * x_stride + e % (rows / 4) * 4);
+            Several<float, 4> phi = there;
             op_forward(how.op, phi, how.param);
+            CHAINRULE_UNROLL(4)
+            for (int c = 0; c < 4; ++c) phi.at[c] = how.template left<Tile>(phi.at[c], 0);
+            there = phi;
         });
     }
     __device__ void store(float* f, int count) const {
