@@ -92,6 +92,7 @@ struct Prediction {
     using Step = Program::Step;
     static constexpr int rows = Tile::rows, x_stride = Tile::rows + Tile::padding,
                          w_stride = Tile::cols + Tile::padding;
+    static constexpr int kTogether = 8;  // loads of a thread that are under way at once
     const Program& p;
     float* memory;
 
@@ -121,13 +122,33 @@ struct Prediction {
                 each(g.outputs * g.inputs, [&](int e) { to[e] = w[e]; });
                 continue;
             }
-            const int height = terms(g.inputs), panels = (g.outputs + Tile::cols - 1) / Tile::cols;
-            each(panels * height * w_stride, [&](int e) {
-                const int place = e % w_stride, k = e / w_stride % height;
-                const int o = e / w_stride / height * Tile::cols + Tile::column(place);
-                to[e] = place < Tile::cols && o < g.outputs && k < g.inputs ? Tile::kept(w[o * g.inputs + k]) : 0.0f;
-            });
+            bring_panels(g, w, to);
         }
+    }
+    // Wᵀ. A warp reads eight terms of four outputs at once, as a Carrier does; all loads come first, some of what nobody wants.
+    __device__ void bring_panels(const Step& g, const float* w, float* panels) const {
+        const int thread = static_cast<int>(threadIdx.x), height = terms(g.inputs);
+        const int places = static_cast<int>(round_up(g.outputs, Tile::cols));
+        for (int c = thread / 8; c < places; c += Tile::threads / 8) {
+            const int panel = c / Tile::cols, place = c % Tile::cols, o = panel * Tile::cols + Tile::column(place);
+            const float* const row = w + (o < g.outputs ? o : 0) * g.inputs;
+            float* const to = panels + panel * height * w_stride + place;
+            for (int k = thread % 8; k < height; k += 8 * kTogether) {
+                float here[kTogether];
+                CHAINRULE_UNROLL(8)
+                for (int s = 0; s < kTogether; ++s) here[s] = row[k + 8 * s < g.inputs ? k + 8 * s : 0];
+                CHAINRULE_UNROLL(8)
+                for (int s = 0; s < kTogether; ++s) {
+                    const int t = k + 8 * s;
+                    if (t < height) to[t * w_stride] = o < g.outputs && t < g.inputs ? Tile::kept(here[s]) : 0.0f;
+                }
+            }
+        }
+    }
+    template <int N>
+    static __device__ void put(float* to, const Several<float, N>& x, bool there, bool rounds) {
+        CHAINRULE_UNROLL(4)
+        for (int c = 0; c < N; ++c) to[c * x_stride] = !there ? 0.0f : rounds ? Tile::kept(x.at[c]) : x.at[c];
     }
     // A warp reads 32 bytes of each of its rows, which fills a sector of memory, and meets no bank twice where it puts them.
     template <int N>
@@ -138,13 +159,16 @@ struct Prediction {
         float* const to = at(p.steps[0].x);
         const bool rounds = for_tiles(p.steps);
         for (int i = row; i < rows; i += warps * rows_of_warp) {
-            const float* const from = x + static_cast<Index>(i) * p.inputs;
-            CHAINRULE_UNROLL(4)
-            for (int j = first; j < columns; j += 8) {
-                Several<float, N> here = {};
-                if (i < count && j < p.inputs) here = several_at<N>(from + j);
-                CHAINRULE_UNROLL(4)
-                for (int c = 0; c < N; ++c) to[(j + c) * x_stride + i] = rounds ? Tile::kept(here.at[c]) : here.at[c];
+            const float* const from = x + static_cast<Index>(i < count ? i : 0) * p.inputs;
+            for (int j = first; j < columns; j += 8 * kTogether) {
+                Several<float, N> here[kTogether];
+                CHAINRULE_UNROLL(8)
+                for (int s = 0; s < kTogether; ++s)
+                    here[s] = several_at<N>(from + (j + 8 * s < p.inputs ? j + 8 * s : 0));
+                CHAINRULE_UNROLL(8)
+                for (int s = 0; s < kTogether; ++s)
+                    if (j + 8 * s < columns)
+                        put<N>(to + (j + 8 * s) * x_stride + i, here[s], i < count && j + 8 * s < p.inputs, rounds);
             }
         }
     }
@@ -158,6 +182,7 @@ struct Prediction {
         const float* panel = weights(g);
         for (int column = 0; column < g.outputs; column += Tile::cols, panel += height * w_stride) {
             Tile tile;
+            __syncwarp();  // tensor cores want a warp together, which the panel before may have left parted
             for (int k = 0; k < height; k += Tile::depth) tile.add(at(g.x) + k * x_stride, panel + k * w_stride);
             tile.put(at(g.y), x_stride, column, finish(g));
         }
