@@ -32,7 +32,8 @@ struct Operand {
     Index stride;
     Rows rows = {};
     int ones = -1;
-    __device__ T at(int row, int col) const { return col == ones ? T{1} : data[rows(row) * stride + col]; }
+    __device__ const T* row(Index i) const { return data + rows(i) * stride; }
+    __device__ T at(int i, int col) const { return col == ones ? T{1} : row(i)[col]; }
     // The same with its first row at `data` or `order`, which are then read off the device once, not for each element.
     __device__ Operand settled() const {
         const std::int64_t begin = rows.begin();
