@@ -199,13 +199,14 @@ __global__ void count_elements(int* counts) {
         tile.put_part(memory);
         __syncthreads();
         for (int e = static_cast<int>(threadIdx.x); e < Tile::part_rows * Tile::cols; e += Tile::threads)
-            if (memory[e] == 0) ++counts[Tile::row_in_tile(part, e / Tile::cols) * Tile::cols + e % Tile::cols];
+            if (memory[e / Tile::cols * Tile::pitch + e % Tile::cols] == 0)
+                ++counts[Tile::row_in_tile(part, e / Tile::cols) * Tile::cols + e % Tile::cols];
         __syncthreads();
     }
 }
 template <class Tile, bool DownK>
 __global__ void count_places(int* counts) {
-    using Part = Carrier<typename Tile::Real, DownK, Tile::rows, Tile::depth, Tile::threads, Tile::padding>;
+    using Part = Carrier<Tile, DownK, Tile::rows>;
     for (int s = 0; s < Part::count; ++s) ++counts[Part::term(s) * Tile::rows + Part::place(s)];
 }
 
@@ -241,6 +242,37 @@ void tiles() {
     covers<Tf32Large>("large tile of tf32: every element once");
     covers<Bfloat16Small>("small tile of bfloat16: every element once");
     covers<Bfloat16Large>("large tile of bfloat16: every element once");
+}
+
+// Where a thread reads an operand, puts one down, and puts two sums.
+template <class Tile>
+__global__ void note_words(int* words) {
+    using Part = Carrier<Tile, false, Tile::rows>;
+    constexpr int stride = Tile::rows + Tile::padding;
+    words += 3 * threadIdx.x;
+    words[0] = Tile::term(0) * stride + Tile::group();
+    words[1] = Part::term(0) * stride + Part::place(0);
+    words[2] = Tile::group() * Tile::pitch + 2 * Tile::turn();
+}
+// What a warp meets at once, or half of one by two words each, lies in different banks.
+template <class Tile>
+void meets_no_bank_twice(const char* rule) {
+    std::vector<int> words(3 * Tile::threads);
+    run(note_words<Tile>, 1, Tile::threads, 0, words.data());
+    for (int warp = 0; warp < Tile::threads / 32; ++warp)
+        for (int kind = 0; kind < 3; ++kind) {
+            int met[2][32] = {};
+            for (int lane = 0; lane < 32; ++lane)
+                ++met[kind == 2 ? lane / 16 : 0][words[static_cast<std::size_t>(3 * (32 * warp + lane) + kind)] % 32];
+            for (const auto& turn : met)
+                for (const int times : turn) check(times < 2, rule);
+        }
+}
+void banks() {
+    meets_no_bank_twice<Tf32Tiny>("a tiny tile of tf32 meets no bank twice");
+    meets_no_bank_twice<Tf32Large>("a large tile of tf32 meets no bank twice");
+    meets_no_bank_twice<Bfloat16Small>("a small tile of bfloat16 meets no bank twice");
+    meets_no_bank_twice<Bfloat16Large>("a large tile of bfloat16 meets no bank twice");
 }
 
 // Integers that tf32 and bfloat16 have leave nothing to rounding: the large tiles, which tests of networks are too small for.
@@ -296,6 +328,7 @@ int test() {
     dies([] { run(wait_at_two_barriers, 1, 64, 0); }, "threads at different barriers end the process");
     races();
     tiles();
+    banks();
     multiplies<Tiles<float>::Mini>("mini product of float32 is exact");
     multiplies<Tiles<double>::Mini>("mini product of float64 is exact");
     multiplies<Tiles<float>::Tiny>("tiny product of float32 is exact");

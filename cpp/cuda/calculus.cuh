@@ -48,7 +48,10 @@ template <class T>
 struct ExampleNorms {
     LinearLayers<T> layers;
     T* norms;
-    __device__ void operator()(Index i) const { norms[i] = static_cast<T>(::sqrt(layers.square(i))); }
+    __device__ void operator()(Index i) const {
+        const double square = layers.square(i);
+        if (first_column() == 0) norms[i] = static_cast<T>(::sqrt(square));
+    }
 };
 
 // ---- directions -----------------------------------------------------------------------------------------------------
@@ -374,7 +377,8 @@ void Derivatives<T>::example_norms(const Dataset<T>& data, const Loss<T>& loss, 
         w.loss_gradient(rows);
         w.tape.cotangents(w.net.first_cotangent(), w.stream());
         T* memory = w.room(count);
-        map_each(count, ExampleNorms<T>{LinearLayers<T>(w.net, w.tape), memory}, w.stream());
+        const LinearLayers<T> layers(w.net, w.tape);
+        map_rows(count, layers.widest(), ExampleNorms<T>{layers, memory}, w.stream());
         download(norms + first, memory, count, w.stream());
     });
 }

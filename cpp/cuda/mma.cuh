@@ -14,14 +14,23 @@ namespace chainrule {
 namespace cuda {
 using namespace CHAINRULE_ISA;
 
-// To the 10 bits of mantissa that tf32 has; to nearest, ties away from zero, as cvt.rna does.
-static __device__ __forceinline__ std::uint32_t round_to_tf32(float x) {
+static __device__ __forceinline__ std::uint32_t bits_of(float x) { return ((Vec<Pair>)Vec<float>(x))[0]; }
+// To the 10 bits of mantissa that tf32 has; to nearest, ties away from zero, as cvt.rna does. The NaN that the GPU computes would
+// become -0, and cvt.rna makes infinities of NaN with low bits alone.
+static __device__ __forceinline__ float round_to_tf32(float x) {
     const Vec<float> v = x;
-    const Vec<Pair> bits = (Vec<Pair>)v, rounded = (bits + 0x1000u) & 0xffffe000u;
-    return select(v == v, rounded, Vec<Pair>(0x7fc00000u))[0];
+    const Vec<Pair> rounded = ((Vec<Pair>)v + 0x1000u) & 0xffffe000u;
+    return select(v == v, (Vec<float>)rounded, (Vec<float>)Vec<Pair>(0x7fc00000u))[0];
 }
+// The GPU has one instruction for what pair_up computes; only NaN comes out with other bits.
 static __device__ __forceinline__ std::uint32_t bfloat16_pair(float first, float second) {
+#ifdef __CUDA_ARCH__
+    std::uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+#else
     return pair_up(Vec<float>(first), Vec<float>(second))[0];
+#endif
 }
 
 // A bfloat16's value, or that of a number in its own type.

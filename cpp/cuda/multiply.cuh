@@ -32,7 +32,8 @@ struct Operand {
     Index stride;
     Rows rows = {};
     int ones = -1;
-    __device__ T at(int row, int col) const { return col == ones ? T{1} : data[rows(row) * stride + col]; }
+    __device__ const T* row(Index i) const { return data + rows(i) * stride; }
+    __device__ T at(int i, int col) const { return col == ones ? T{1} : row(i)[col]; }
     // The same with its first row at `data` or `order`, which are then read off the device once, not for each element.
     __device__ Operand settled() const {
         const std::int64_t begin = rows.begin();
@@ -50,12 +51,13 @@ struct Operand {
 template <class T, int Rows, int Cols, int Depth, int PerRow, int PerCol, int Teams = 1>
 struct Simt {
     using Real = T;
-    static constexpr int rows = Rows, cols = Cols, depth = Depth, padding = 4;
+    static constexpr int rows = Rows, cols = Cols, pitch = Cols, depth = Depth, padding = 4;
     static constexpr int across = Cols / PerCol, team_threads = Rows / PerRow * across, threads = Teams * team_threads;
     static constexpr int parts = Teams > 1 ? 1 : PerRow, part_rows = Rows / parts, team_depth = Depth / Teams;
     static_assert(Teams == 1 || Teams * Rows * Cols <= Depth * (Rows + Cols + 2 * padding), "gather has room");
     T sum[PerRow][PerCol] = {};
 
+    static __device__ T kept(T x) { return x; }
     static __device__ int team() { return static_cast<int>(threadIdx.x) / team_threads; }
     static __device__ int member() { return static_cast<int>(threadIdx.x) % team_threads; }
     static __device__ int row_of(int r) { return r / 4 * (4 * Rows / PerRow) + member() / across * 4 + r % 4; }
@@ -115,7 +117,10 @@ struct Simt {
     }
 };
 
-// On tensor cores, Down x Across fragments of 16 x 8 a warp, operands rounded to tf32 or bfloat16 on their way into registers.
+// On tensor cores, Down x Across fragments of 16 x 8 a warp. Operands are rounded to tf32 as they are put into shared memory, where
+// several warps read each, and to bfloat16 in pairs on their way into registers. Of eight terms, a lane's two are neighbours, as are
+// four of sixteen by twos: with rows four longer than 32 banks, a warp that reads of them, and one that puts eight terms of four
+// rows there, meet no bank twice. So do sums with rows eight longer.
 //
 // Not there: float32 by three products of tf32, x = high + low. Sums that stay on the tensor cores are cut off at each step, and
 // 1024 terms of normal numbers come out 16 times less accurate than fused multiply-adds (root mean square, 4.7e-7 and 2.9e-8 of
@@ -125,10 +130,11 @@ struct Simt {
 template <bool Bfloat16, int Rows, int Cols, int Depth, int Down, int Across>
 struct TensorCores {
     using Real = float;
-    static constexpr int rows = Rows, cols = Cols, depth = Depth, padding = 8;
+    static constexpr int rows = Rows, cols = Cols, pitch = Cols + 8, depth = Depth, padding = 4;
     static constexpr int warps_across = Cols / (8 * Across), threads = 32 * (Rows / (16 * Down)) * warps_across;
     static constexpr int step = Bfloat16 ? 16 : 8;
     static constexpr int parts = 2 * Down, part_rows = Rows / parts;
+    static_assert(part_rows * pitch <= Depth * (Rows + Cols + 2 * padding), "put_part has room");
     float sum[Down][Across][4] = {};
 
     static __device__ int group() { return static_cast<int>(threadIdx.x) % 32 / 4; }
@@ -136,11 +142,13 @@ struct TensorCores {
     static __device__ int first_row() { return static_cast<int>(threadIdx.x) / 32 / warps_across * 16 * Down; }
     static __device__ int first_col() { return static_cast<int>(threadIdx.x) / 32 % warps_across * 8 * Across; }
 
-    // Part `part` (0: the lower terms, 1: the higher) of what a lane holds at `place`, whose terms are `stride` apart.
+    // As an operand lies in shared memory.
+    static __device__ float kept(float x) { return Bfloat16 ? x : round_to_tf32(x); }
+    // Where a lane's terms of part `part` of a step begin.
+    static __device__ int term(int part) { return 2 * turn() + (Bfloat16 ? 8 * part : part); }
     static __device__ std::uint32_t operand(const float* place, int stride, int part) {
-        if (!Bfloat16) return round_to_tf32(place[(turn() + 4 * part) * stride]);
-        const float* pair = place + (2 * turn() + 8 * part) * stride;
-        return bfloat16_pair(pair[0], pair[stride]);
+        place += term(part) * stride;
+        return Bfloat16 ? bfloat16_pair(place[0], place[stride]) : bits_of(place[0]);
     }
     __device__ void add(const float* a, const float* b) {
         constexpr int a_stride = Rows + padding, b_stride = Cols + padding;
@@ -172,7 +180,7 @@ struct TensorCores {
     }
     __device__ void gather(float*) {}
     __device__ void put_part(float* to) {
-        float* const row = to + (static_cast<int>(threadIdx.x) / 32 / warps_across * 8 + group()) * Cols;
+        float* const row = to + (static_cast<int>(threadIdx.x) / 32 / warps_across * 8 + group()) * pitch;
         CHAINRULE_UNROLL(4)
         for (int j = 0; j < Across; ++j) {
             CHAINRULE_UNROLL(2)
@@ -194,8 +202,10 @@ struct TensorCores {
 // Of one operand, the part of a tile that a thread brings: Extent rows or columns of C by Depth terms. DownK: the terms run down
 // the matrix' rows, and a warp reads along one, always the same columns; else the terms run along the rows, and a warp reads
 // eight of four rows, which fill sectors of memory, too, and lie in 32 banks where they are put.
-template <class T, bool DownK, int Extent, int Depth, int Threads, int Padding>
+template <class Tile, bool DownK, int Extent>
 struct Carrier {
+    using T = typename Tile::Real;
+    static constexpr int Depth = Tile::depth, Threads = Tile::threads, Padding = Tile::padding;
     static constexpr int count = Extent * Depth / Threads, warps = Threads / 32, fours = Extent / 4;
     static constexpr int own_rows = DownK || fours < warps ? 1 : fours / warps;  // whose terms a thread reads
     static constexpr int warps_of_row = fours < warps ? warps / fours : 1;
@@ -239,7 +249,7 @@ struct Carrier {
     }
     __device__ void put(T* to) const {
         CHAINRULE_UNROLL(16)
-        for (int s = 0; s < count; ++s) to[term(s) * (Extent + Padding) + place(s)] = value[s];
+        for (int s = 0; s < count; ++s) to[term(s) * (Extent + Padding) + place(s)] = Tile::kept(value[s]);
     }
 };
 
@@ -258,8 +268,8 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     T* const b_tile = memory + Tile::depth * (Tile::rows + Tile::padding);
     const int down = (m + Tile::rows - 1) / Tile::rows, block = static_cast<int>(blockIdx.x);
     const int row = block % down * Tile::rows, col = block / down * Tile::cols;
-    Carrier<T, ADownK, Tile::rows, Tile::depth, Tile::threads, Tile::padding> next_a(a.settled(), row, m);
-    Carrier<T, BDownK, Tile::cols, Tile::depth, Tile::threads, Tile::padding> next_b(b.settled(), col, n);
+    Carrier<Tile, ADownK, Tile::rows> next_a(a.settled(), row, m);
+    Carrier<Tile, BDownK, Tile::cols> next_b(b.settled(), col, n);
     Tile tile;
     if (k > 0) {
         next_a.fetch(0, k);
@@ -284,14 +294,15 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     for (int part = 0; part < Tile::parts; ++part) {
         tile.put_part(memory);
         __syncthreads();
-        const int j = col + static_cast<int>(threadIdx.x) % Tile::cols;
+        const int column = static_cast<int>(threadIdx.x) % Tile::cols, j = col + column;
         for (int e = static_cast<int>(threadIdx.x); e < size && j < n; e += N * Tile::threads) {
             Several<T, N> sums;
             int rows[N];
             CHAINRULE_UNROLL(4)
             for (int c = 0; c < N; ++c) {
-                const int place = e + c * Tile::threads, i = row + Tile::row_in_tile(part, place / Tile::cols);
-                sums.at[c] = memory[place];
+                const int slot = e / Tile::cols + c * (Tile::threads / Tile::cols);
+                const int i = row + Tile::row_in_tile(part, slot);
+                sums.at[c] = memory[slot * Tile::pitch + column];
                 rows[c] = i < m ? i : -1;
             }
             epilogue(rows, j, sums);

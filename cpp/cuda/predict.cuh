@@ -20,8 +20,13 @@ struct Finish {
     int outputs;
     Op op;
     float param;
+    bool for_tiles;  // whether the next layer multiplies it by tiles
     __device__ float biased(float z, int o) const { return bias && o < outputs ? z + bias[o] : z; }
-    __device__ float masked(float phi, int o) const { return o < outputs ? phi : 0.0f; }
+    template <class Tile>
+    __device__ float left(float phi, int o) const {
+        const float masked = o < outputs ? phi : 0.0f;
+        return for_tiles ? Tile::kept(masked) : masked;
+    }
 };
 
 // Sixteen sums are finished at a time, the first ones, and the others move up: one jump to the op for all of them, and one text
@@ -41,9 +46,10 @@ struct SimtPrediction : Simt<float, 128, 64, 16, 8, 8> {
             CHAINRULE_UNROLL(4)
             for (int four = 0; four < 16; four += 4) {
                 const int o = first + column(col_of(c + four / 8));
-                auto& there = several_at<4>(to + o * stride + row_of(four % 8));
-                there = {{finish.masked(phi.at[four], o), finish.masked(phi.at[four + 1], o),
-                          finish.masked(phi.at[four + 2], o), finish.masked(phi.at[four + 3], o)}};
+                Several<float, 4> left;
+                CHAINRULE_UNROLL(4)
+                for (int r = 0; r < 4; ++r) left.at[r] = finish.left<Simt>(phi.at[four + r], o);
+                several_at<4>(to + o * stride + row_of(four % 8)) = left;
             }
             CHAINRULE_UNROLL(8)
             for (int r = 0; r < 8; ++r) {
@@ -68,7 +74,7 @@ struct TensorPrediction : TensorCores<Bfloat16, 128, 64, 16, 2, 4> {
             const int row = Base::first_row() + 16 * i + Base::group();
             CHAINRULE_UNROLL(16)
             for (int e = 0; e < 16; ++e) {
-                to[output(e) * stride + row + e % 4 / 2 * 8] = finish.masked(phi.at[e], output(e));
+                to[output(e) * stride + row + e % 4 / 2 * 8] = finish.template left<Base>(phi.at[e], output(e));
                 this->sum[0][e / 4][e % 4] = this->sum[1][e / 4][e % 4];
             }
         }
@@ -86,6 +92,7 @@ struct Prediction {
     using Step = Program::Step;
     static constexpr int rows = Tile::rows, x_stride = Tile::rows + Tile::padding,
                          w_stride = Tile::cols + Tile::padding;
+    static constexpr int kTogether = 8;  // loads of a thread that are under way at once
     const Program& p;
     float* memory;
 
@@ -97,6 +104,12 @@ struct Prediction {
     }
     __device__ float* at(int place) const { return memory + place; }
     __device__ float* weights(const Step& g) const { return at(g.weights) + (g.outputs + 3) / 4 * 4; }
+    // Whether a linear layer comes next that multiplies by tiles, which want their operands rounded.
+    __device__ bool for_tiles(const Step* next) const {
+        const Step* const end = p.steps + p.count;
+        while (next < end && next->kind == Step::Kind::dropout) ++next;
+        return next < end && next->kind == Step::Kind::linear && !few(*next);
+    }
 
     __device__ void bring_weights(const float* theta) const {
         for (int s = 0; s < p.count; ++s) {
@@ -109,13 +122,33 @@ struct Prediction {
                 each(g.outputs * g.inputs, [&](int e) { to[e] = w[e]; });
                 continue;
             }
-            const int height = terms(g.inputs), panels = (g.outputs + Tile::cols - 1) / Tile::cols;
-            each(panels * height * w_stride, [&](int e) {
-                const int place = e % w_stride, k = e / w_stride % height;
-                const int o = e / w_stride / height * Tile::cols + Tile::column(place);
-                to[e] = place < Tile::cols && o < g.outputs && k < g.inputs ? w[o * g.inputs + k] : 0.0f;
-            });
+            bring_panels(g, w, to);
         }
+    }
+    // Wᵀ. A warp reads eight terms of four outputs at once, as a Carrier does; all loads come first, some of what nobody wants.
+    __device__ void bring_panels(const Step& g, const float* w, float* panels) const {
+        const int thread = static_cast<int>(threadIdx.x), height = terms(g.inputs);
+        const int places = static_cast<int>(round_up(g.outputs, Tile::cols));
+        for (int c = thread / 8; c < places; c += Tile::threads / 8) {
+            const int panel = c / Tile::cols, place = c % Tile::cols, o = panel * Tile::cols + Tile::column(place);
+            const float* const row = w + (o < g.outputs ? o : 0) * g.inputs;
+            float* const to = panels + panel * height * w_stride + place;
+            for (int k = thread % 8; k < height; k += 8 * kTogether) {
+                float here[kTogether];
+                CHAINRULE_UNROLL(8)
+                for (int s = 0; s < kTogether; ++s) here[s] = row[k + 8 * s < g.inputs ? k + 8 * s : 0];
+                CHAINRULE_UNROLL(8)
+                for (int s = 0; s < kTogether; ++s) {
+                    const int t = k + 8 * s;
+                    if (t < height) to[t * w_stride] = o < g.outputs && t < g.inputs ? Tile::kept(here[s]) : 0.0f;
+                }
+            }
+        }
+    }
+    template <int N>
+    static __device__ void put(float* to, const Several<float, N>& x, bool there, bool rounds) {
+        CHAINRULE_UNROLL(4)
+        for (int c = 0; c < N; ++c) to[c * x_stride] = !there ? 0.0f : rounds ? Tile::kept(x.at[c]) : x.at[c];
     }
     // A warp reads 32 bytes of each of its rows, which fills a sector of memory, and meets no bank twice where it puts them.
     template <int N>
@@ -124,27 +157,32 @@ struct Prediction {
         const int thread = static_cast<int>(threadIdx.x), columns = terms(p.inputs);
         const int row = thread / 32 * rows_of_warp + thread % rows_of_warp, first = thread % 32 / rows_of_warp * N;
         float* const to = at(p.steps[0].x);
+        const bool rounds = for_tiles(p.steps);
         for (int i = row; i < rows; i += warps * rows_of_warp) {
-            const float* const from = x + static_cast<Index>(i) * p.inputs;
-            CHAINRULE_UNROLL(4)
-            for (int j = first; j < columns; j += 8) {
-                Several<float, N> here = {};
-                if (i < count && j < p.inputs) here = several_at<N>(from + j);
-                CHAINRULE_UNROLL(4)
-                for (int c = 0; c < N; ++c) to[(j + c) * x_stride + i] = here.at[c];
+            const float* const from = x + static_cast<Index>(i < count ? i : 0) * p.inputs;
+            for (int j = first; j < columns; j += 8 * kTogether) {
+                Several<float, N> here[kTogether];
+                CHAINRULE_UNROLL(8)
+                for (int s = 0; s < kTogether; ++s)
+                    here[s] = several_at<N>(from + (j + 8 * s < p.inputs ? j + 8 * s : 0));
+                CHAINRULE_UNROLL(8)
+                for (int s = 0; s < kTogether; ++s)
+                    if (j + 8 * s < columns)
+                        put<N>(to + (j + 8 * s) * x_stride + i, here[s], i < count && j + 8 * s < p.inputs, rounds);
             }
         }
     }
     __device__ Finish finish(const Step& g) const {
         const bool linear = g.kind == Step::Kind::linear;
         return {g.bias ? at(g.weights) : nullptr, g.outputs, linear ? g.fused : g.op,
-                static_cast<float>(linear ? g.fused_param : g.param)};
+                static_cast<float>(linear ? g.fused_param : g.param), for_tiles(&g + 1)};
     }
     __device__ void multiply_wide(const Step& g) const {
         const int height = terms(g.inputs);
         const float* panel = weights(g);
         for (int column = 0; column < g.outputs; column += Tile::cols, panel += height * w_stride) {
             Tile tile;
+            __syncwarp();  // tensor cores want a warp together, which the panel before may have left parted
             for (int k = 0; k < height; k += Tile::depth) tile.add(at(g.x) + k * x_stride, panel + k * w_stride);
             tile.put(at(g.y), x_stride, column, finish(g));
         }
@@ -160,14 +198,19 @@ struct Prediction {
                 for (int k = 0; k < g.inputs; ++k)
                     sum = fma(Vec<float>(x[k * x_stride]), Vec<float>(w[k]), Vec<float>(sum))[0];
             }
-            at(g.y)[o * x_stride + i] = after.masked(op_forward(after.op, after.biased(sum, o), after.param), o);
+            const float phi = op_forward(after.op, after.biased(sum, o), after.param);
+            at(g.y)[o * x_stride + i] = after.template left<Tile>(phi, o);
         });
     }
     __device__ void apply(const Step& g) const {
         const Finish how = finish(g);
         each(g.outputs * (rows / 4), [&](int e) {
-            auto& phi = several_at<4>(at(g.y) + e / (rows / 4) * x_stride + e % (rows / 4) * 4);
+            auto& there = several_at<4>(at(g.y) + e / (rows / 4) * x_stride + e % (rows / 4) * 4);
+            Several<float, 4> phi = there;
             op_forward(how.op, phi, how.param);
+            CHAINRULE_UNROLL(4)
+            for (int c = 0; c < 4; ++c) phi.at[c] = how.template left<Tile>(phi.at[c], 0);
+            there = phi;
         });
     }
     __device__ void store(float* f, int count) const {

@@ -36,6 +36,25 @@ template <class F>
 static __device__ __forceinline__ void block_each(int count, F f) {
     for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) f(i);
 }
+// How a block's threads go over a matrix: as many beside each other as a row fills, and no division tells where they are.
+struct Spread {
+    int lane, lanes, group, groups;
+    __device__ explicit Spread(int cols, int most = 32) {
+        int shift = 0;
+        while (1 << shift < cols && 1 << shift < most) ++shift;
+        lanes = 1 << shift;
+        lane = static_cast<int>(threadIdx.x) & (lanes - 1);
+        group = static_cast<int>(threadIdx.x) >> shift;
+        groups = static_cast<int>(blockDim.x) >> shift;
+    }
+};
+// f(row, column)
+template <class F>
+static __device__ __forceinline__ void block_over(int rows, int cols, F f) {
+    const Spread by(cols);
+    for (int i = by.group; i < rows; i += by.groups)
+        for (int j = by.lane; j < cols; j += by.lanes) f(i, j);
+}
 static __device__ __forceinline__ int stride_of(int cols) { return static_cast<int>(resident_stride(cols)); }
 
 // Brings the line of memory that this is in nearer.
@@ -67,7 +86,8 @@ struct Block {
 
     __device__ T* at(int place) const { return memory + place; }
 
-    // Between theta's layout and ours, which `ours` begins; copy(theta's element, our element).
+    // Between theta's layout and ours, which `ours` begins; copy(theta's element, our element). A warp takes eight inputs of four
+    // outputs: sectors of memory on one side, 32 banks on the other.
     template <class F>
     __device__ void each_weight(T* theta, int ours, F copy) const {
         for (int s = 0; s < p.count; ++s) {
@@ -76,11 +96,13 @@ struct Block {
             T* const there = in_global(theta + g.offset);
             T* const here = at(ours + g.weights);
             const int stride = stride_of(g.outputs);
-            block_each(g.outputs * (g.inputs + g.bias), [&](int e) {
-                const bool weight = e < g.outputs * g.inputs;
-                const int o = weight ? e / g.inputs : e - g.outputs * g.inputs, i = weight ? e % g.inputs : g.inputs;
-                copy(there[e], here[i * stride + o]);
-            });
+            const Spread by(g.inputs, 8);
+            for (int o = by.group; o < g.outputs; o += by.groups) {
+                CHAINRULE_UNROLL(4)
+                for (int i = by.lane; i < g.inputs; i += by.lanes) copy(there[o * g.inputs + i], here[i * stride + o]);
+            }
+            if (!g.bias) continue;
+            block_each(g.outputs, [&](int o) { copy(there[g.outputs * g.inputs + o], here[g.inputs * stride + o]); });
         }
     }
     template <class F>
@@ -103,12 +125,29 @@ struct Block {
         if (data.y) data.y += first * data.target_cols;
         if (data.weight) data.weight += first;
     }
+    // Four rows at a time: each is a wait for its place in the order, and then for itself.
     __device__ void gather() const {
-        const int stride = stride_of(p.inputs);
-        block_each(rows * p.inputs, [&](int e) {
-            const int i = e / p.inputs, j = e % p.inputs;
-            at(p.steps[0].x)[i * stride + j] = data.x[data.rows(i) * p.inputs + j];
-        });
+        constexpr int together = 4;
+        const Spread by(p.inputs);
+        const T* const x = in_global(data.x);
+        const int stride = stride_of(p.inputs), apart = by.groups;
+        for (int first = by.group; first < rows; first += together * apart) {
+            const T* from[together];
+            CHAINRULE_UNROLL(4)
+            for (int r = 0; r < together; ++r) {
+                const int i = first + r * apart;
+                from[r] = x + data.rows(i < rows ? i : first) * p.inputs;
+            }
+            T* const to = at(p.steps[0].x) + first * stride;
+            for (int j = by.lane; j < p.inputs; j += by.lanes) {
+                T here[together];
+                CHAINRULE_UNROLL(4)
+                for (int r = 0; r < together; ++r) here[r] = from[r][j];
+                CHAINRULE_UNROLL(4)
+                for (int r = 0; r < together; ++r)
+                    if (first + r * apart < rows) to[r * apart * stride + j] = here[r];
+            }
+        }
     }
 
     // Rows of the next batch come nearer while this one is in hand, and the part of the order that names those after them: each
@@ -152,8 +191,8 @@ struct Block {
                 return;
             }
             case Program::Step::Kind::elementwise:
-                block_each(rows * g.outputs, [&](int e) {
-                    const int place = e / g.outputs * y_stride + e % g.outputs;
+                block_over(rows, g.outputs, [&](int i, int j) {
+                    const int place = i * y_stride + j;
                     y[place] = op_forward(g.op, x[place], static_cast<T>(g.param));
                 });
                 return;
@@ -167,10 +206,8 @@ struct Block {
         const DropoutScale<T> scale(g.param);
         const std::uint64_t key = dropout_key(job.seed, g.number);
         const int stride = stride_of(g.outputs);
-        block_each(rows * g.outputs, [&](int e) {
-            const int i = e / g.outputs, j = e % g.outputs;
-            to[i * stride + j] = dropout(from[i * stride + j], scale, key, drawn, i, j);
-        });
+        block_over(rows, g.outputs,
+                   [&](int i, int j) { to[i * stride + j] = dropout(from[i * stride + j], scale, key, drawn, i, j); });
     }
 
     __device__ double weight_of_batch() const {
@@ -227,8 +264,8 @@ struct Block {
     __device__ void differentiate(Op op, double param, const Program::Step& g, const T* dy, T* dx) const {
         const int stride = stride_of(g.outputs);
         const T* saved = at(g.saved);
-        block_each(rows * g.outputs, [&](int e) {
-            const int place = e / g.outputs * stride + e % g.outputs;
+        block_over(rows, g.outputs, [&](int i, int j) {
+            const int place = i * stride + j;
             dx[place] = op_vjp(op, dy[place], saved[place], static_cast<T>(param));
         });
     }

@@ -7,7 +7,7 @@
 namespace chainrule {
 namespace cuda {
 
-// λ ω (c⁰ − dy) into the tangents of the inputs, λ ω ½ |c⁰ − dy|² into the values; an example a thread.
+// λ ω (c⁰ − dy) into the tangents of the inputs, λ ω ½ |c⁰ − dy|² into the values; by rows.
 template <class T>
 struct LeaveResiduals {
     Source<T> data;
@@ -23,14 +23,17 @@ struct LeaveResiduals {
         const double omega = lambda * control->scale * weight;
         const T* slope = data.dy + row * outputs * inputs;
         double squares = 0;
-        for (Index r = 0; r < outputs; ++r)
-            for (Index i = 0; i < inputs; ++i) {
-                const Index at = n * outputs + r;
-                const double residual = static_cast<double>(c.data[at * c.stride + i] - slope[r * inputs + i]);
+        for (Index r = 0; r < outputs; ++r) {
+            const T* const from = c.data + (n * outputs + r) * c.stride;
+            T* const to = dx.data + (n * outputs + r) * dx.stride;
+            for (Index i = first_column(); i < inputs; i += column_step<T>()) {
+                const double residual = static_cast<double>(from[i] - slope[r * inputs + i]);
                 squares += residual * residual;
-                dx.data[at * dx.stride + i] = static_cast<T>(omega * residual);
+                to[i] = static_cast<T>(omega * residual);
             }
-        values[n] = omega * squares / 2;
+        }
+        squares = join_sum(Vec<double>(squares))[0];
+        if (first_column() == 0) values[n] = omega * squares / 2;
     }
 };
 // ∂loss/∂f where an example's output 0 has its row, else 0.
@@ -71,7 +74,7 @@ class Sobolev {
         tape_.forward(nullptr, stream);
         tape_.seed(Kind::cotangent, depth, stream);
         tape_.cotangents(0, stream);
-        map_each(rows,
+        map_rows(rows, net_.inputs(),
                  LeaveResiduals<T>{data, control, constant(tape_.at(Kind::cotangent, 0)), tape_.at(Kind::tangent, 0),
                                    outputs, lambda, values_.data()},
                  stream);

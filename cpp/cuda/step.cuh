@@ -90,23 +90,28 @@ struct LinearLayers {
     // |gradient|² of row i: each layer's is the product cᵀ x; see example_clipping.hpp.
     __device__ double square(Index i) const {
         double total = 0;
-        for (int l = 0; l < count; ++l) {
-            double of_x = bias[l], of_c = 0;
-            for (Index j = 0; j < inputs[l]; ++j) {
-                const double v = static_cast<double>(x[l].at(static_cast<int>(i), static_cast<int>(j)));
-                of_x += v * v;
-            }
-            for (Index j = 0; j < c[l].cols; ++j) {
-                const double v = static_cast<double>(c[l].data[i * c[l].stride + j]);
-                of_c += v * v;
-            }
-            total += of_x * of_c;
-        }
+        for (int l = 0; l < count; ++l)
+            total += (bias[l] + square_of_row(inputs[l], x[l].row(i))) *
+                     square_of_row(c[l].cols, c[l].data + i * c[l].stride);
         return total;
+    }
+    // The longest of rows, by which map_rows tells how many threads they pay.
+    Index widest() const {
+        Index most = 0;
+        for (int l = 0; l < count; ++l) most = std::max({most, inputs[l], c[l].cols});
+        return most;
+    }
+
+    static __device__ double square_of_row(Index cols, const T* row) {
+        double sum = 0;
+        CHAINRULE_UNROLL(4)
+        for (Index j = first_column(); j < cols; j += column_step<T>())
+            sum += static_cast<double>(row[j]) * static_cast<double>(row[j]);
+        return join_sum(Vec<double>(sum))[0];
     }
 };
 
-// Rows of cotangents at linear layers' outputs, so scaled that no example's gradient is longer than it may be.
+// Rows of cotangents at linear layers' outputs, so scaled that no example's gradient is longer than it may be; by rows.
 template <class T>
 struct ClipExamples {
     LinearLayers<T> layers;
@@ -119,7 +124,7 @@ struct ClipExamples {
         if (norm <= most) return;
         const T factor = static_cast<T>(most / norm);
         for (int l = 0; l < layers.count; ++l)
-            for (Index j = 0; j < layers.c[l].cols; ++j) {
+            for (Index j = first_column(); j < layers.c[l].cols; j += column_step<T>()) {
                 T& v = layers.c[l].data[i * layers.c[l].stride + j];
                 v = v * factor;
             }
@@ -282,7 +287,8 @@ void Step<T>::Work::store_gradient(const Source<T>& data, Index rows, const type
     };
     if (extras.clip_example_norm == 0) return down(drawing, store);
     down(drawing, [](Index, cudaStream_t) {});
-    map_each(rows, ClipExamples<T>{LinearLayers<T>(net, tape), data, control.data(), extras.clip_example_norm},
+    const LinearLayers<T> layers(net, tape);
+    map_rows(rows, layers.widest(), ClipExamples<T>{layers, data, control.data(), extras.clip_example_norm},
              net.runtime().stream);
     tape.begin_step();
     for (Index l = 0; l < net.depth(); ++l)
