@@ -259,9 +259,20 @@ constexpr std::size_t tile_bytes() {
            sizeof(typename Tile::Real);
 }
 
+// Whether a processor is to have two blocks at once, which fill each other's waits: where ptxas spills nothing at 128 registers a
+// thread. It does for large tiles with both operands along rows, to which a thread has eight pointers, for teams in float64, and
+// for one large tile on sm_80 and most on sm_121.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+template <class Tile, bool ADownK, bool BDownK>
+constexpr bool is_one_of_two = false;
+#else
+template <class Tile, bool ADownK, bool BDownK>
+constexpr bool is_one_of_two = Tile::parts > 1 && (ADownK || BDownK || Tile::rows < kLargeTile);
+#endif
+
 // C (m x n) over k terms; all of its elements go to the epilogue, then the block ends with epilogue.finish(memory).
 template <class Tile, bool ADownK, bool BDownK, class T, class Epilogue>
-__global__ void __launch_bounds__(Tile::threads, 1)
+__global__ void __launch_bounds__(Tile::threads, is_one_of_two<Tile, ADownK, BDownK> ? 2 : 1)
     multiply(int m, int n, int k, Operand<T> a, Operand<T> b, Epilogue epilogue) {
     CHAINRULE_SHARED(T, memory);
     T* const a_tile = memory;
@@ -288,13 +299,16 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     }
     tile.gather(memory);
     // Part by part through shared memory: one text of the epilogue instead of one for each element of a thread's, and
-    // neighbouring threads write neighbouring columns.
-    constexpr int size = Tile::part_rows * Tile::cols, N = size >= 4 * Tile::threads ? 4 : 1;
+    // neighbouring threads write neighbouring columns. Four elements at a time have their loads under way together; two, where
+    // a large tile's sums leave no registers for more and another block fills the wait.
+    constexpr bool in_twos = Tile::rows >= kLargeTile && is_one_of_two<Tile, ADownK, BDownK>;
+    constexpr int size = Tile::part_rows * Tile::cols, N = in_twos ? 2 : size >= 4 * Tile::threads ? 4 : 1;
     static_assert(size % (N * Tile::threads) == 0 && Tile::threads % Tile::cols == 0, "a thread stays in its column");
     for (int part = 0; part < Tile::parts; ++part) {
         tile.put_part(memory);
         __syncthreads();
         const int column = static_cast<int>(threadIdx.x) % Tile::cols, j = col + column;
+        CHAINRULE_UNROLL(1)
         for (int e = static_cast<int>(threadIdx.x); e < size && j < n; e += N * Tile::threads) {
             Several<T, N> sums;
             int rows[N];
