@@ -5,10 +5,12 @@ On a stand-in for the GPU engine; test_cuda.py has the engine itself.
 """
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +72,33 @@ def test_importing_and_computing_on_the_cpu_loads_no_gpu_engine():
         "assert 'chainrule._cuda' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+FORKED = """
+import os, sys
+import chainrule as cr, fake_cuda
+from chainrule import devices
+
+sys.modules["chainrule._cuda"] = fake_cuda
+assert devices.count() == 2
+child = os.fork()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+try:
+    cr.mlp([2, 1], device="cuda")
+except ValueError as error:
+    assert "expected an NVIDIA GPU" in str(error) and "'spawn'" in str(error), error
+    assert devices.resolve("fit", "auto") == "cpu" and not devices.count() and "'spawn'" in devices.state()
+else:
+    raise AssertionError("no error")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_is_told_how_to_start():
+    """CUDA's own words there are "initialization error"."""
+    here = Path(__file__).parent
+    subprocess.run([sys.executable, "-c", FORKED], cwd=here, check=True, timeout=60)
 
 
 HOW = "pip install . -C cmake.define.CHAINRULE_CUDA=ON"

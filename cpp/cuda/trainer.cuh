@@ -337,7 +337,7 @@ double Trainer<T>::Work::end_epoch(const Control& control) const {
 }
 
 // enqueue(k) and end(k), of epochs 0 … count - 1 in their order, each enqueued before the one before it has ended; until end is
-// false. Whatever ends it, the stream has done what it was given.
+// false. Whatever ends it, the stream has done what it was given: a network that has diverged, one epoch more.
 template <class Enqueue, class End>
 void fly(cudaStream_t stream, Index count, Enqueue enqueue, End end) {
     try {

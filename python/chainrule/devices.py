@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from functools import cache
@@ -80,6 +81,9 @@ def state() -> str:
     return missing or ", ".join(f"cuda:{index} {module.device_name(index)}" for index in range(count()))
 
 
+_LOST = ""  # why this process cannot use what is there
+
+
 @cache
 def _load() -> tuple[Any, str]:
     """The module of the GPU engine, and what is missing before it can be used."""
@@ -91,7 +95,17 @@ def _load() -> tuple[Any, str]:
         return None, f"a GPU engine that cannot be loaded: {error}"
     if module.__version__ != _core.__version__:
         return None, f"a GPU engine of version {module.__version__} in chainrule {_core.__version__}"
-    return module, module.state()
+    missing: str = module.state()
+    if not missing and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_lose)
+    return module, _LOST or missing
+
+
+def _lose() -> None:
+    """CUDA works in the process that began it, but not in one forked from that."""
+    global _LOST
+    _LOST = "a process forked from one that has used the GPU: start it by 'spawn' instead"
+    _load.cache_clear()
 
 
 # ------------------------------------------------------------ arrays on a device
