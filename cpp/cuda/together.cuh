@@ -30,8 +30,9 @@ bool run_together(const std::vector<Trainer<T>*>& trainers) {
     return true;
 }
 
-// The epochs of networks whose epochs have as many launches; one that diverges sits out the rest, once that is known. What the blocks need goes to
-// the device in a copy for all of them, and comes back in one: with copies and waits of each, these take longer than the steps.
+// The epochs of networks whose epochs have as many launches; one that diverges sits out the rest, once that is known. What the
+// blocks need goes to the device in a copy for all of them, and comes back in one: with copies and waits of each, these take
+// longer than the steps.
 template <class T>
 class Together {
    public:
