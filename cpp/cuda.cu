@@ -112,14 +112,17 @@ std::string device_name(int device) {
 void synchronize(int device) {
     how_to_wait.load()([=] {
         const OnDevice here(device);
-        const std::lock_guard<std::recursive_mutex> alone(graph_in_making());
+        const auto wait = [] {
+            const std::lock_guard<std::recursive_mutex> alone(graph_in_making());
+            return cudaDeviceSynchronize();
+        };
         const auto patience = std::chrono::steady_clock::now() + std::chrono::seconds(10);
-        cudaError_t code = cudaDeviceSynchronize();
-        // Another library makes a graph: it is soon over.
+        cudaError_t code = wait();
+        // Another library makes a graph: it is soon over, unless it waits for Python's lock and its keeper for ours.
         while (GraphLost::is(code) && std::chrono::steady_clock::now() < patience) {
             (void)cudaGetLastError();
             std::this_thread::sleep_for(std::chrono::milliseconds(1));
-            code = cudaDeviceSynchronize();
+            code = wait();
         }
         check(code, "a kernel");
     });
@@ -365,8 +368,7 @@ void Network<T>::predict(Index rows, const T* x, T* f) const {
     const Index piece = rows_at_once(*this, 1);
     for (Index first = 0; first < rows; first += piece) {
         const Index count = std::min(piece, rows - first);
-        const Arithmetic<T> how = arithmetic_of(*this, count);
-        tape.multiply_by(how, how.library != nullptr);
+        tape.multiply_by(arithmetic_of(*this, count), true);
         tape.shape(0, count, 1, {Tape<T>::primal});
         const T* from = x + first * inputs();
         if (!here_already) tape.load(Tape<T>::primal, 0, from, runtime_->stream);

@@ -160,8 +160,7 @@ struct Step<T>::Work {
 
     // For rows that come without a schedule.
     void shape_by_size(Index rows) {
-        const Arithmetic<T> how = arithmetic_of(net, rows);
-        tape.multiply_by(how, how.library && !extras.sobolev && extras.clip_example_norm == 0);
+        tape.multiply_by(arithmetic_of(net, rows), !extras.sobolev && extras.clip_example_norm == 0);
         shape(rows);
     }
 

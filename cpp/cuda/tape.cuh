@@ -35,22 +35,28 @@ struct Network<T>::Runtime {
 
 inline std::atomic<Schedule> forced_schedule{Schedule::by_size};
 
-// Whether cuBLASLt makes a step's products, from its multiplications.
-inline bool by_library(double multiplies) {
+// Whether cuBLASLt makes the products of a step of so many rows.
+template <class T>
+bool is_for_library(const Network<T>& net, Index rows) {
     const Schedule forced = forced_schedule.load();
-    return (forced == Schedule::by_size ? wants_library(multiplies) : forced == Schedule::library) && lt::functions();
+    const bool large = wants_library(net.multiplies_per_row() * static_cast<double>(rows));
+    return (forced == Schedule::by_size ? large : forced == Schedule::library) && lt::functions();
 }
-
-// How a sweep over so many rows makes its products. Of those before it, the library forgets what it has packed.
+// Products by a library, which begins where there is none yet, with room for a step of so many rows. What it has packed it forgets.
+template <class T>
+Arithmetic<T> by_library(std::unique_ptr<Library<T>>& library, const Network<T>& net, Index rows) {
+    auto& run = net.runtime();
+    if (!library) library = std::make_unique<Library<T>>(net.device(), net.precision(), run.side);
+    library->reserve(rows, net.layers());
+    Arithmetic<T> how = run.how;
+    how.library = library.get();
+    return how;
+}
+// Of a sweep over so many rows that no trainer has planned.
 template <class T>
 Arithmetic<T> arithmetic_of(const Network<T>& net, Index rows) {
     auto& run = net.runtime();
-    Arithmetic<T> how = run.how;
-    if (!by_library(net.multiplies_per_row() * static_cast<double>(rows))) return how;
-    if (!run.library) run.library = std::make_unique<Library<T>>(net.device(), net.precision(), run.side);
-    run.library->reserve(rows, net.layers());
-    how.library = run.library.get();
-    return how;
+    return is_for_library(net, rows) ? by_library(run.library, net, rows) : run.how;
 }
 
 template <class T>
@@ -85,7 +91,7 @@ class Tape {
     // From now on products are made so. `only_products` and derivatives read what lies between the layers, no code of the caller's.
     void multiply_by(const Arithmetic<T>& how, bool only_products) {
         how_ = how;
-        only_products_ = only_products;
+        only_products_ = only_products && how.library;
     }
     // Matrices are not what products have seen of them.
     void begin_step() const { how_.begin_step(); }

@@ -56,7 +56,7 @@ class Together {
     }
     cudaStream_t stream() const { return first().net.runtime().stream; }
 
-    // Rates(k): the learning rates of network k.
+    // rates(n): the learning rates of network n.
     template <class Rates>
     void enqueue(Index k, Index number, Rates rates, Index lr_stride, Poller& look) {
         Group& group = groups_[k % kFlights];

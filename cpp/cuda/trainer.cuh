@@ -97,7 +97,6 @@ struct Trainer<T>::Work {
         return rule;
     }
     void choose();
-    void open_library();
     void make_room(Index count);
     Job<T> job(const Source<T>& from, Index count, Index of_a_step) const;
     void enqueue(const Source<T>& from, Index count, Index times);
@@ -146,23 +145,13 @@ void Trainer<T>::Work::choose() {
     if (fits && (forced == Schedule::by_size || forced == Schedule::resident)) {
         schedule = Schedule::resident;
         jobs.grow(net.device(), 1, "a network at work");
-    } else if (by_library(net.multiplies_per_row() * static_cast<double>(planned))) {
+    } else if (is_for_library(net, planned)) {
         schedule = Schedule::library;
-        open_library();
+        step.tape.multiply_by(by_library(library, net, planned), !stores_examples());
     }
     if (!stores()) return;
     step.gradient();  // now: a graph must not find it elsewhere
     net.runtime().stream.wait();
-}
-
-// A library with room for every product of a step.
-template <class T>
-void Trainer<T>::Work::open_library() {
-    if (!library) library = std::make_unique<Library<T>>(net.device(), net.precision(), net.runtime().side);
-    library->reserve(planned, net.layers());
-    Arithmetic<T> how = net.runtime().how;
-    how.library = library.get();
-    step.tape.multiply_by(how, !stores_examples());
 }
 
 // For steps of so many rows, the schedule that suits them, too.
