@@ -329,8 +329,7 @@ void Network<T>::restore(const Buffer<T>& snapshot) {
 template <class T>
 bool all_finite_by(const Stream& stream, int device, const T* at, Index size) {
     const Buffer<double> count(device, kPieces + 1, "a sum");
-    sum_in_pieces(size, NotFinite<T>{at}, count.data(), stream);
-    sum_over(pieces_of(size), Partials{count.data()}, StoreSum{count.data() + kPieces}, stream);
+    sum_over(size, NotFinite<T>{at}, StoreSum{count.data() + kPieces}, count.data(), stream);
     double result = 0;
     download(&result, count.data() + kPieces, 1, stream);
     stream.wait();

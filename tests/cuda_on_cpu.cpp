@@ -296,6 +296,41 @@ void multiplies(const char* rule) {
         }
 }
 
+// Sums over rows in slices, some of them shorter than the others or empty, then added up: W's part, and the bias' by a column of ones.
+template <class T>
+void multiplies_rows(Precision precision, TileSize size, const char* rule) {
+    const int outputs = 5, inputs = 37, k = 2 * 128 + 7;
+    std::vector<T> dz(static_cast<std::size_t>(k * outputs)), x(static_cast<std::size_t>(k * inputs));
+    for (std::size_t i = 0; i < dz.size(); ++i) dz[i] = static_cast<T>(static_cast<int>(i * 7 % 31) - 15);
+    for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<T>(static_cast<int>(i * 5 % 23) - 11);
+    static const Stream stream;
+    for (const Index slices : {1, 2, 3, 5}) {
+        std::vector<T> gradient(static_cast<std::size_t>(outputs * (inputs + 1)));
+        const Buffer<T> room(0, slices * static_cast<Index>(gradient.size()), "slices");
+        Operand<T> with_ones = {x.data(), inputs};
+        with_ones.ones = inputs;
+        multiply_rows(precision, {size, slices}, outputs, inputs + 1, k, Operand<T>{dz.data(), outputs}, with_ones,
+                      StoreGradient<T>{gradient.data(), outputs, inputs, false}, room.data(), stream);
+        for (int o = 0; o < outputs; ++o)
+            for (int i = 0; i <= inputs; ++i) {
+                T sum = 0;
+                for (int t = 0; t < k; ++t)
+                    sum += dz[static_cast<std::size_t>(t * outputs + o)] *
+                           (i < inputs ? x[static_cast<std::size_t>(t * inputs + i)] : T{1});
+                const int at = i < inputs ? o * inputs + i : outputs * inputs + o;
+                check(gradient[static_cast<std::size_t>(at)] == sum, rule);
+            }
+    }
+}
+void products_of_rows() {
+    for (const TileSize size : {TileSize::mini, TileSize::tiny}) {
+        multiplies_rows<float>(Precision::float32, size, "sums over rows in slices are exact in float32");
+        multiplies_rows<double>(Precision::float64, size, "sums over rows in slices are exact in float64");
+        multiplies_rows<float>(Precision::tf32, size, "sums over rows in slices are exact in tf32");
+        multiplies_rows<float>(Precision::bfloat16, size, "sums over rows in slices are exact in bfloat16");
+    }
+}
+
 // While one thread makes a graph, others wait for the device and release memory: neither may notice.
 void graphs_beside_waits() {
     const Stream stream;
@@ -342,6 +377,7 @@ int test() {
     multiplies<Tf32Large>("large product of tf32 is exact");
     multiplies<Bfloat16Small>("small product of bfloat16 is exact");
     multiplies<Bfloat16Large>("large product of bfloat16 is exact");
+    products_of_rows();
     std::printf("%d failed\n", failed);
     return failed > 0;
 }

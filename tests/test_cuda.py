@@ -352,6 +352,28 @@ def test_large_predictions_go_in_pieces(rng):
     close(pair.gpu.predict(x), pair.cpu.predict(wide(x)), 100 * eps(np.float32))
 
 
+MANY = 9300  # more than two slices of a gradient, and than one piece of a loss
+
+
+@pytest.mark.parametrize("name, precision", [
+    ("vjp", "float32"), ("vjp", "float64"), ("value_and_grad", "float32"), ("hvp", "float64")
+])  # fmt: skip
+def test_sums_over_many_rows(name, precision, rng):
+    """Slices and pieces, the last ones shorter: one left out, taken twice, or read before it is there."""
+    pair = Pair(layers_of([5, 4, 2], "tanh"), precision, rng)
+    given = {
+        "x": pair.numbers(rng, MANY, 5), "c": np.abs(pair.numbers(rng, MANY, 2)),
+        "y": rng.integers(0, 2, MANY), "w": pair.numbers(rng, MANY) ** 2, "v": directions(pair, rng),
+    }  # fmt: skip
+    exact = {key: wide(value) for key, value in given.items() if key != "v"}
+    exact["v"] = {key: wide(value) for key, value in given["v"].items()}
+    got, again = (MAPS[name](pair.gpu, given) for _ in range(2))
+    # A chain of sums has up to 1163 terms of a slice, or 37 of a piece and 256 threads; see ROUNDINGS.
+    all_close(got, MAPS[name](pair.cpu, exact), 2 * ROUNDINGS * eps(pair.dtype))
+    for a, b in zip(flat(got), flat(again), strict=True):
+        assert_same_bits(a, b)
+
+
 # ---- training ----------------------------------------------------------------------------------------------
 
 TRAINED = layers_of([5, 17, 9, 2], "tanh", "silu")
@@ -542,6 +564,19 @@ def test_rounded_products_train_as_well(precision, schedule, rng):
     got, exact = pair.trainer.run(0, rates), pair.cpu_trainer.run(0, rates)
     assert exact[-1] < 0.5 * exact[0]
     assert_within(got, exact, 0.05 * exact[0], "losses ")
+
+
+class OfManyRows(Trained):
+    rows = MANY
+
+
+@pytest.mark.parametrize("more", [
+    {"l1": 0.03, "weighted": True}, {"clip_norm": 0.1, "batch_size": 9000}, {"clip_example_norm": 0.3},
+], ids=str)  # fmt: skip
+def test_steps_of_many_rows_follow_the_cpu(more, rng):
+    """Gradients in slices, with the update and without; and a rest that has none."""
+    layers, more = layers_of([5, 4, 2], "tanh"), {"batch_size": MANY, **more}
+    OfManyRows(rng, rule=RULES[2], layers=layers, **more).assert_runs_equal(2, 1e-10)
 
 
 class Longer(Trained):

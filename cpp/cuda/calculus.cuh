@@ -82,7 +82,11 @@ void Direction<T>::set(const Parameter& parameter, const T* from) {
 template <class T>
 struct Derivatives<T>::Work {
     using Kind = typename Tape<T>::Kind;
-    explicit Work(Network<T>& network) : net(network), tape(net, false), control(net.device(), 1, "a loss") {}
+    explicit Work(Network<T>& network)
+        : net(network),
+          tape(net, false),
+          control(net.device(), 1, "a loss"),
+          partials(net.device(), kPieces, "a loss") {}
 
     // f(first, rows) for pieces of whole examples, `seeds` rows of derivatives each, in so many kinds of matrices.
     template <class F>
@@ -132,6 +136,7 @@ struct Derivatives<T>::Work {
     Network<T>& net;
     Tape<T> tape;
     Buffer<Control> control;
+    Buffer<double> partials;
     Buffer<T> flat, out, values;
     Resident<T> data;
 };
@@ -145,7 +150,8 @@ void Derivatives<T>::Work::of_loss(const Dataset<T>& dataset, const Loss<T>& los
     by_pieces(dataset.rows, 1, static_cast<Index>(kinds.size()), [&](Index first, Index rows) {
         if (!begun) {
             data.take(net, dataset, stream());
-            sum_over(dataset.rows, BatchWeight<T>{data.source()}, SetScale<T>{control.data(), loss.mean}, stream());
+            const BatchWeight<T> weight = {data.source(), dataset.rows};
+            sum_over(weight.terms(), weight, SetScale<T>{control.data(), loss.mean}, partials.data(), stream());
             begun = true;
         }
         values.grow(net.device(), rows, "the values of a loss");

@@ -390,6 +390,17 @@ struct Arithmetic {
         if (library && k > 0 && library->template multiply<ADownK, BDownK>(m, n, k, a, b, epilogue, stream)) return;
         multiply_tiles<ADownK, BDownK>(precision, tile_size(m, n, processors), m, n, k, a, b, epilogue, stream);
     }
+    // Aᵀ B; our tiles take that much room.
+    Index room_of_rows(Index m, Index n, Index k) const {
+        const Index slices = cut_of_rows(m, n, k, processors).slices;
+        return slices > 1 ? slices * m * n : 0;
+    }
+    template <class Epilogue>
+    void multiply_rows(Index m, Index n, Index k, const Operand<T>& a, const Operand<T>& b, const Epilogue& epilogue,
+                       T* room, cudaStream_t stream) const {
+        if (library && k > 0 && library->template multiply<true, true>(m, n, k, a, b, epilogue, stream)) return;
+        cuda::multiply_rows(precision, cut_of_rows(m, n, k, processors), m, n, k, a, b, epilogue, room, stream);
+    }
 };
 
 }  // namespace cuda

@@ -10,8 +10,6 @@
 namespace chainrule {
 namespace cuda {
 
-constexpr int kThreads = 256;
-
 template <class F>
 __global__ void __launch_bounds__(kThreads) over_elements(Index first, unsigned count, unsigned cols, F f) {
     const unsigned i = blockIdx.x * kThreads + threadIdx.x;
@@ -175,11 +173,7 @@ __global__ void __launch_bounds__(kThreads) sum_by_block(Index count, F f, Done 
     const double total = block_sum(sum, memory);
     if (threadIdx.x == 0) done(total);
 }
-template <class F, class Done>
-void sum_over(Index count, const F& f, const Done& done, cudaStream_t stream) {
-    launch(sum_by_block<F, Done>, dim3(1), kThreads, kThreads * sizeof(double), stream, count, f, done);
-}
-// The same in two stages: partial[b] over piece b of as many pieces as there are.
+// Its first stage where there is much to add up: partial[b] over piece b of as many pieces as there are.
 template <class F>
 __global__ void __launch_bounds__(kThreads) sum_pieces(Index count, F f, double* partial) {
     CHAINRULE_SHARED(double, memory);
@@ -201,6 +195,17 @@ struct Partials {
     const double* at;
     __device__ double operator()(Index i) const { return at[i]; }
 };
+// done(f(0) + … + f(count - 1)), always in the same order. `room` is for kPieces partial sums.
+template <class F, class Done>
+void sum_over(Index count, const F& f, const Done& done, double* room, cudaStream_t stream) {
+    const auto by_block = [&](Index terms, const auto& term) {
+        launch(sum_by_block<std::decay_t<decltype(term)>, Done>, dim3(1), kThreads, kThreads * sizeof(double), stream,
+               terms, term, done);
+    };
+    if (pieces_of(count) == 1) return by_block(count, f);
+    sum_in_pieces(count, f, room, stream);
+    by_block(pieces_of(count), Partials{room});
+}
 struct StoreSum {
     double* to;
     __device__ void operator()(double sum) const { *to = sum; }
@@ -239,12 +244,14 @@ struct Source {  // a data set on the device
     Rows rows = {};
 };
 
-// The weights of a batch: their sum, and what the loss is multiplied by.
+// The weights of a batch: their sum, and what the loss is multiplied by. Rows without weights are one term.
 template <class T>
 struct BatchWeight {
     Source<T> data;
+    Index count;
+    Index terms() const { return data.weight ? count : 1; }
     __device__ double operator()(Index i) const {
-        return data.weight ? static_cast<double>(data.weight[data.rows(i)]) : 1.0;
+        return data.weight ? static_cast<double>(data.weight[data.rows(i)]) : static_cast<double>(count);
     }
 };
 template <class T>

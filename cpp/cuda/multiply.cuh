@@ -12,6 +12,8 @@
 namespace chainrule {
 namespace cuda {
 
+constexpr int kThreads = 256;  // of a block that has no tile
+
 // The rows of a batch: so many after the first, as they come or as an epoch's order names them.
 struct Rows {
     const std::int64_t* order = nullptr;  // null: as they come
@@ -281,18 +283,20 @@ __global__ void __launch_bounds__(Tile::threads, is_one_of_two<Tile, ADownK, BDo
     const int row = block % down * Tile::rows, col = block / down * Tile::cols;
     Carrier<Tile, ADownK, Tile::rows> next_a(a.settled(), row, m);
     Carrier<Tile, BDownK, Tile::cols> next_b(b.settled(), col, n);
+    int begin = 0, end = k;
+    if constexpr (Epilogue::sliced) epilogue.narrow(begin, end);
     Tile tile;
-    if (k > 0) {
-        next_a.fetch(0, k);
-        next_b.fetch(0, k);
+    if (begin < end) {
+        next_a.fetch(begin, end);
+        next_b.fetch(begin, end);
     }
-    for (int start = 0; start < k; start += Tile::depth) {
+    for (int start = begin; start < end; start += Tile::depth) {
         next_a.put(a_tile);
         next_b.put(b_tile);
         __syncthreads();
-        if (start + Tile::depth < k) {
-            next_a.fetch(start + Tile::depth, k);
-            next_b.fetch(start + Tile::depth, k);
+        if (start + Tile::depth < end) {
+            next_a.fetch(start + Tile::depth, end);
+            next_b.fetch(start + Tile::depth, end);
         }
         tile.add(a_tile, b_tile);
         __syncthreads();
@@ -342,6 +346,7 @@ static __device__ __forceinline__ void each_there(const I (&rows)[N], F f) {
 // Z = X Wᵀ + b, z kept where somebody needs it, and y = op(z). With `add`, to what is in y.
 template <class T>
 struct Activate {
+    static constexpr bool sliced = false;
     const T* bias;       // null: none
     MatrixView<T> z, y;  // data null: not kept
     Op op;
@@ -365,6 +370,7 @@ struct Activate {
 // dX = dZ W, and the cotangent before the op that made X: dX g'. With `add`, dX is added to what is there.
 template <class T>
 struct Differentiate {
+    static constexpr bool sliced = false;
     MatrixView<T> dx;             // data null: not kept
     MatrixView<const T> saved;    // data null: there is no op
     const std::uint16_t* packed;  // not null: `saved` lies here instead, as bfloat16
@@ -395,6 +401,7 @@ static __device__ __forceinline__ Index place_of_gradient(int o, int i, int outp
 // dW beside db, into a gradient laid out like theta.
 template <class T>
 struct StoreGradient {
+    static constexpr bool sliced = false;
     T* to;
     int outputs, inputs;
     bool add;
@@ -479,6 +486,7 @@ struct Rule {
 // dW beside db, and the update at once.
 template <class T>
 struct Update {
+    static constexpr bool sliced = false;
     Rule<T> rule;
     Index offset;
     int outputs, inputs;
@@ -501,12 +509,48 @@ struct Update {
     }
 };
 
+// One slice of the terms for each row of blocks, to where all slices of C lie.
+template <class T>
+struct KeepSlice {
+    static constexpr bool sliced = true;
+    T* slices;
+    int count, terms;  // of slices, and of one at most
+    int size, cols;    // of C
+    __device__ void narrow(int& begin, int& end) const {
+        begin = static_cast<int>(blockIdx.y) * terms;
+        end = end - begin < terms ? end : begin + terms;
+    }
+    template <int N>
+    __device__ void operator()(const int (&rows)[N], int j, const Several<T, N>& v) {
+        T* const to = slices + static_cast<Index>(blockIdx.y) * size;
+        each_there(rows, [&](int c) { to[rows[c] * cols + j] = v.at[c]; });
+    }
+    __device__ void finish(T*) {}
+};
+
+// The epilogue of a product whose slices lie there; they are added up in order.
+template <class T, class Epilogue>
+__global__ void __launch_bounds__(kThreads) add_slices(int size, int n, int count, const T* slices, Epilogue epilogue) {
+    CHAINRULE_SHARED(T, memory);
+    const int place = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
+    if (place < size) {
+        Several<T, 1> sum = {};
+        CHAINRULE_UNROLL(8)
+        for (int s = 0; s < count; ++s) sum.at[0] = sum.at[0] + slices[static_cast<Index>(s) * size + place];
+        const int rows[1] = {place / n};
+        epilogue(rows, place % n, sum);
+    }
+    epilogue.finish(memory);
+}
+
 // ---- the choice of a tile -------------------------------------------------------------------------------------------
+
+constexpr int kDeepest = 128;  // terms of a tile
 
 // Large tiles read each operand less often, small and tiny ones keep more of the device busy.
 template <class T>
 struct Tiles {
-    using Mini = Simt<T, 16, 16, 128, 4, 4, 16>;
+    using Mini = Simt<T, 16, 16, kDeepest, 4, 4, 16>;
     using Tiny = Simt<T, 32, 32, 64, 4, 4, 4>;
     using Small = Simt<T, 64, 64, 16, 4, 4>;
     using Large = std::conditional_t<sizeof(T) == 4, Simt<T, 128, 128, 16, 8, 8>, Small>;
@@ -521,7 +565,8 @@ using Bfloat16Large = TensorCores<true, 128, 128, 16, 4, 4>;
 template <class Tile, bool ADownK, bool BDownK, class T, class Epilogue>
 void multiply_by(Index m, Index n, Index k, const Operand<T>& a, const Operand<T>& b, const Epilogue& epilogue,
                  cudaStream_t stream) {
-    const dim3 blocks(static_cast<unsigned>(tiles_across(m, Tile::rows) * tiles_across(n, Tile::cols)));
+    dim3 blocks(static_cast<unsigned>(tiles_across(m, Tile::rows) * tiles_across(n, Tile::cols)));
+    if constexpr (Epilogue::sliced) blocks.y = static_cast<unsigned>(epilogue.count);
     launch(multiply<Tile, ADownK, BDownK, T, Epilogue>, blocks, Tile::threads, tile_bytes<Tile>(), stream,
            static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), a, b, epilogue);
 }
@@ -531,12 +576,9 @@ void multiply_tiles(Precision precision, TileSize size, Index m, Index n, Index 
                     const Operand<T>& b, const Epilogue& epilogue, cudaStream_t stream) {
     const auto with = [&](auto tile) { multiply_by<decltype(tile), ADownK, BDownK>(m, n, k, a, b, epilogue, stream); };
     const auto go = [&](auto mini, auto tiny, auto small, auto large) {
-        switch (size) {
-            case TileSize::mini: return with(mini);
-            case TileSize::tiny: return with(tiny);
-            case TileSize::small: return with(small);
-            case TileSize::large: return with(large);
-        }
+        if (size == TileSize::mini) return with(mini);
+        if (size == TileSize::tiny) return with(tiny);
+        if constexpr (!Epilogue::sliced) size == TileSize::small ? with(small) : with(large);
     };
     if constexpr (sizeof(T) == 4) {
         if (precision == Precision::tf32) return go(Tf32Tiny{}, Tf32Tiny{}, Tf32Small{}, Tf32Large{});
@@ -544,6 +586,19 @@ void multiply_tiles(Precision precision, TileSize size, Index m, Index n, Index 
             return go(Bfloat16Tiny{}, Bfloat16Tiny{}, Bfloat16Small{}, Bfloat16Large{});
     }
     go(typename Tiles<T>::Mini{}, typename Tiles<T>::Tiny{}, typename Tiles<T>::Small{}, typename Tiles<T>::Large{});
+}
+
+// Aᵀ B, in slices where there are several, for which there is room.
+template <class T, class Epilogue>
+void multiply_rows(Precision precision, Cut cut, Index m, Index n, Index k, const Operand<T>& a, const Operand<T>& b,
+                   const Epilogue& epilogue, T* room, cudaStream_t stream) {
+    if (cut.slices == 1) return multiply_tiles<true, true>(precision, cut.size, m, n, k, a, b, epilogue, stream);
+    const int count = static_cast<int>(cut.slices), size = static_cast<int>(m * n), cols = static_cast<int>(n);
+    const int terms = static_cast<int>(round_up(tiles_across(k, cut.slices), kDeepest));
+    multiply_tiles<true, true>(precision, cut.size, m, n, k, a, b, KeepSlice<T>{room, count, terms, size, cols},
+                               stream);
+    launch(add_slices<T, Epilogue>, dim3(static_cast<unsigned>(tiles_across(size, kThreads))), kThreads,
+           kThreads * sizeof(double), stream, size, cols, count, static_cast<const T*>(room), epilogue);
 }
 
 }  // namespace cuda

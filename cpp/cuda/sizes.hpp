@@ -23,6 +23,33 @@ constexpr TileSize tile_size(Index m, Index n, int processors) {
     return tiles_of(m, n, kTinyTile) >= processors ? TileSize::tiny : TileSize::mini;
 }
 
+constexpr Index width_of(TileSize size) {
+    switch (size) {
+        case TileSize::mini: return kMiniTile;
+        case TileSize::tiny: return kTinyTile;
+        case TileSize::small: return kSmallTile;
+        default: return kLargeTile;
+    }
+}
+
+// A product of rows, Aᵀ B, has as many terms as a batch has rows. Where its tiles are too few for all processors, its terms are
+// in slices, a block each, and another kernel adds those up: from four times so many terms on, that is repaid. A weight's
+// gradient by 28,672 rows of 8-64-64-1 takes 28 slices 16 turns of the loop over terms, where one block took 224. Only mini and
+// tiny tiles are ever too few.
+constexpr Index kTermsOfSlice = 1024, kMostSlices = 64;
+struct Cut {
+    TileSize size;
+    Index slices;
+};
+constexpr Cut cut_of_rows(Index m, Index n, Index k, int processors) {
+    const Index most = k < 4 * kTermsOfSlice ? 1 : k < kMostSlices * kTermsOfSlice ? k / kTermsOfSlice : kMostSlices;
+    const TileSize whole = tile_size(m, n, processors);
+    const bool tiny = whole == TileSize::mini && tiles_of(m, n, kTinyTile) * most >= processors;
+    const TileSize size = tiny ? TileSize::tiny : whole;
+    const Index tiles = tiles_of(m, n, width_of(size)), wanted = tiles < processors ? 2 * processors / tiles : 1;
+    return {size, wanted < most ? wanted : most};
+}
+
 // The most blocks that a product of m x n has, whatever its tiles.
 constexpr Index most_tiles(Index m, Index n) { return tiles_of(m, n, kMiniTile); }
 

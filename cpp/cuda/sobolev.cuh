@@ -61,7 +61,9 @@ template <class T>
 class Sobolev {
    public:
     using Kind = typename Tape<T>::Kind;
-    explicit Sobolev(const Network<T>& net) : net_(net), tape_(net, false) { tape_.keep_all(true); }
+    explicit Sobolev(const Network<T>& net) : net_(net), tape_(net, false), partials_(net.device(), kPieces, "slopes") {
+        tape_.keep_all(true);
+    }
 
     // Of a batch whose ∂loss/∂f is there: the gradient of both terms, and the second term's value into control->slopes.
     void sweep(const Source<T>& data, double lambda, Index rows, MatrixView<const T> df, Control* control, T* flat,
@@ -78,7 +80,7 @@ class Sobolev {
                  LeaveResiduals<T>{data, control, constant(tape_.at(Kind::cotangent, 0)), tape_.at(Kind::tangent, 0),
                                    outputs, lambda, values_.data()},
                  stream);
-        sum_over(rows, Partials{values_.data()}, StoreSum{&control->slopes}, stream);
+        sum_over(rows, Partials{values_.data()}, StoreSum{&control->slopes}, partials_.data(), stream);
         tape_.tangents(0, nullptr, stream);
         map_elements(rows * outputs, outputs, LoadLoss<T>{tape_.at(Kind::cotangent_tangent, depth), df, outputs},
                      stream);
@@ -100,7 +102,7 @@ class Sobolev {
 
     const Network<T>& net_;
     Tape<T> tape_;
-    Buffer<double> values_;
+    Buffer<double> values_, partials_;
 };
 
 }  // namespace cuda

@@ -144,7 +144,7 @@ struct Step<T>::Work {
           extras(the_extras),
           tape(net, training),
           control(net.device(), 1, "a step"),
-          partials(net.device(), kPieces, "a step") {
+          partials(net.device(), 2 * kPieces, "a step") {
         make_room(rows);
         if (extras.sobolev) sobolev.emplace(net);
     }
@@ -190,6 +190,13 @@ struct Step<T>::Work {
         net.runtime().stream.wait();
         return value;
     }
+    double* partials_on(cudaStream_t stream) const {
+        return partials.data() + (stream == net.runtime().side ? kPieces : 0);
+    }
+    void add_penalties(Index count) {
+        cudaStream_t stream = net.runtime().stream;
+        sum_over(count, Partials{penalties.data()}, StoreSum{&control.data()->penalty}, partials_on(stream), stream);
+    }
     Index penalty_blocks() const {
         Index blocks = 0;
         for (const Layer<T>& g : net.layers())
@@ -214,7 +221,8 @@ template <class T>
 void Step<T>::Work::forward(const Source<T>& data, Index rows, const typename Tape<T>::Drawing* drawing) {
     auto& run = net.runtime();
     run.fork.order(run.stream, run.side);
-    sum_over(rows, BatchWeight<T>{data}, SetScale<T>{control.data(), loss.mean}, run.side);
+    const BatchWeight<T> weight = {data, rows};
+    sum_over(weight.terms(), weight, SetScale<T>{control.data(), loss.mean}, partials_on(run.side), run.side);
     tape.begin_step();
     tape.input(data.x, data.rows, run.stream);
     tape.forward(drawing, run.stream);
@@ -232,7 +240,8 @@ void Step<T>::Work::run_loss(const Source<T>& data, Index rows) {
 
 template <class T>
 void Step<T>::Work::end(const Source<T>& data, Index rows, Index advance, cudaStream_t stream) {
-    sum_over(rows, WeightedValue<T>{values.data(), data}, EndStep{control.data(), loss.mean, rows, advance}, stream);
+    sum_over(rows, WeightedValue<T>{values.data(), data}, EndStep{control.data(), loss.mean, rows, advance},
+             partials_on(stream), stream);
 }
 
 // One step's work without the update; its value is the control's.
@@ -311,7 +320,7 @@ void Step<T>::Work::update_at_once(const Rule<T>& rule, Index rows, const typena
                       stream);
         first += most_tiles(g.outputs, g.inputs + g.bias);
     });
-    if (penal) sum_over(blocks, Partials{penalties.data()}, StoreSum{&control.data()->penalty}, net.runtime().stream);
+    if (penal) add_penalties(blocks);
 }
 
 // From `stored`: penalties, limits, and the rule in a pass of its own.
@@ -330,12 +339,10 @@ void Step<T>::Work::update_stored(const Rule<T>& rule, double clip_norm) {
             sum_in_pieces(part.size, Regularize<T>{rule, part, flat}, penalties.data() + pieces, stream);
             pieces += pieces_of(part.size);
         }
-        sum_over(pieces, Partials{penalties.data()}, StoreSum{&control.data()->penalty}, stream);
+        add_penalties(pieces);
     }
-    if (clip_norm != 0) {
-        sum_in_pieces(net.size(), Squares<T>{flat}, partials.data(), stream);
-        sum_over(pieces_of(net.size()), Partials{partials.data()}, SetClip{control.data(), clip_norm}, stream);
-    }
+    if (clip_norm != 0)
+        sum_over(net.size(), Squares<T>{flat}, SetClip{control.data(), clip_norm}, partials_on(stream), stream);
     map_each(net.size(), Apply<T>{rule, flat, control.data()}, stream);
 }
 

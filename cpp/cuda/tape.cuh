@@ -180,7 +180,7 @@ class Tape {
     Index phase_ = 0, rows_ = 0, seeds_ = 1, examples_ = 0;
     Operand<T> input_{nullptr, 0};
     std::vector<MatrixView<T>> views_;
-    Buffer<T> arena_;
+    Buffer<T> arena_, slices_[2];  // of long sums, of products on either stream
 };
 
 // ---- the matrices ---------------------------------------------------------------------------------------------------
@@ -210,6 +210,11 @@ void Tape<T>::shape(Index first, Index rows, Index seeds, std::initializer_list<
     cut(nullptr);
     arena_.grow(net_.device(), total, "activations");
     cut(arena_.data());
+    Index slices = 0;
+    for (const Layer<T>& g : net_.layers())
+        if (g.kind == LayerKind::linear)
+            slices = std::max(slices, how_.room_of_rows(g.outputs, g.inputs + g.bias, rows));
+    for (Buffer<T>& room : slices_) room.grow(net_.device(), slices, "slices of gradients");
 }
 
 template <class T>
@@ -412,8 +417,8 @@ void Tape<T>::gradient(Index l, Index rows, const Operand<T>& dz, const Operand<
     const Layer<T>& g = layer(l);
     Operand<T> with_ones = x;
     if (g.bias && with_bias) with_ones.ones = static_cast<int>(g.inputs);
-    how_.template multiply<true, true>(g.outputs, g.inputs + (g.bias && with_bias), rows, dz, with_ones, epilogue,
-                                       stream);
+    how_.multiply_rows(g.outputs, g.inputs + (g.bias && with_bias), rows, dz, with_ones, epilogue,
+                       slices_[stream == net_.runtime().side].data(), stream);
 }
 
 template <class T>
