@@ -169,8 +169,10 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("schedules", [] { return std::vector<std::string>(schedule_names.begin() + 1, schedule_names.end()); });
     m.def(
         "force_schedule",
-        [](const std::string& name) { cuda::force_schedule(lookup<cuda::Schedule>(schedule_names, name, "schedule")); },
-        py::arg("name"));
+        [](const std::string& name, int blocks) {
+            cuda::force_schedule(lookup<cuda::Schedule>(schedule_names, name, "schedule"), std::max(blocks, 0));
+        },
+        py::arg("name"), py::arg("blocks") = 0);
     bind_arrays(m);
     bind_cuda<float>(m, "32");
     bind_cuda<double>(m, "64");

@@ -141,7 +141,10 @@ std::unique_lock<std::mutex> hold(std::mutex& mutex) {
     return lock;
 }
 
-void force_schedule(Schedule schedule) { forced_schedule.store(schedule); }
+void force_schedule(Schedule schedule, int blocks) {
+    forced_schedule.store(schedule);
+    forced_ranks.store(blocks);
+}
 void look_for_libraries(std::vector<std::string> folders) { library_folders() = std::move(folders); }
 
 void copy(int device, void* to, const void* from, std::size_t bytes) {

@@ -26,7 +26,8 @@ std::string device_name(int device);
 void synchronize(int device);
 template <class T>
 bool all_finite(int device, const T* at, Index size);  // an array of the caller's, there
-void force_schedule(Schedule schedule);                // of trainers made from now on
+// Of trainers made from now on; `blocks` for each network of the resident schedule, 0 by size.
+void force_schedule(Schedule schedule, int blocks = 0);
 // Locks it. `wait_by` says how to wait where somebody has it: the bindings give Python's lock away meanwhile, which a training in
 // another thread asks for every 20 ms.
 std::unique_lock<std::mutex> hold(std::mutex& mutex);

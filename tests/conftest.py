@@ -84,11 +84,12 @@ def dtype(request):
     return np.dtype(request.param)
 
 
-@pytest.fixture(params=["by size", "resident", "fused", "library"])
+@pytest.fixture(params=["by size", "resident", "resident in one block", "fused", "library"])
 def schedule(request):
     """What trainers on a GPU take that are made in the test."""
     cuda = sys.modules["chainrule._cuda"]
-    cuda.force_schedule("" if request.param == "by size" else request.param)
+    name, _, one_block = request.param.partition(" in ")
+    cuda.force_schedule("" if name == "by size" else name, 1 if one_block else 0)
     yield request.param
     cuda.force_schedule("")
 

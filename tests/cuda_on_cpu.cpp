@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cuda.hpp"
+#include "cuda/cluster.cuh"
 #include "cuda/multiply.cuh"
 
 namespace chainrule {
@@ -275,6 +276,55 @@ void banks() {
     meets_no_bank_twice<Bfloat16Large>("a large tile of bfloat16 meets no bank twice");
 }
 
+// ---- clusters -----------------------------------------------------------------------------------------------------------
+
+enum class Mistake { none, no_barrier, written_late, no_arrival, left, wrong_rank };
+// Each block of three gets what the next one's threads have written into their shared memory.
+__global__ void rotate_through_cluster(int* values, Mistake mistake) {
+    CHAINRULE_SHARED(int, memory);
+    const int t = static_cast<int>(threadIdx.x), rank = static_cast<int>(blockIdx.x) % 3;
+    int* const own = values + blockIdx.x * blockDim.x + threadIdx.x;
+    if (mistake != Mistake::written_late) memory[t] = *own;
+    if (mistake == Mistake::left && rank == 1 && t == 0) return;
+    if (mistake != Mistake::no_barrier && mistake != Mistake::no_arrival) cluster_arrive();
+    if (mistake == Mistake::written_late) memory[t] = *own;
+    if (mistake != Mistake::no_barrier) cluster_wait();
+    *own =
+        *in_block(memory + (t + 1) % static_cast<int>(blockDim.x), mistake == Mistake::wrong_rank ? 3 : (rank + 1) % 3);
+    cluster_arrive();
+    cluster_wait();
+}
+void rotate(std::vector<int>& values, Mistake mistake) {
+    static const Stream stream;
+    const ClusterLaunch launch(3, 6, 40, 40 * sizeof(int), stream);
+    check(launch.fits(rotate_through_cluster), "clusters of three blocks fit");
+    launch(rotate_through_cluster, values.data(), mistake);
+    stream.wait();
+}
+void clusters() {
+    std::vector<int> values(6 * 40);
+    for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<int>(i);
+    const auto turn = [&](Mistake mistake) { rotate(values, mistake); };
+    turn(Mistake::none);
+    for (int i = 0; i < 6 * 40; ++i) {
+        const int block = i / 40, from = block / 3 * 3 + (block + 1) % 3;
+        check(values[static_cast<std::size_t>(i)] == from * 40 + (i + 1) % 40, "a block reads what the next one wrote");
+    }
+    dies([&] { turn(Mistake::no_arrival); }, "a wait without an arrival ends the process");
+    dies([&] { turn(Mistake::left); }, "a cluster's barrier that a thread has left ends the process");
+    dies([&] { turn(Mistake::wrong_rank); }, "a rank that is not there ends the process");
+    if (cuda_on_cpu::races::watching) {
+        dies([&] { turn(Mistake::no_barrier); }, "blocks of a cluster are not ordered by themselves");
+        dies([&] { turn(Mistake::written_late); }, "nor by a barrier that one arrives at too early");
+    }
+    setenv("CHAINRULE_EMULATOR_CLUSTERS", "none", 1);
+    static const Stream stream;
+    const ClusterLaunch launch(3, 6, 40, 40 * sizeof(int), stream);
+    check(!launch.fits(rotate_through_cluster), "an older GPU has no clusters");
+    check(ClusterLaunch(1, 6, 40, 0, stream).fits(rotate_through_cluster), "but blocks");
+    unsetenv("CHAINRULE_EMULATOR_CLUSTERS");
+}
+
 // Integers that tf32 and bfloat16 have leave nothing to rounding: the large tiles, which tests of networks are too small for.
 template <class Tile>
 void multiplies(const char* rule) {
@@ -362,6 +412,7 @@ int test() {
     dies([] { run(leave_a_barrier, 1, 64, 0); }, "a barrier that a thread has left ends the process");
     dies([] { run(wait_at_two_barriers, 1, 64, 0); }, "threads at different barriers end the process");
     races();
+    clusters();
     tiles();
     banks();
     multiplies<Tiles<float>::Mini>("mini product of float32 is exact");

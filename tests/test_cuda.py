@@ -465,6 +465,26 @@ def with_dropout(p):
     return [*layers_of([5, 17], "tanh"), ("dropout", 17, 17, p, False, None), *layers_of([17, 2])]
 
 
+@pytest.mark.parametrize("rows", [64, 67, 1, 5])
+@pytest.mark.parametrize("more", [
+    {}, {"weighted": True, "l1": 0.01, "l2": 0.1, "clip_value": 0.05}, {"clip_norm": 0.1},
+    {"layers": with_dropout(0.3)},
+], ids=["plain", "penalties", "clip_norm", "dropout"])  # fmt: skip
+def test_blocks_share_a_batch(rows, more, rng):
+    """Eight blocks of eight rows; a batch of fewer rows than blocks behind it, or alone; a step of few."""
+
+    class OfRows(Trained):
+        pass
+
+    OfRows.rows = rows
+    pair = OfRows(rng, rule=RULES[6], batch_size=64, shuffle=True, **more)
+    assert pair.trainer.schedule == "resident"
+    pair.assert_runs_equal(3, 1e-10)
+    few = [None if a is None else a[:5] for a in (pair.x, pair.y, pair.weight)]
+    close(pair.trainer.step(*few, 0.01), pair.cpu_trainer.step(*few, 0.01), 1e-10, "loss ")
+    pair.assert_same_parameters(1e-10)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3, 0.9])
 def test_dropout_and_order_are_the_cpus(p, schedule, rng):
     """The same seed drops the same activations and takes the same rows, or every digit would differ."""
@@ -520,10 +540,16 @@ def test_a_step_takes_the_schedule_that_suits_its_rows(rng):
     """Whatever rows its trainer was made with: one, by train_step, which meets its batches later."""
 
     class Tall(Trained):
-        rows = 4096
+        rows = 8192
 
     pair = Tall(rng, rule=RULES[0], layers=layers_of([3, 5, 2], "tanh"), batch_size=1)
-    for rows, chosen in ((1, "resident"), (32, "resident"), (4096, "fused"), (7, "fused")):
+    for rows, chosen in (
+        (1, "resident"),
+        (32, "resident"),
+        (4096, "resident"),
+        (8192, "fused"),
+        (7, "fused"),
+    ):
         x, y = pair.x[:rows], pair.y[:rows]
         close(pair.trainer.step(x, y, None, 0.01), pair.cpu_trainer.step(x, y, None, 0.01), 1e-12, "loss ")
         assert pair.trainer.schedule == chosen

@@ -66,6 +66,17 @@ def test_many_networks_have_the_bits_of_each_alone(own, schedule, rng):
             assert_same_bits(net.state_dict()[name], value, name)
 
 
+def test_more_networks_than_clusters():
+    """Each has a block of its own, and alone four, which add up in another order."""
+    nets, alone = networks("cuda", 70, dtype="float64"), networks("cuda", 70, dtype="float64")
+    options = {"loss": "mse", "epochs": 2, "batch_size": 32}
+    histories = cr.fit_many(nets, X, Y, **options)
+    for k in (0, 41, 69):
+        history = alone[k].fit(X, Y, **options)
+        close(histories[k]["loss"], history["loss"], 1e-12)
+        close(nets[k].predict(X), alone[k].predict(X), 1e-12)
+
+
 def test_of_many_one_diverges(schedule):
     nets, alone = networks("cuda", 3), networks("cuda", 3)
     with pytest.raises(FloatingPointError, match=r"in networks \[1\]"):

@@ -37,12 +37,13 @@ struct Program {
         Index offset;  // of the layer in theta
     };
     Step steps[kResidentLayers];
+    int ranks = 1;  // blocks that share a batch
     int count = 0, inputs = 0, outputs = 0;
     int f = 0, df = 0;       // φᴸ and its cotangent
     int parameters = 0;      // elements of all weights, which come first
     int slots[kSlots] = {};  // where the rule's slots begin; -1: it has none there
     int gradient = -1;       // where the gradient lies; -1: no place, it is used up at once
-    int sums = 0;            // a double for each thread
+    int sums = 0;            // a double for each thread, and one for each block
     Index total = 0;         // elements of T in all
 };
 
@@ -106,13 +107,14 @@ Program parts_of(const std::vector<Layer<T>>& layers, Index first_cotangent) {
     return p;
 }
 
-// The whole program, for batches of so many rows. `slots` says which of them the rule has, `stored` whether the whole gradient
-// must be seen before the update.
+// The whole program, for batches of so many rows by so many blocks. `slots` says which of them the rule has, `stored` whether the
+// whole gradient must be seen before the update.
 template <class T>
 Program plan_resident(const std::vector<Layer<T>>& layers, Index first_cotangent, Index batch,
-                      const bool (&slots)[kSlots], bool stored) {
+                      const bool (&slots)[kSlots], bool stored, int ranks) {
     using Step = Program::Step;
     Program p = parts_of(layers, first_cotangent);
+    p.ranks = ranks;
     Cutter memory;
     for (int n = 0; n < p.count; ++n) {
         Step& s = p.steps[n];
@@ -120,8 +122,8 @@ Program plan_resident(const std::vector<Layer<T>>& layers, Index first_cotangent
     }
     p.parameters = memory.cut(0);
     for (int slot = 0; slot < kSlots; ++slot) p.slots[slot] = slots[slot] ? memory.cut(p.parameters) : -1;
-    if (stored) p.gradient = memory.cut(p.parameters);
-    const auto matrix = [&](int cols) { return memory.cut(batch * resident_stride(cols)); };
+    if (stored || ranks > 1) p.gradient = memory.cut(p.parameters);
+    const auto matrix = [&](int cols) { return memory.cut(tiles_across(batch, ranks) * resident_stride(cols)); };
     int phi = matrix(p.inputs);
     for (int n = 0; n < p.count; ++n) {
         Step& s = p.steps[n];
@@ -141,7 +143,7 @@ Program plan_resident(const std::vector<Layer<T>>& layers, Index first_cotangent
         s.dx = dphi;
         s.through_saved = n > 0 ? p.steps[n - 1].saved : s.x;
     }
-    p.sums = memory.cut(kResidentThreads * static_cast<Index>(sizeof(double) / sizeof(T)));
+    p.sums = memory.cut((kResidentThreads + kMostRanks) * static_cast<Index>(sizeof(double) / sizeof(T)));
     p.total = memory.used();
     return p;
 }

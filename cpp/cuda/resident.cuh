@@ -2,11 +2,15 @@
 // L3: training of small networks without leaving a processor of the GPU: weights, the rule's state and one batch's activations
 // lie in shared memory, one block has one network, and one launch takes many steps. Many networks are many blocks.
 //
+// While there are processors to spare, a network has a cluster of blocks. Each has all weights and a part of the batch's rows; then
+// it adds up a part of the gradient from all blocks, updates those weights, and gives them to the others.
+//
 // In shared memory W lies transposed, with b as its last row: Wᵀ (I + 1, O), and the rule's slots beside it alike. With rows
 // resident_stride apart, the sums over inputs read four outputs at once, the sums over outputs four terms.
 #pragma once
 
 #include "block.cuh"
+#include "cluster.cuh"
 #include "maps.cuh"
 #include "program.hpp"
 
@@ -74,56 +78,124 @@ static __device__ __forceinline__ T* in_global(T* place) {
     return place;
 }
 
-template <class T>
+// Alone, or one of several that share the work: to be ready for others takes registers, of which two blocks on a processor have few.
+template <class T, bool Shares>
 struct Block {
     const Program& p;
     const Job<T>& job;
     T* memory;
-    double* sums;
-    Source<T> data = {};  // from the batch's first row on
-    int rows = 0;
-    Index left = 0;  // rows of the epoch after this batch
+    int rank;                  // in its cluster
+    Source<T> data = {};       // from the first of the block's rows on
+    int batch = 0;             // rows of the step
+    int before = 0, rows = 0;  // those of the blocks before this one, and its own
+    Index left = 0;            // rows of the epoch after this batch
 
+    __device__ int ranks() const { return Shares ? p.ranks : 1; }
     __device__ T* at(int place) const { return memory + place; }
+    __device__ double* sums() const { return reinterpret_cast<double*>(at(p.sums)); }
 
-    // Between theta's layout and ours, which `ours` begins; copy(theta's element, our element). A warp takes eight inputs of four
-    // outputs: sectors of memory on one side, 32 banks on the other.
+    // The block's part of so many.
+    struct Span {
+        int begin, end;
+    };
+    __device__ Span span_of(int count) const {
+        return Shares ? Span{count * rank / ranks(), count * (rank + 1) / ranks()} : Span{0, count};
+    }
+
     template <class F>
-    __device__ void each_weight(T* theta, int ours, F copy) const {
-        for (int s = 0; s < p.count; ++s) {
-            const Program::Step& g = p.steps[s];
-            if (g.kind != Program::Step::Kind::linear) continue;
+    __device__ void for_each_linear(F f) const {
+        for (int s = 0; s < p.count; ++s)
+            if (p.steps[s].kind == Program::Step::Kind::linear) f(p.steps[s]);
+    }
+    // The layer that has a parameter there.
+    __device__ const Program::Step& layer_at(int place) const {
+        const Program::Step* found = p.steps;
+        for_each_linear([&](const Program::Step& g) {
+            if (g.weights <= place) found = &g;
+        });
+        return *found;
+    }
+
+    // Whoever departs has done what others wait for; who has rejoined may rely on what they did. In between a thread may do what its
+    // own block wants next.
+    __device__ void depart() const {
+        if constexpr (Shares)
+            cluster_arrive();
+        else
+            __syncthreads();
+    }
+    __device__ void rejoin() const {
+        if constexpr (Shares) cluster_wait();
+        __syncthreads();
+    }
+    __device__ void meet() const {
+        depart();
+        if constexpr (Shares) cluster_wait();
+    }
+    // Over all threads of the cluster, for each of them.
+    __device__ double sum_of_all(double mine) const {
+        double total = block_sum(mine, sums());
+        if constexpr (!Shares) return total;
+        double* const totals = sums() + kResidentThreads;
+        if (threadIdx.x == 0)
+            for (int r = 0; r < ranks(); ++r) *in_block(totals + rank, r) = total;
+        meet();
+        total = 0;
+        for (int r = 0; r < ranks(); ++r) total += totals[r];
+        meet();  // before anybody writes there again
+        return total;
+    }
+
+    // Between theta's layout and ours, which `ours` begins; copy(theta's element, our element), of the block's part or of all. A
+    // warp takes eight inputs of four outputs: sectors of memory on one side, 32 banks on the other.
+    template <class F>
+    __device__ void each_weight(T* theta, int ours, Span part, F copy) const {
+        for_each_linear([&](const Program::Step& g) {
             T* const there = in_global(theta + g.offset);
-            T* const here = at(ours + g.weights);
             const int stride = stride_of(g.outputs);
+            const auto copy_own = [&](int from, int to) {
+                if (!Shares || (to >= part.begin && to < part.end)) copy(there[from], memory[ours + to]);
+            };
             const Spread by(g.inputs, 8);
             for (int o = by.group; o < g.outputs; o += by.groups) {
                 CHAINRULE_UNROLL(4)
-                for (int i = by.lane; i < g.inputs; i += by.lanes) copy(there[o * g.inputs + i], here[i * stride + o]);
+                for (int i = by.lane; i < g.inputs; i += by.lanes)
+                    copy_own(o * g.inputs + i, g.weights + i * stride + o);
             }
-            if (!g.bias) continue;
-            block_each(g.outputs, [&](int o) { copy(there[g.outputs * g.inputs + o], here[g.inputs * stride + o]); });
-        }
+            if (!g.bias) return;
+            block_each(g.outputs,
+                       [&](int o) { copy_own(g.outputs * g.inputs + o, g.weights + g.inputs * stride + o); });
+        });
     }
     template <class F>
-    __device__ void each_parameter(F copy) const {
-        each_weight(job.theta, 0, copy);
+    __device__ void each_parameter(Span part, F copy) const {
+        each_weight(job.theta, 0, part, copy);
         for (int slot = 0; slot < kSlots; ++slot)
-            if (p.slots[slot] >= 0) each_weight(job.slots[slot], p.slots[slot], copy);
+            if (p.slots[slot] >= 0) each_weight(job.slots[slot], p.slots[slot], part, copy);
+    }
+    __device__ Span all_parameters() const { return {0, p.parameters}; }
+    // Those that this block updates.
+    __device__ Span own_parameters() const {
+        const Span fours = span_of(p.parameters / 4);
+        return {4 * fours.begin, 4 * fours.end};
     }
 
-    __device__ void begin_batch(Index first) {
-        rows = static_cast<int>(job.rows - first < job.batch ? job.rows - first : job.batch);
-        left = job.rows - first - rows;
+    __device__ void begin_batch(Index of_epoch) {
+        batch = static_cast<int>(job.rows - of_epoch < job.batch ? job.rows - of_epoch : job.batch);
+        left = job.rows - of_epoch - batch;
+        const Span part = span_of(batch);
+        before = part.begin;
+        rows = part.end - part.begin;
         data = job.data;
+        const Index begin = of_epoch + before;
         if (data.rows.order) {
-            data.rows.order += first;
+            data.rows.order += begin;
             return;
         }
-        data.x += first * p.inputs;
-        if (data.labels) data.labels += first;
-        if (data.y) data.y += first * data.target_cols;
-        if (data.weight) data.weight += first;
+        data.x += begin * p.inputs;
+        if (data.labels) data.labels += begin;
+        if (data.y) data.y += begin * data.target_cols;
+        if (data.weight) data.weight += begin;
     }
     // Four rows at a time: each is a wait for its place in the order, and then for itself.
     __device__ void gather() const {
@@ -153,19 +225,21 @@ struct Block {
     // Rows of the next batch come nearer while this one is in hand, and the part of the order that names those after them: each
     // would take as long as a small layer otherwise.
     __device__ void prefetch_next() const {
-        const Index next = left < job.batch ? left : job.batch,
-                    after = left - next < job.batch ? left - next : job.batch;
+        const int next = static_cast<int>(left < job.batch ? left : job.batch),
+                  after = static_cast<int>(left - next < job.batch ? left - next : job.batch);
+        const Span part = span_of(next), part_after = span_of(after);
         constexpr int line = 128 / sizeof(T), places = 128 / sizeof(std::int64_t);
-        block_each(static_cast<int>(next), [&](int i) {
-            const std::int64_t row = data.rows(rows + i);
+        block_each(part.end - part.begin, [&](int i) {
+            const std::int64_t row = data.rows(batch - before + part.begin + i);
             for (int j = 0; j < p.inputs; j += line) prefetch(data.x + row * p.inputs + j);
             if (data.labels) prefetch(data.labels + row);
             if (data.y) prefetch(data.y + row * data.target_cols);
             if (data.weight) prefetch(data.weight + row);
         });
         if (!data.rows.order) return;
-        block_each(static_cast<int>((after + places - 1) / places),
-                   [&](int i) { prefetch(data.rows.order + rows + next + i * places); });
+        const std::int64_t* const order = data.rows.order + batch - before + next + part_after.begin;
+        block_each((part_after.end - part_after.begin + places - 1) / places,
+                   [&](int i) { prefetch(order + i * places); });
     }
 
     __device__ void forward(const Program::Step& g, std::uint64_t drawn) const {
@@ -206,15 +280,16 @@ struct Block {
         const DropoutScale<T> scale(g.param);
         const std::uint64_t key = dropout_key(job.seed, g.number);
         const int stride = stride_of(g.outputs);
-        block_over(rows, g.outputs,
-                   [&](int i, int j) { to[i * stride + j] = dropout(from[i * stride + j], scale, key, drawn, i, j); });
+        block_over(rows, g.outputs, [&](int i, int j) {
+            to[i * stride + j] = dropout(from[i * stride + j], scale, key, drawn, before + i, j);
+        });
     }
 
     __device__ double weight_of_batch() const {
-        if (!data.weight) return rows;
+        if (!data.weight) return batch;
         double mine = 0;
-        block_each(rows, [&](int i) { mine += static_cast<double>(data.weight[data.rows(i)]); });
-        return block_sum(mine, sums);
+        block_each(batch, [&](int i) { mine += static_cast<double>(data.weight[data.rows(i - before)]); });
+        return block_sum(mine, sums());
     }
     // The sum of weighted losses of this thread's rows, and ∂L/∂f.
     __device__ double loss(double scale) const {
@@ -290,40 +365,92 @@ struct Block {
     }
     // All gradients and updates; returns what this thread has of the penalty.
     __device__ double update(const Rule<T>& rule) const {
-        double penalty = 0, squares = 0;
-        const bool stored = p.gradient >= 0;
-        for (int s = 0; s < p.count; ++s) {
-            if (p.steps[s].kind != Program::Step::Kind::linear) continue;
-            each_gradient(p.steps[s], [&](int place, auto& gradient, int count, bool weights) {
-                constexpr int n = sizeof gradient / sizeof(T);
-                CHAINRULE_UNROLL(4)
-                for (int c = 0; c < n; ++c) {
-                    if (c >= count || !(stored || rule.regularizes())) continue;
-                    gradient.at[c] = rule.regularized(place + c, gradient.at[c], weights, penalty);
-                    squares += static_cast<double>(gradient.at[c]) * static_cast<double>(gradient.at[c]);
-                }
-                if (stored)
-                    several_at<n>(at(p.gradient) + place) = gradient;
-                else
-                    rule.apply(place, gradient);
+        return Shares || p.gradient >= 0 ? update_stored(rule) : update_at_once(rule);
+    }
+    __device__ double update_at_once(const Rule<T>& rule) const {
+        double penalty = 0;
+        for_each_linear([&](const Program::Step& g) {
+            each_gradient(g, [&](int place, auto& gradient, int count, bool weights) {
+                if (rule.regularizes()) regularize(rule, place, gradient, count, weights, penalty);
+                rule.apply(place, gradient);
             });
-        }
-        if (!stored) return penalty;
-        const double factor = job.clip_norm / (::sqrt(block_sum(squares, sums)) + 1e-6);
-        const T clip = static_cast<T>(factor < 1 ? factor : 1.0);
-        block_each(p.parameters / 4, [&](int e) {
-            Several<T, 4> gradient = several_at<4>(at(p.gradient) + 4 * e);
-            CHAINRULE_UNROLL(4)
-            for (int c = 0; c < 4; ++c) gradient.at[c] = gradient.at[c] * clip;
-            rule.apply(4 * e, gradient);
         });
         return penalty;
     }
+    // Where the whole gradient must be seen first, or other blocks have parts of it.
+    __device__ double update_stored(const Rule<T>& rule) const {
+        double penalty = 0, squares = 0;
+        const bool clips = job.clip_norm != 0;
+        for_each_linear([&](const Program::Step& g) {
+            each_gradient(g, [&](int place, auto& part, int, bool) {
+                several_at<sizeof part / sizeof(T)>(at(p.gradient) + place) = part;
+            });
+        });
+        meet();
+        each_own_four([&](int place) {
+            Several<T, 4> gradient = sum_of_blocks(at(p.gradient) + place);
+            if (clips || rule.regularizes()) {
+                const Program::Step& g = layer_at(place);
+                const int within = place - g.weights, stride = stride_of(g.outputs),
+                          count = g.outputs - within % stride;
+                if (rule.regularizes()) regularize(rule, place, gradient, count, within < g.inputs * stride, penalty);
+                CHAINRULE_UNROLL(4)
+                for (int c = 0; c < 4; ++c)
+                    if (c < count) squares += static_cast<double>(gradient.at[c]) * static_cast<double>(gradient.at[c]);
+            }
+            if (clips)
+                several_at<4>(at(p.gradient) + place) = gradient;
+            else
+                apply_everywhere(rule, place, gradient);
+        });
+        if (!clips) return penalty;
+        const double factor = job.clip_norm / (::sqrt(sum_of_all(squares)) + 1e-6);
+        const T clip = static_cast<T>(factor < 1 ? factor : 1.0);
+        each_own_four([&](int place) {
+            Several<T, 4> gradient = several_at<4>(at(p.gradient) + place);
+            CHAINRULE_UNROLL(4)
+            for (int c = 0; c < 4; ++c) gradient.at[c] = gradient.at[c] * clip;
+            apply_everywhere(rule, place, gradient);
+        });
+        return penalty;
+    }
+
+    // f(place) for the parameters that this block updates, four at a time.
+    template <class F>
+    __device__ void each_own_four(F f) const {
+        const Span own = own_parameters();
+        block_each((own.end - own.begin) / 4, [&](int e) { f(own.begin + 4 * e); });
+    }
+    template <int N>
+    __device__ void regularize(const Rule<T>& rule, int place, Several<T, N>& gradient, int count, bool weights,
+                               double& penalty) const {
+        CHAINRULE_UNROLL(4)
+        for (int c = 0; c < N; ++c)
+            if (c < count) gradient.at[c] = rule.regularized(place + c, gradient.at[c], weights, penalty);
+    }
+    __device__ Several<T, 4> sum_of_blocks(T* place) const {
+        if constexpr (!Shares) return several_at<4>(place);
+        Several<T, 4> sum = several_at<4>(in_block(place, 0));
+        for (int r = 1; r < ranks(); ++r) {
+            const Several<T, 4> more = several_at<4>(in_block(place, r));
+            CHAINRULE_UNROLL(4)
+            for (int c = 0; c < 4; ++c) sum.at[c] = sum.at[c] + more.at[c];
+        }
+        return sum;
+    }
+    __device__ void apply_everywhere(const Rule<T>& rule, int place, const Several<T, 4>& gradient) const {
+        rule.apply(place, gradient);
+        if constexpr (!Shares) return;
+        const Several<T, 4> weights = several_at<4>(at(place));
+        for (int r = 0; r < ranks(); ++r)
+            if (r != rank) several_at<4>(in_block(at(place), r)) = weights;
+    }
 };
 
-// One step. All threads count alike; of the losses, each has its own part.
-template <class T>
-static __device__ __forceinline__ void resident_step(Block<T>& block, Control& control, const Hyper<T>* hyper) {
+// One step, from one depart to the next: while the others still update, a block gathers its rows. All threads count alike; of the
+// losses, each has its own part.
+template <class T, bool Shares>
+static __device__ __forceinline__ void resident_step(Block<T, Shares>& block, Control& control, const Hyper<T>* hyper) {
     using Kind = Program::Step::Kind;
     const Program& p = block.p;
     block.begin_batch(control.first);
@@ -332,7 +459,7 @@ static __device__ __forceinline__ void resident_step(Block<T>& block, Control& c
     const double weight = block.weight_of_batch();
     const double scale = static_cast<double>(static_cast<T>(!block.job.mean ? 1.0 : (weight > 0 ? 1 / weight : 0.0)));
     const std::uint64_t drawn = static_cast<std::uint64_t>(control.drawn);
-    __syncthreads();
+    block.rejoin();
     for (int s = 0; s < p.count; ++s) {
         block.forward(p.steps[s], drawn);
         __syncthreads();
@@ -349,36 +476,38 @@ static __device__ __forceinline__ void resident_step(Block<T>& block, Control& c
         __syncthreads();
     }
     const double penalty = block.update(block.rule(hyper));
-    __syncthreads();
+    block.depart();
     const double share = block.job.mean ? weight : 1.0;
     control.value = value + penalty;
     control.total += control.value * share;
     control.weight += share;
     ++control.step;
     ++control.drawn;
-    control.first += block.rows;
+    control.first += block.batch;
 }
 
-// `steps` steps of each job's network, or as many as its epoch still has.
-template <class T>
-__global__ void __launch_bounds__(kResidentThreads, sizeof(T) == 4 ? 2 : 1)
+// `steps` steps of each job's network, or as many as its epoch still has, by the blocks of a cluster.
+template <class T, bool Shares>
+__global__ void __launch_bounds__(kResidentThreads, sizeof(T) == 4 && !Shares ? 2 : 1)
     train_resident(const __grid_constant__ Program program, const Job<T>* jobs, int steps) {
     CHAINRULE_SHARED(T, memory);
 #ifdef __CUDA_ARCH__
     __builtin_assume(blockDim.y == 1);  // a thread has a row to itself
 #endif
-    const Job<T>& job = jobs[blockIdx.x];
-    Block<T> block = {program, job, memory, reinterpret_cast<double*>(memory + program.sums)};
+    const int number = static_cast<int>(blockIdx.x), network = Shares ? number / program.ranks : number;
+    const Job<T>& job = jobs[network];
+    Block<T, Shares> block = {program, job, memory, Shares ? number - network * program.ranks : 0};
+    const bool counts = threadIdx.x == 0 && block.rank == 0;
     Control control = *job.control;
-    if (threadIdx.x != 0) control.value = control.total = 0;
-    __syncthreads();  // thread 0 writes it in the end
-    block.each_parameter([](T& there, T& here) { here = there; });
-    __syncthreads();
+    if (!counts) control.value = control.total = 0;
+    block.each_parameter(block.all_parameters(), [](T& there, T& here) { here = there; });
+    block.depart();
     for (int n = 0; n < steps && control.first < job.rows; ++n) resident_step(block, control, job.hyper + control.step);
-    block.each_parameter([](T& there, T& here) { there = here; });
-    control.value = block_sum(control.value, block.sums);
-    control.total = block_sum(control.total, block.sums);
-    if (threadIdx.x == 0) *job.control = control;
+    block.rejoin();
+    block.each_parameter(block.own_parameters(), [](T& there, T& here) { there = here; });
+    control.value = block.sum_of_all(control.value);
+    control.total = block.sum_of_all(control.total);
+    if (counts) *job.control = control;
 }
 
 }  // namespace cuda

@@ -66,6 +66,16 @@ constexpr bool wants_resident_prediction(Index rows, Index rows_of_block, int pr
 
 // ---- the resident schedule ------------------------------------------------------------------------------------------
 
+// The blocks of a cluster that share a network's batch: eight rows each are what a product's tiles want, and networks come before
+// clusters. Eight are the most that every GPU with clusters takes. By an estimate of cycles a step of 8-64-64-1 with 32 rows takes
+// one block some 9,000, four blocks half of that, two barriers of a cluster included.
+constexpr int kMostRanks = 8;
+constexpr int ranks_of(Index batch, Index networks, int processors) {
+    int ranks = kMostRanks;
+    while (ranks > 1 && (batch < 8 * ranks || networks * ranks > processors)) ranks /= 2;
+    return ranks;
+}
+
 // Rows in shared memory begin an odd number of 16 bytes of float32 after one another: eight threads that read 16 bytes each,
 // of eight rows or along one, meet no bank twice.
 CHAINRULE_HD constexpr Index resident_stride(Index cols) {

@@ -34,6 +34,7 @@ struct Network<T>::Runtime {
 };
 
 inline std::atomic<Schedule> forced_schedule{Schedule::by_size};
+inline std::atomic<int> forced_ranks{0};  // 0: by size
 
 // Whether cuBLASLt makes the products of a step of so many rows.
 template <class T>

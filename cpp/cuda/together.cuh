@@ -23,7 +23,7 @@ bool run_together(const std::vector<Trainer<T>*>& trainers) {
         const auto& work = trainer->work();
         bool same = work.schedule == Schedule::resident && work.net.device() == first.net.device() &&
                     same_layers(work.net.layers(), first.net.layers()) && work.planned == first.planned &&
-                    work.program.gradient == first.program.gradient;
+                    (work.options.regularization.clip_norm != 0) == (first.options.regularization.clip_norm != 0);
         for (int s = 0; s < kSlots; ++s) same = same && work.program.slots[s] == first.program.slots[s];
         if (!same) return false;
     }
@@ -44,6 +44,7 @@ class Together {
             steps += all_.back()->steps();
         }
         const Index networks = static_cast<Index>(all_.size());
+        program_ = first().plan(networks);
         const int device = first().net.device();
         jobs_ = Buffer<Job<T>>(device, networks, "networks at work");
         controls_ = Buffer<Control>(device, networks, "networks at work");
@@ -74,7 +75,7 @@ class Together {
         upload(controls_.data(), flight.control.data(), networks, stream());
         upload(jobs_.data(), flight.job.data(), networks, stream());
         for (Index done = 0; done < most; done += kStepsInLaunch) {
-            launch_resident<T>(first().net.runtime(), first().program, jobs_.data(), networks, kStepsInLaunch);
+            ResidentLaunch<T>(first().net.runtime(), program_, networks)(jobs_.data(), kStepsInLaunch);
             for (const std::size_t n : group.networks)
                 all_[n]->optimizer.step_count += std::clamp<Index>(all_[n]->steps() - done, 0, kStepsInLaunch);
             if (done + kStepsInLaunch >= most) break;
@@ -141,6 +142,7 @@ class Together {
     }
 
     std::vector<Work*> all_;
+    Program program_;
     std::vector<std::vector<double>> losses_;
     Group groups_[kFlights];
     const double* lr_ = nullptr;  // the last one's

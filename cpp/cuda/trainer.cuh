@@ -61,6 +61,25 @@ struct Flight {
     Event done;
 };
 
+// A program for as many networks.
+template <class T>
+struct ResidentLaunch {
+    ResidentLaunch(const typename Network<T>::Runtime& run, const Program& the_program, Index networks)
+        : program(the_program),
+          kernel(program.ranks > 1 ? train_resident<T, true> : train_resident<T, false>),
+          launch(program.ranks, dim3(static_cast<unsigned>(networks * program.ranks)), kResidentThreads,
+                 static_cast<std::size_t>(program.total) * sizeof(T), run.stream) {
+        allow_shared(kernel, run.shared_bytes);
+    }
+    bool fits() const { return launch.fits(kernel); }
+    // Each up to `steps` steps.
+    void operator()(const Job<T>* jobs, int steps) const { launch(kernel, program, jobs, steps); }
+
+    const Program& program;
+    void (*const kernel)(Program, const Job<T>*, int);
+    const ClusterLaunch launch;
+};
+
 template <class T>
 struct Trainer<T>::Work {
     Work(Network<T>& network, Optimizer<T>& rule, const Loss<T>& the_loss, const Dataset<T>& dataset,
@@ -96,6 +115,7 @@ struct Trainer<T>::Work {
         for (int s = 0; s < kSlots; ++s) rule.slots[s] = optimizer.slots[s].data();
         return rule;
     }
+    Program plan(Index networks) const;
     void choose();
     void make_room(Index count);
     Job<T> job(const Source<T>& from, Index count, Index of_a_step) const;
@@ -129,20 +149,39 @@ struct Trainer<T>::Work {
     Buffer<Job<T>> jobs;
 };
 
+// In the resident schedule, beside so many networks; count 0 if it does not fit into processors' shared memory. In as many blocks as
+// there are processors for, or at least as many as it takes.
+template <class T>
+Program Trainer<T>::Work::plan(Index networks) const {
+    const auto& run = net.runtime();
+    bool slots[kSlots];
+    for (int s = 0; s < kSlots; ++s) slots[s] = optimizer.slots[s].size() > 0;
+    const auto by = [&](int ranks) {
+        const Program p = plan_resident(net.layers(), net.first_cotangent(), planned, slots,
+                                        options.regularization.clip_norm != 0, ranks);
+        const bool fits = p.count > 0 && p.total * static_cast<Index>(sizeof(T)) <= run.shared_bytes &&
+                          ResidentLaunch<T>(run, p, 1).fits();
+        return fits ? p : Program{};
+    };
+    if (const int forced = forced_ranks.load()) return by(forced);
+    const int processors = run.how.processors;
+    Program best;
+    for (int ranks = ranks_of(planned, networks, processors); ranks > 0 && best.count == 0; ranks /= 2)
+        best = by(ranks);
+    for (int ranks = 2; ranks <= ranks_of(planned, 1, processors) && best.count == 0; ranks *= 2) best = by(ranks);
+    return best;
+}
+
 // The schedule: resident, if what the network needs fits into a processor's shared memory and nobody asked for another one.
 template <class T>
 void Trainer<T>::Work::choose() {
     const Schedule forced = forced_schedule.load();
     const bool plain =
         !stores_examples() && net.precision() != Precision::tf32 && net.precision() != Precision::bfloat16;
-    bool slots[kSlots];
-    for (int s = 0; s < kSlots; ++s) slots[s] = optimizer.slots[s].size() > 0;
-    program = plan_resident(net.layers(), net.first_cotangent(), planned, slots, options.regularization.clip_norm != 0);
-    const bool fits =
-        plain && program.count > 0 && program.total * static_cast<Index>(sizeof(T)) <= net.runtime().shared_bytes;
+    program = plain ? plan(1) : Program{};
     schedule = Schedule::fused;
     step.tape.multiply_by(net.runtime().how, false);
-    if (fits && (forced == Schedule::by_size || forced == Schedule::resident)) {
+    if (program.count > 0 && (forced == Schedule::by_size || forced == Schedule::resident)) {
         schedule = Schedule::resident;
         jobs.grow(net.device(), 1, "a network at work");
     } else if (is_for_library(net, planned)) {
@@ -187,15 +226,6 @@ Job<T> Trainer<T>::Work::job(const Source<T>& from, Index count, Index of_a_step
     job.clip_norm = r.clip_norm;
     job.mean = step.loss.mean;
     return job;
-}
-
-// The blocks of as many networks, each up to `steps` steps.
-template <class T>
-void launch_resident(const typename Network<T>::Runtime& run, const Program& program, const Job<T>* jobs,
-                     Index networks, int steps) {
-    allow_shared(train_resident<T>, run.shared_bytes);
-    launch(train_resident<T>, dim3(static_cast<unsigned>(networks)), kResidentThreads,
-           static_cast<std::size_t>(program.total) * sizeof(T), run.stream, program, jobs, steps);
 }
 
 // One step, on the streams, of several in a graph. They all count from where the graph began, and only the last one moves that:
@@ -285,7 +315,7 @@ template <class T>
 void Trainer<T>::Work::enqueue_resident(Flight<T>& flight, Poller& look) {
     prepare_resident(flight, job(source, rows, batch()));
     for (std::int64_t left = steps(); left > 0; left -= kStepsInLaunch) {
-        launch_resident<T>(net.runtime(), program, jobs.data(), 1, kStepsInLaunch);
+        ResidentLaunch<T>(net.runtime(), program, 1)(jobs.data(), kStepsInLaunch);
         optimizer.step_count += std::min<std::int64_t>(left, kStepsInLaunch);
         if (left <= kStepsInLaunch) break;
         flight.done.record(net.runtime().stream);
@@ -395,7 +425,7 @@ double Trainer<T>::step(const Dataset<T>& batch, double lr) {
     work.prepare(work.flights[0], 1, &lr, 1);
     if (work.schedule == Schedule::resident) {
         work.prepare_resident(work.flights[0], work.job(work.step.batch.source(), batch.rows, batch.rows));
-        launch_resident<T>(work.net.runtime(), work.program, work.jobs.data(), 1, 1);
+        ResidentLaunch<T>(work.net.runtime(), work.program, 1)(work.jobs.data(), 1);
     } else {
         work.enqueue(work.step.batch.source(), batch.rows, 1);
     }

@@ -27,6 +27,9 @@ def fit_many(
 ) -> list[training.History]:
     """`fit` for many networks alike; each gets the bits that it would get alone.
 
+    On a GPU that is so while there are processors for all: one network alone may have several, of which each
+    adds up a part of its gradient, and is then the same to rounding.
+
     Args:
         nets: different networks of the same layers, dtype and device.
         X, y: rows for all of them; or X (K, n, I) and y (K, n, ...), for each of K networks its own.

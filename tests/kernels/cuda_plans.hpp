@@ -104,23 +104,24 @@ std::set<Piece> pieces_of(const cuda::Program& p, Index batch) {
         if (slot >= 0) pieces.insert({slot, parameters});
     check(p.parameters == parameters && parameters % 4 == 0, "and are whole fours");
     if (p.gradient >= 0) pieces.insert({p.gradient, parameters});
-    pieces.insert({p.sums, cuda::kResidentThreads * static_cast<Index>(sizeof(double) / sizeof(T))});
+    pieces.insert(
+        {p.sums, (cuda::kResidentThreads + cuda::kMostRanks) * static_cast<Index>(sizeof(double) / sizeof(T))});
     return pieces;
 }
 
 template <class T>
-void check_program(std::initializer_list<Index> widths, Op op, bool dropout, Index batch, bool stored) {
+void check_program(std::initializer_list<Index> widths, Op op, bool dropout, Index batch, bool stored, int ranks = 1) {
     const std::vector<Layer<T>> layers = layers_of<T>(widths, op, dropout);
     const bool slots[kSlots] = {true, true, false};
-    const cuda::Program p = cuda::plan_resident(layers, 1, batch, slots, stored);
+    const cuda::Program p = cuda::plan_resident(layers, 1, batch, slots, stored, ranks);
     check(p.count > 0, "so few layers are resident");
     Index end = 0;
-    for (const Piece& piece : pieces_of<T>(p, batch)) {
+    for (const Piece& piece : pieces_of<T>(p, cuda::tiles_across(batch, ranks))) {
         check(piece.first >= end && piece.first % 4 == 0, "matrices lie apart, at multiples of 16 bytes");
         end = piece.first + piece.size;
     }
     check(end <= p.total, "all of it is within the whole");
-    check(p.slots[2] < 0 && (p.gradient >= 0) == stored, "what is not there has no place");
+    check(p.slots[2] < 0 && (p.gradient >= 0) == (stored || ranks > 1), "what is not there has no place");
     for (int n = 1; n < p.count; ++n) {
         check(p.steps[n].x == p.steps[n - 1].y, "a part begins where the one before ends");
         check(!p.steps[n].pulls || p.steps[n].dx == p.steps[n - 1].dy, "and so do its cotangents");
@@ -135,18 +136,23 @@ void cuda_programs() {
                 for (const Index batch : {1, 7, 32}) {
                     check_program<T>({8, 64, 64, 1}, op, dropout, batch, false);
                     check_program<T>({3, 5, 2}, op, dropout, batch, true);
+                    check_program<T>({8, 64, 64, 1}, op, dropout, batch, false, 4);
                     check_program<T>({1, 1}, op, dropout, batch, false);
                 }
         const std::vector<Layer<T>> many(cuda::kResidentLayers + 1, Layer<T>{Layer<T>::Kind::linear, 1, 1});
-        check(cuda::plan_resident(many, 1, 1, {}, false).count == 0, "too many layers are not resident");
+        check(cuda::plan_resident(many, 1, 1, {}, false, 1).count == 0, "too many layers are not resident");
         const std::vector<Layer<T>> huge(2, Layer<T>{Layer<T>::Kind::linear, Index{1} << 20, Index{1} << 20});
-        check(cuda::plan_resident(huge, 1, 1, {}, false).total > Index{1} << 30,
+        check(cuda::plan_resident(huge, 1, 1, {}, false, 1).total > Index{1} << 30,
               "a sum of sizes that int has no room for");
     });
     // The network of the resident schedule's goal, with Adam, within what one block of an sm_90 may have.
     const bool adam[kSlots] = {true, true, false};
-    const auto p = cuda::plan_resident(layers_of<float>({8, 64, 64, 1}, Op::relu, false), 1, 32, adam, false);
-    check(p.total * 4 <= 227 * 1024, "8-64-64-1 with Adam and 32 rows fits");
+    const auto p = cuda::plan_resident(layers_of<float>({8, 64, 64, 1}, Op::relu, false), 1, 32, adam, false, 1);
+    check(2 * p.total * 4 <= 227 * 1024, "8-64-64-1 with Adam and 32 rows fits twice");
+    check(cuda::ranks_of(15, 1, 132) == 1 && cuda::ranks_of(32, 1, 132) == 4 && cuda::ranks_of(1 << 20, 1, 132) == 8,
+          "eight rows and more for a block, eight blocks at most");
+    check(cuda::ranks_of(32, 33, 132) == 4 && cuda::ranks_of(32, 34, 132) == 2 && cuda::ranks_of(32, 264, 132) == 1,
+          "networks come before clusters");
 }
 
 // Of a prediction's shared memory: b and W of each linear layer, then two φ; the parts follow each other.

@@ -47,8 +47,8 @@ struct Fiber {
     jmp_buf at;
     void* const stack;
     void* fake_stack = nullptr;
-    enum class State { running, at_barrier, at_exchange, done } state = State::running;
-    unsigned thread = 0, barriers = 0, warp_barriers = 0;
+    enum class State { running, at_barrier, at_exchange, at_cluster, done } state = State::running;
+    unsigned thread = 0, barriers = 0, warp_barriers = 0, arrivals = 0, waits = 0;
     bool waited = false;
     const char* file = nullptr;
     int line = 0;
@@ -78,35 +78,76 @@ std::vector<std::unique_ptr<Fiber>>& idle_fibers() {
     return fibers;
 }
 
+// What the blocks of a cluster share: their memory, and a barrier.
+struct Cluster {
+    Cluster(unsigned blocks, unsigned threads_of_block, std::size_t shared)
+        : ranks(blocks),
+          threads(blocks * threads_of_block),
+          bytes(shared),
+          memory(std::malloc(std::max<std::size_t>(blocks * shared, 1))) {
+        std::memset(memory, 0xff, blocks * shared);
+    }
+    ~Cluster() { std::free(memory); }
+    Cluster(const Cluster&) = delete;
+    Cluster& operator=(const Cluster&) = delete;
+
+    const unsigned ranks, threads;
+    const std::size_t bytes;  // of a block
+    void* const memory;
+    unsigned arrived = 0, phase = 0;  // how many at the barrier, and how often all of them
+};
+
 class Block {
    public:
-    Block(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t shared, bool reversed)
+    Block(const std::function<void()>& kernel, Cluster& cluster, unsigned rank, unsigned threads, dim3 where,
+          bool reversed)
         : kernel_(kernel),
-          count_(block.x * block.y),
+          cluster_(cluster),
+          shared_(static_cast<unsigned char*>(cluster.memory) + rank * cluster.bytes),
+          where_(where),
+          count_(threads),
           reversed_(reversed),
-          shared_bytes_(shared),
-          shared_(std::malloc(shared > 0 ? shared : 1)) {
-        blockDim = block;
-        gridDim = grid;
-        std::memset(shared_, 0xff, shared);
-    }
-    ~Block() { std::free(shared_); }
+          fibers_(threads, nullptr),
+          warps_((threads + 31) / 32) {}
+    ~Block() { std::move(own_.begin(), own_.end(), std::back_inserter(idle_fibers())); }
+    Block(const Block&) = delete;
+    Block& operator=(const Block&) = delete;
 
-    void run(dim3 where) {
+    bool done() const { return done_ == count_; }
+    // As far as it comes by itself. Whether that was any way at all.
+    bool advance() {
         Block* const before = std::exchange(current, this);
-        blockIdx = where;
-        races::now.block = (where.z * gridDim.y + where.y) * gridDim.x + where.x;
-        races::now.shared = static_cast<const unsigned char*>(shared_);
-        races::now.shared_bytes = shared_bytes_;
-        fibers_.assign(count_, nullptr);
-        warps_.assign((count_ + 31) / 32, Warp{});
-        next_ = done_ = waiting_ = 0;
+        blockIdx = where_;
+        races::now.block = (where_.z * gridDim.y + where_.y) * gridDim.x + where_.x;
+        races::now.cluster = races::now.block / cluster_.ranks;
+        races::now.shared = static_cast<const unsigned char*>(cluster_.memory);
+        races::now.shared_bytes = cluster_.ranks * cluster_.bytes;
+        bool moved = next_ < count_;
         while (next_ < count_) start();
-        while (done_ < count_)
-            if (!move()) release();
-        std::move(own_.begin(), own_.end(), std::back_inserter(idle_fibers()));
-        own_.clear();
+        while (done_ < count_) {
+            if (!move() && !release()) break;
+            moved = true;
+        }
         current = before;
+        return moved;
+    }
+
+    void arrive() {
+        if (active_->arrivals++ != active_->waits) die("a thread arrives twice at the cluster's barrier");
+        races::now.arrivals = active_->arrivals;
+        if (++cluster_.arrived < cluster_.threads) return;
+        cluster_.arrived = 0;
+        ++cluster_.phase;
+    }
+    void wait() {
+        if (active_->arrivals != active_->waits + 1) die("a thread waits at the cluster's barrier before it arrives");
+        if (cluster_.phase < active_->arrivals) leave(Fiber::State::at_cluster);
+        races::now.waits = ++active_->waits;
+    }
+    void* shared_of(const void* own, unsigned rank) const {
+        if (rank >= cluster_.ranks) die("a block of a rank that the cluster does not have");
+        return static_cast<unsigned char*>(cluster_.memory) + rank * cluster_.bytes +
+               (static_cast<const unsigned char*>(own) - shared_);
     }
 
     void barrier(const char* file, int line) {
@@ -154,12 +195,14 @@ class Block {
         races::now.thread = fiber->thread;
         races::now.barriers = fiber->barriers;
         races::now.warp_barriers = fiber->warp_barriers;
+        races::now.arrivals = fiber->arrivals;
+        races::now.waits = fiber->waits;
     }
     void take(Fiber* fiber) {
         const unsigned thread = reversed_ ? count_ - 1 - next_ : next_;
         ++next_;
         fiber->thread = thread;
-        fiber->barriers = fiber->warp_barriers = 0;
+        fiber->barriers = fiber->warp_barriers = fiber->arrivals = fiber->waits = 0;
         fiber->waited = false;
         fiber->state = Fiber::State::running;
         fibers_[thread] = fiber;
@@ -177,6 +220,8 @@ class Block {
         bool moved = false;
         for (unsigned t = 0; t < count_; ++t) {
             Fiber* fiber = fibers_[reversed_ ? count_ - 1 - t : t];
+            if (fiber->state == Fiber::State::at_cluster && cluster_.phase >= fiber->arrivals)
+                fiber->state = Fiber::State::running;
             if (fiber->state != Fiber::State::running) continue;
             enter(fiber);
             moved = true;
@@ -230,8 +275,11 @@ class Block {
         __sanitizer_finish_switch_fiber(fiber->fake_stack, &current->host_stack_, &current->host_stack_size_);
 #endif
     }
-    // Nobody can move: a barrier that all have reached, or a mistake.
-    void release() {
+    // Nobody can move: a barrier that all have reached, the cluster's, which other blocks have not, or a mistake.
+    bool release() {
+        if (std::any_of(fibers_.begin(), fibers_.end(),
+                        [](const Fiber* fiber) { return fiber->state == Fiber::State::at_cluster; }))
+            return false;
         if (waiting_ != count_)
             die("__syncthreads reached by " + std::to_string(waiting_) + " of " + std::to_string(count_) +
                 " threads of a block; the others have ended or wait for their warp");
@@ -244,13 +292,15 @@ class Block {
             fiber->state = Fiber::State::running;
             ++fiber->barriers;
         }
+        return true;
     }
 
     const std::function<void()>& kernel_;
+    Cluster& cluster_;
+    unsigned char* const shared_;
+    const dim3 where_;
     const unsigned count_;
     const bool reversed_;
-    const std::size_t shared_bytes_;
-    void* const shared_;
     std::vector<std::unique_ptr<Fiber>> own_;
     std::vector<Fiber*> fibers_;  // by thread
     std::vector<Warp> warps_;
@@ -268,13 +318,35 @@ void* shared_memory() { return current->shared(); }
 void block_barrier(const char* file, int line) { current->barrier(file, line); }
 const unsigned char* exchange(const void* mine, std::size_t size) { return current->exchange(mine, size); }
 void warp_barrier() { current->warp_barrier(); }
+void cluster_arrive() { current->arrive(); }
+void cluster_wait() { current->wait(); }
+void* shared_memory_of(const void* own, unsigned rank) { return current->shared_of(own, rank); }
 
-void run(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t shared) {
+bool has_clusters() {
+    const char* which = std::getenv("CHAINRULE_EMULATOR_CLUSTERS");
+    return which == nullptr || std::strcmp(which, "none") != 0;
+}
+
+void run(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t shared, unsigned ranks) {
     const bool reversed = backward();
-    const unsigned count = grid.x * grid.y * grid.z;
-    for (unsigned n = 0; n < count; ++n) {
-        const unsigned b = reversed ? count - 1 - n : n;
-        Block(kernel, grid, block, shared, reversed).run(dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y));
+    const unsigned count = grid.x * grid.y * grid.z, threads = block.x * block.y;
+    blockDim = block;
+    gridDim = grid;
+    for (unsigned n = 0; n < count; n += ranks) {
+        Cluster cluster(ranks, threads, shared);
+        std::vector<std::unique_ptr<Block>> blocks;
+        for (unsigned r = 0; r < ranks; ++r) {
+            const unsigned b = reversed ? count - 1 - n - r : n + r;
+            blocks.push_back(std::make_unique<Block>(kernel, cluster, b % ranks, threads,
+                                                     dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y),
+                                                     reversed));
+        }
+        for (bool moved = true; moved;) {
+            moved = false;
+            for (const auto& one : blocks) moved = one->advance() || moved;
+        }
+        for (const auto& one : blocks)
+            if (!one->done()) die("a barrier of a cluster that part of it has left");
     }
 }
 

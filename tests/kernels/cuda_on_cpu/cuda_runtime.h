@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: MIT
 // CUDA on the CPU, for tests: what cpp/cuda.cu needs of CUDA's run time, so that a host compiler builds it and its kernels
 // really run. It is slow, and strict where a GPU is lax:
-//   blocks run one after the other, a block's threads as fibers that change at barriers, shuffles and products of a warp;
+//   blocks run one after the other, those of a cluster in turns, a block's threads as fibers that change at barriers, shuffles and
+//   products of a warp;
 //   a barrier that part of a block has left, or that its threads reach at different places, ends the process with a word;
 //   built with CHAINRULE_CUDA_RACES, it ends the process at two accesses that nothing orders (races.hpp);
 //   device and shared memory are of the exact size and full of NaN, so that AddressSanitizer and plain sums see misuse;
 //   CHAINRULE_EMULATOR_ORDER=backward runs blocks and threads from the last to the first: a missing barrier, or a block that
 //   waits for another one, then changes the results; CHAINRULE_EMULATOR_MEMORY is how many bytes the device has;
 //   CHAINRULE_EMULATOR_CAPTURE=lost ends every graph that is being made as another thread's wait for the device would;
+//   CHAINRULE_EMULATOR_CLUSTERS=none: kernels are as compiled for a GPU that has no clusters;
 //   CHAINRULE_EMULATOR_ALGORITHMS=none: cuBLASLt finds no algorithm for any product, =some: for every other one.
 #pragma once
 
@@ -43,12 +45,22 @@ void block_barrier(const char* file, int line);
 // Gives all lanes of the warp this one's bytes: lane l's are at `all + l * size`; they stay until the next exchange.
 const unsigned char* exchange(const void* mine, std::size_t size);
 void warp_barrier();  // what the lanes did before their last exchange comes before what they do next
-void run(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t shared);
+// Of the cluster's barrier: where a thread's own work is done, and where it waits for all others' to be. They take turns.
+void cluster_arrive();
+void cluster_wait();
+void* shared_memory_of(const void* own,
+                       unsigned rank);  // where the cluster's block of that rank has what lies there in ours
+void run(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t shared, unsigned cluster);
 }  // namespace cuda_on_cpu
 
 inline int lane_number() { return static_cast<int>((threadIdx.y * blockDim.x + threadIdx.x) % 32); }
 
 #define __syncthreads() cuda_on_cpu::block_barrier(__FILE__, __LINE__)
+inline void __cluster_barrier_arrive() { cuda_on_cpu::cluster_arrive(); }
+inline void __cluster_barrier_wait() { cuda_on_cpu::cluster_wait(); }
+inline void* __cluster_map_shared_rank(const void* own, unsigned rank) {
+    return cuda_on_cpu::shared_memory_of(own, rank);
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -97,10 +109,24 @@ using cudaStream_t = CudaStream*;
 using cudaEvent_t = CudaEvent*;
 using cudaGraph_t = CudaGraph*;
 using cudaGraphExec_t = CudaGraph*;
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    struct {
+        struct {
+            unsigned x, y, z;
+        } clusterDim;
+    } val;
+};
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
     std::size_t dynamicSmemBytes;
     cudaStream_t stream;
+    cudaLaunchAttribute* attrs;
+    unsigned numAttrs;
+};
+struct cudaFuncAttributes {
+    int ptxVersion;
 };
 struct cudaDeviceProp {
     char name[256];
@@ -153,6 +179,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F*, int, 
 }
 
 namespace cuda_on_cpu {
+bool has_clusters();
 // Now, or as a node of the graph that the stream is making.
 cudaError_t enqueue(cudaStream_t stream, std::function<void()> work);
 // cuBLASLt's function of that name, as cublaslt.cpp beside this file has it.
@@ -160,12 +187,27 @@ void* library_symbol(const char* name);
 constexpr std::size_t kSharedBytes = 227 * 1024;
 }  // namespace cuda_on_cpu
 
+template <class F>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F*) {
+    attributes->ptxVersion = cuda_on_cpu::has_clusters() ? 90 : 80;
+    return cudaSuccess;
+}
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(P...), const cudaLaunchConfig_t* config) {
+    *clusters = config->dynamicSmemBytes <= cuda_on_cpu::kSharedBytes ? 1 : 0;
+    return cudaSuccess;
+}
+
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
     if (config->dynamicSmemBytes > cuda_on_cpu::kSharedBytes || config->blockDim.x * config->blockDim.y > 1024)
         return cudaErrorInvalidValue;
+    const unsigned cluster = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;
+    if (cluster == 0 || cluster > 8 || config->gridDim.x % cluster != 0) return cudaErrorInvalidValue;
+    if (cluster > 1 && !cuda_on_cpu::has_clusters()) return cudaErrorInvalidValue;
     const std::tuple<P...> kept(std::forward<A>(arguments)...);
     return cuda_on_cpu::enqueue(config->stream, [=, shape = *config] {
-        cuda_on_cpu::run([&] { std::apply(kernel, kept); }, shape.gridDim, shape.blockDim, shape.dynamicSmemBytes);
+        cuda_on_cpu::run([&] { std::apply(kernel, kept); }, shape.gridDim, shape.blockDim, shape.dynamicSmemBytes,
+                         cluster);
     });
 }

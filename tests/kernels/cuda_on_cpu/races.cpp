@@ -32,7 +32,7 @@ constexpr std::size_t kWord = 4, kArena = std::size_t{16} << 30;
 constexpr std::size_t kLong = std::size_t{64} << 10;
 
 struct Access {
-    std::uint32_t piece = 0, block, barriers, warp_barriers;
+    std::uint32_t piece = 0, cluster, block, barriers, warp_barriers, arrivals, waits;
     std::uint16_t stream, thread;
     std::uint8_t bytes, writes;  // which bytes of the word
     const void* code;
@@ -40,6 +40,7 @@ struct Access {
     // Whether this one, the earlier, comes before b on any GPU.
     bool before(const Access& b) const {
         if (piece != b.piece) return now.before->at(stream) >= piece;
+        if (cluster == b.cluster && arrivals < b.waits) return true;
         if (block != b.block) return false;
         return thread == b.thread || barriers < b.barriers ||
                (thread / 32 == b.thread / 32 && warp_barriers < b.warp_barriers);
@@ -84,7 +85,7 @@ void write_place(const Access& access) {
 void meet(Word& word, const Access& mine, bool shared, std::size_t byte) {
     Access* place = nullptr;
     for (Access& other : word.last) {
-        if (other.piece == 0 || (shared && (other.piece != mine.piece || other.block != mine.block))) {
+        if (other.piece == 0 || (shared && (other.piece != mine.piece || other.cluster != mine.cluster))) {
             other.piece = 0;
             if (!place || place->piece != 0) place = &other;
             continue;
@@ -105,12 +106,15 @@ void touch(const void* at, std::size_t bytes, bool writes, const void* code) {
     const auto* const begin = static_cast<const unsigned char*>(at);
     const bool shared = begin >= now.shared && begin < now.shared + now.shared_bytes;
     if (!shared && (begin < arena || begin >= arena + kArena)) return;  // a thread's own
-    thread_local Word* const shared_words = reserve<Word>((std::size_t{256} << 10) / kWord);
+    thread_local Word* const shared_words = reserve<Word>((std::size_t{2} << 20) / kWord);
     const std::size_t first = static_cast<std::size_t>(begin - (shared ? now.shared : arena)), end = first + bytes;
     Access mine = {now.piece,
+                   now.cluster,
                    now.block,
                    now.barriers,
                    now.warp_barriers,
+                   now.arrivals,
+                   now.waits,
                    static_cast<std::uint16_t>(now.stream),
                    static_cast<std::uint16_t>(now.thread),
                    0,

@@ -3,7 +3,7 @@
 // memory, asked also of blocks, of kernels on other streams and of copies. The compiler calls a function at each load and store
 // of what is built with -fsanitize=thread; here are those functions, which ask CUDA's rules instead of a CPU's:
 //   threads of a block are ordered by __syncthreads, those of a warp also by __syncwarp, not by a shuffle;
-//   blocks of a launch by nothing; pieces of work on one stream by their turn, on several by events;
+//   blocks of a cluster by its barrier, those of a launch by nothing; pieces of work on one stream by their turn, on several by events;
 //   what the host gives to a stream comes after all that it has waited for.
 #pragma once
 
@@ -33,10 +33,11 @@ struct Moment {
     std::uint32_t piece = 0;  // numbered through; 0: the host itself
     unsigned stream = 0;
     const Clock* before = nullptr;
-    const unsigned char* shared = nullptr;
+    const unsigned char* shared = nullptr;  // of the whole cluster
     std::size_t shared_bytes = 0;
-    std::uint32_t block = 0, thread = 0;
+    std::uint32_t cluster = 0, block = 0, thread = 0;
     std::uint32_t barriers = 0, warp_barriers = 0;  // that the thread has met in this block
+    std::uint32_t arrivals = 0, waits = 0;          // at the cluster's
 };
 extern thread_local Moment now __attribute__((tls_model("initial-exec")));
 
