@@ -112,7 +112,11 @@ ROWS = 1_000_000
 GOALS = {
     goal.work.name: goal
     for goal in (
-        Goal(_workload("small", SMALL, "least_squares", 1e-3, 32, 64, 3), (*ONE, "chainrule train_step"), 5),
+        Goal(
+            _workload("small", SMALL, "least_squares", 1e-3, 32, 64, 3),
+            (*ONE, "chainrule train_step", "chainrule fit in one block"),
+            5,
+        ),
         Goal(
             _workload("many", SMALL, "least_squares", 1e-3, 32, 64, 3, networks=264),
             MANY,

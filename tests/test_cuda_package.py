@@ -289,8 +289,8 @@ import sys, numpy as np, chainrule as cr
 from chainrule import _cuda
 rng = np.random.default_rng(0)
 X, y = rng.standard_normal((70, 5)), rng.integers(0, 3, 70)
-for schedule in ["", *_cuda.schedules()]:
-    _cuda.force_schedule(schedule)
+for schedule, blocks in [("", 0), ("resident", 1), *((name, 0) for name in _cuda.schedules())]:
+    _cuda.force_schedule(schedule, blocks)
     for dtype in ("float32", "tf32", "bfloat16", "float64"):
         layers = cr.Linear(5, 33), cr.GELU(), cr.Dropout(0.2), cr.Linear(33, 65), cr.Tanh(), cr.Linear(65, 3)
         nets = [cr.Sequential(*layers, seed=k, dtype=dtype, device="cuda") for k in range(3)]
@@ -298,10 +298,13 @@ for schedule in ["", *_cuda.schedules()]:
         nets[0].fit(X, y, loss="cross_entropy", optimizer="rmsprop", clip_example_norm=1.0)
         cr.fit_many(nets, X, y, loss="cross_entropy", batch_size=16)
         nets[0].train_step(X, y, loss="cross_entropy", optimizer=cr.SGD(0.1, momentum=0.9))
+_cuda.force_schedule("")
 net = cr.mlp([5, 33, 3], activation="silu", device="cuda")
 cr.gradcheck(net, X[:3], y[:3], "cross_entropy"), cr.laplacian(net, X)
 cr.per_example_grads(net, X, y, "cross_entropy"), cr.jacobian(net, X, wrt="parameters")
 net.fit(X, X[:, :3], loss="mse", dy=np.zeros((70, 3, 5)))
+many = rng.standard_normal((9000, 5))
+net.fit(many, many[:, :3], loss="mse", batch_size=9000, epochs=2)
 """
 
 

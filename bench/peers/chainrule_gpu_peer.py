@@ -44,6 +44,19 @@ class Fit(chainrule_peer.Fit):
         super().__init__(work, problem)
 
 
+class FitInOneBlock(Fit):
+    """The same without clusters, to see whether they pay."""
+
+    form = "cr.fit, each network in one block"
+
+    def _fit(self, epochs: int) -> dict[str, list[float]]:
+        _engine().force_schedule("resident", 1)
+        try:
+            return super()._fit(epochs)
+        finally:
+            _engine().force_schedule("", 0)
+
+
 class FitMany(chainrule_peer.Fit):
     """All networks and all epochs in one call."""
 
@@ -101,5 +114,5 @@ class Predict(chainrule_peer.Predict):
         return np.asarray(self.net(self.X).numpy())
 
 
-VARIANTS = {"chainrule fit": Fit, "chainrule fit_many": FitMany}
+VARIANTS = {"chainrule fit": Fit, "chainrule fit in one block": FitInOneBlock, "chainrule fit_many": FitMany}
 PREDICTORS = {"chainrule": Predict}

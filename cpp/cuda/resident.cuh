@@ -428,13 +428,22 @@ struct Block {
         for (int c = 0; c < N; ++c)
             if (c < count) gradient.at[c] = rule.regularized(place + c, gradient.at[c], weights, penalty);
     }
+    // Four loads are under way at once, some of what nobody wants: one after the other, each would take as long as a small layer.
     __device__ Several<T, 4> sum_of_blocks(T* place) const {
         if constexpr (!Shares) return several_at<4>(place);
-        Several<T, 4> sum = several_at<4>(in_block(place, 0));
-        for (int r = 1; r < ranks(); ++r) {
-            const Several<T, 4> more = several_at<4>(in_block(place, r));
+        constexpr int together = 4;
+        Several<T, 4> sum = {};
+        for (int first = 0; first < ranks(); first += together) {
+            Several<T, 4> parts[together];
             CHAINRULE_UNROLL(4)
-            for (int c = 0; c < 4; ++c) sum.at[c] = sum.at[c] + more.at[c];
+            for (int r = 0; r < together; ++r)
+                parts[r] = several_at<4>(in_block(place, first + r < ranks() ? first + r : rank));
+            CHAINRULE_UNROLL(4)
+            for (int r = 0; r < together; ++r) {
+                if (first + r >= ranks()) continue;
+                CHAINRULE_UNROLL(4)
+                for (int c = 0; c < 4; ++c) sum.at[c] = sum.at[c] + parts[r].at[c];
+            }
         }
         return sum;
     }
