@@ -41,7 +41,7 @@ struct Program {
     int count = 0, inputs = 0, outputs = 0;
     int f = 0, df = 0;       // φᴸ and its cotangent
     int parameters = 0;      // elements of all weights, which come first
-    int slots[kSlots] = {};  // where the rule's slots begin; -1: it has none there
+    int slots[kSlots] = {};  // where the rule's slots of a block's part begin; -1: it has none there
     int gradient = -1;       // where the gradient lies; -1: no place, it is used up at once
     int sums = 0;            // a double for each thread, and one for each block
     Index total = 0;         // elements of T in all
@@ -121,7 +121,8 @@ Program plan_resident(const std::vector<Layer<T>>& layers, Index first_cotangent
         if (s.kind == Step::Kind::linear) s.weights = memory.cut((s.inputs + s.bias) * resident_stride(s.outputs));
     }
     p.parameters = memory.cut(0);
-    for (int slot = 0; slot < kSlots; ++slot) p.slots[slot] = slots[slot] ? memory.cut(p.parameters) : -1;
+    const Index own = 4 * tiles_across(p.parameters / 4, ranks);
+    for (int slot = 0; slot < kSlots; ++slot) p.slots[slot] = slots[slot] ? memory.cut(own) : -1;
     if (stored || ranks > 1) p.gradient = memory.cut(p.parameters);
     const auto matrix = [&](int cols) { return memory.cut(tiles_across(batch, ranks) * resident_stride(cols)); };
     int phi = matrix(p.inputs);

@@ -3,7 +3,8 @@
 // lie in shared memory, one block has one network, and one launch takes many steps. Many networks are many blocks.
 //
 // While there are processors to spare, a network has a cluster of blocks. Each has all weights and a part of the batch's rows; then
-// it adds up a part of the gradient from all blocks, updates those weights, and gives them to the others.
+// it adds up a part of the gradient from all blocks, updates those weights, of which it alone has the rule's state, and gives them to
+// the others.
 //
 // In shared memory W lies transposed, with b as its last row: Wᵀ (I + 1, O), and the rule's slots beside it alike. With rows
 // resident_stride apart, the sums over inputs read four outputs at once, the sums over outputs four terms.
@@ -167,11 +168,13 @@ struct Block {
                        [&](int o) { copy_own(g.outputs * g.inputs + o, g.weights + g.inputs * stride + o); });
         });
     }
+    // Of the rule's state a block has what is its own.
     template <class F>
     __device__ void each_parameter(Span part, F copy) const {
         each_weight(job.theta, 0, part, copy);
+        const Span own = own_parameters();
         for (int slot = 0; slot < kSlots; ++slot)
-            if (p.slots[slot] >= 0) each_weight(job.slots[slot], p.slots[slot], part, copy);
+            if (p.slots[slot] >= 0) each_weight(job.slots[slot], p.slots[slot] - own.begin, own, copy);
     }
     __device__ Span all_parameters() const { return {0, p.parameters}; }
     // Those that this block updates.
@@ -360,7 +363,9 @@ struct Block {
 
     __device__ Rule<T> rule(const Hyper<T>* hyper) const {
         Rule<T> rule = {job.rule, memory, {}, in_global(hyper), nullptr, job.l1, job.l2, job.clip_value};
-        for (int slot = 0; slot < kSlots; ++slot) rule.slots[slot] = p.slots[slot] >= 0 ? at(p.slots[slot]) : nullptr;
+        const int first = own_parameters().begin;
+        for (int slot = 0; slot < kSlots; ++slot)
+            rule.slots[slot] = p.slots[slot] >= 0 ? at(p.slots[slot]) - first : nullptr;
         return rule;
     }
     // All gradients and updates; returns what this thread has of the penalty.

@@ -101,7 +101,7 @@ std::set<Piece> pieces_of(const cuda::Program& p, Index batch) {
         if (s.pulls) matrix(s.dx, s.inputs);
     }
     for (const int slot : p.slots)
-        if (slot >= 0) pieces.insert({slot, parameters});
+        if (slot >= 0) pieces.insert({slot, 4 * cuda::tiles_across(parameters / 4, p.ranks)});
     check(p.parameters == parameters && parameters % 4 == 0, "and are whole fours");
     if (p.gradient >= 0) pieces.insert({p.gradient, parameters});
     pieces.insert(
@@ -149,6 +149,9 @@ void cuda_programs() {
     const bool adam[kSlots] = {true, true, false};
     const auto p = cuda::plan_resident(layers_of<float>({8, 64, 64, 1}, Op::relu, false), 1, 32, adam, false, 1);
     check(2 * p.total * 4 <= 227 * 1024, "8-64-64-1 with Adam and 32 rows fits twice");
+    const auto wide = layers_of<float>({64, 128, 64, 10}, Op::relu, false);
+    check(cuda::plan_resident(wide, 1, 64, adam, false, 1).total * 4 > 227 * 1024, "18,000 parameters fit no block");
+    check(cuda::plan_resident(wide, 1, 64, adam, false, 8).total * 4 <= 227 * 1024, "but eight that share their state");
     check(cuda::ranks_of(15, 1, 132) == 1 && cuda::ranks_of(32, 1, 132) == 4 && cuda::ranks_of(1 << 20, 1, 132) == 8,
           "eight rows and more for a block, eight blocks at most");
     check(cuda::ranks_of(32, 33, 132) == 4 && cuda::ranks_of(32, 34, 132) == 2 && cuda::ranks_of(32, 264, 132) == 1,
