@@ -374,6 +374,19 @@ def test_sums_over_many_rows(name, precision, rng):
         assert_same_bits(a, b)
 
 
+def test_slices_of_gradients_without_their_bias(monkeypatch, rng):
+    """32 inputs are fewer tiles than 33, and more slices, on a GPU of few processors or with many rows."""
+    monkeypatch.setenv("CHAINRULE_EMULATOR_PROCESSORS", "14")
+    pair = Pair(layers_of([1, 32, 32, 1], "tanh", "tanh"), "float64", rng)
+    given = {"x": pair.numbers(rng, 6200, 1), "y": pair.numbers(rng, 6200, 1), "v": directions(pair, rng)}
+    mse = _core.Loss("mse", 0.0, "mean", None)
+    got, exact = (
+        net.hvp(given["x"], given["y"], None, mse, NO_LIMITS, given["v"], False)
+        for net in (pair.gpu, pair.cpu)
+    )
+    all_close(got, exact, 4 * ROUNDINGS * eps(pair.dtype))
+
+
 # ---- training ----------------------------------------------------------------------------------------------
 
 TRAINED = layers_of([5, 17, 9, 2], "tanh", "silu")

@@ -43,16 +43,17 @@ class ClusterLaunch {
     ClusterLaunch(const ClusterLaunch&) = delete;
     ClusterLaunch& operator=(const ClusterLaunch&) = delete;
 
-    // Whether the device takes one such cluster of the kernel, as it is compiled for it, at least.
+    // How many such clusters of the kernel, as it is compiled for it, the device takes at once. They lie within groups of
+    // processors, and so are fewer than those divided by their blocks.
     template <class... P>
-    bool fits(void (*kernel)(P...)) const {
+    int most(void (*kernel)(P...)) const {
         cudaFuncAttributes compiled{};
         check(cudaFuncGetAttributes(&compiled, kernel), "asking about a kernel");
-        if (config_.numAttrs == 0 || compiled.ptxVersion < 90) return config_.numAttrs == 0;
         int clusters = 0;
-        if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config_) == cudaSuccess) return clusters > 0;
+        if (compiled.ptxVersion < 90) return 0;
+        if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config_) == cudaSuccess) return clusters;
         (void)cudaGetLastError();
-        return false;
+        return 0;
     }
     template <class... P, class... A>
     void operator()(void (*kernel)(P...), A&&... arguments) const {

@@ -15,6 +15,7 @@ namespace cuda {
 
 constexpr int kResidentLayers = 24;
 constexpr int kResidentThreads = 256;
+constexpr Index kDeskBytes = 512;
 
 struct Program {
     struct Step {
@@ -44,6 +45,7 @@ struct Program {
     int slots[kSlots] = {};  // where the rule's slots of a block's part begin; -1: it has none there
     int gradient = -1;       // where the gradient lies; -1: no place, it is used up at once
     int sums = 0;            // a double for each thread, and one for each block
+    int desk = 0;            // the job and a step's rates, which a barrier of a cluster would send out of reach
     Index total = 0;         // elements of T in all
 };
 
@@ -145,6 +147,7 @@ Program plan_resident(const std::vector<Layer<T>>& layers, Index first_cotangent
         s.through_saved = n > 0 ? p.steps[n - 1].saved : s.x;
     }
     p.sums = memory.cut((kResidentThreads + kMostRanks) * static_cast<Index>(sizeof(double) / sizeof(T)));
+    p.desk = memory.cut(kDeskBytes / static_cast<Index>(sizeof(T)));
     p.total = memory.used();
     return p;
 }

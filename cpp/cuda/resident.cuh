@@ -41,6 +41,14 @@ template <class F>
 static __device__ __forceinline__ void block_each(int count, F f) {
     for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) f(i);
 }
+// One thing, word by word.
+template <class T>
+static __device__ __forceinline__ void block_copy(T* to, const T* from) {
+    static_assert(sizeof(T) % 4 == 0 && std::is_trivially_copyable_v<T>, "whole words");
+    block_each(static_cast<int>(sizeof(T) / 4), [&](int word) {
+        reinterpret_cast<std::uint32_t*>(to)[word] = reinterpret_cast<const std::uint32_t*>(from)[word];
+    });
+}
 // How a block's threads go over a matrix: as many beside each other as a row fills, and no division tells where they are.
 struct Spread {
     int lane, lanes, group, groups;
@@ -90,9 +98,15 @@ struct Block {
     int batch = 0;             // rows of the step
     int before = 0, rows = 0;  // those of the blocks before this one, and its own
     Index left = 0;            // rows of the epoch after this batch
+    std::int64_t own_row = 0;  // where the data have the row of the batch that this thread takes first
 
     __device__ int ranks() const { return Shares ? p.ranks : 1; }
     __device__ T* at(int place) const { return memory + place; }
+    __device__ Hyper<T>* rates() const {
+        static_assert(sizeof(Job<T>) % alignof(Hyper<T>) == 0, "rates may lie behind a job");
+        static_assert(sizeof(Job<T>) + sizeof(Hyper<T>) <= kDeskBytes, "the desk has room");
+        return reinterpret_cast<Hyper<T>*>(reinterpret_cast<Job<T>*>(at(p.desk)) + 1);
+    }
     __device__ double* sums() const { return reinterpret_cast<double*>(at(p.sums)); }
 
     // The block's part of so many.
@@ -191,10 +205,13 @@ struct Block {
         rows = part.end - part.begin;
         data = job.data;
         const Index begin = of_epoch + before;
+        const int mine = static_cast<int>(threadIdx.x);
         if (data.rows.order) {
             data.rows.order += begin;
+            if (Shares && mine < rows) own_row = data.rows.order[mine];
             return;
         }
+        own_row = mine;
         data.x += begin * p.inputs;
         if (data.labels) data.labels += begin;
         if (data.y) data.y += begin * data.target_cols;
@@ -225,6 +242,18 @@ struct Block {
         }
     }
 
+    // A cluster's barrier sends away what was near: only what is asked for after one is there before the next.
+    __device__ void prefetch_targets() const {
+        block_each(rows, [&](int i) {
+            if (data.rows.order) prefetch(data.rows.order + i);
+            if (i == static_cast<int>(threadIdx.x)) prefetch_target(own_row);
+        });
+    }
+    __device__ void prefetch_target(std::int64_t row) const {
+        if (data.labels) prefetch(data.labels + row);
+        if (data.y) prefetch(data.y + row * data.target_cols);
+        if (data.weight) prefetch(data.weight + row);
+    }
     // Rows of the next batch come nearer while this one is in hand, and the part of the order that names those after them: each
     // would take as long as a small layer otherwise.
     __device__ void prefetch_next() const {
@@ -235,9 +264,7 @@ struct Block {
         block_each(part.end - part.begin, [&](int i) {
             const std::int64_t row = data.rows(batch - before + part.begin + i);
             for (int j = 0; j < p.inputs; j += line) prefetch(data.x + row * p.inputs + j);
-            if (data.labels) prefetch(data.labels + row);
-            if (data.y) prefetch(data.y + row * data.target_cols);
-            if (data.weight) prefetch(data.weight + row);
+            prefetch_target(row);
         });
         if (!data.rows.order) return;
         const std::int64_t* const order = data.rows.order + batch - before + next + part_after.begin;
@@ -361,8 +388,8 @@ struct Block {
                           [&](int o, auto& sum) { take(g.weights + g.inputs * stride + o, sum, 1, false); });
     }
 
-    __device__ Rule<T> rule(const Hyper<T>* hyper) const {
-        Rule<T> rule = {job.rule, memory, {}, in_global(hyper), nullptr, job.l1, job.l2, job.clip_value};
+    __device__ Rule<T> rule() const {
+        Rule<T> rule = {job.rule, memory, {}, rates(), nullptr, job.l1, job.l2, job.clip_value};
         const int first = own_parameters().begin;
         for (int slot = 0; slot < kSlots; ++slot)
             rule.slots[slot] = p.slots[slot] >= 0 ? at(p.slots[slot]) - first : nullptr;
@@ -392,6 +419,7 @@ struct Block {
             });
         });
         meet();
+        if constexpr (Shares) prefetch_next();
         each_own_four([&](int place) {
             Several<T, 4> gradient = sum_of_blocks(at(p.gradient) + place);
             if (clips || rule.regularizes()) {
@@ -469,11 +497,13 @@ static __device__ __forceinline__ void resident_step(Block<T, Shares>& block, Co
     const Program& p = block.p;
     block.begin_batch(control.first);
     block.gather();
-    block.prefetch_next();
+    if constexpr (!Shares) block.prefetch_next();
     const double weight = block.weight_of_batch();
     const double scale = static_cast<double>(static_cast<T>(!block.job.mean ? 1.0 : (weight > 0 ? 1 / weight : 0.0)));
     const std::uint64_t drawn = static_cast<std::uint64_t>(control.drawn);
     block.rejoin();
+    block_copy(block.rates(), hyper);
+    if constexpr (Shares) block.prefetch_targets();
     for (int s = 0; s < p.count; ++s) {
         block.forward(p.steps[s], drawn);
         __syncthreads();
@@ -489,7 +519,7 @@ static __device__ __forceinline__ void resident_step(Block<T, Shares>& block, Co
         block.backward(g, drawn);
         __syncthreads();
     }
-    const double penalty = block.update(block.rule(hyper));
+    const double penalty = block.update(block.rule());
     block.depart();
     const double share = block.job.mean ? weight : 1.0;
     control.value = value + penalty;
@@ -509,7 +539,10 @@ __global__ void __launch_bounds__(kResidentThreads, sizeof(T) == 4 && !Shares ? 
     __builtin_assume(blockDim.y == 1);  // a thread has a row to itself
 #endif
     const int number = static_cast<int>(blockIdx.x), network = Shares ? number / program.ranks : number;
-    const Job<T>& job = jobs[network];
+    auto* const job_here = reinterpret_cast<Job<T>*>(memory + program.desk);
+    block_copy(job_here, jobs + network);
+    __syncthreads();
+    const Job<T>& job = *job_here;
     Block<T, Shares> block = {program, job, memory, Shares ? number - network * program.ranks : 0};
     const bool counts = threadIdx.x == 0 && block.rank == 0;
     Control control = *job.control;

@@ -212,9 +212,10 @@ void Tape<T>::shape(Index first, Index rows, Index seeds, std::initializer_list<
     arena_.grow(net_.device(), total, "activations");
     cut(arena_.data());
     Index slices = 0;
-    for (const Layer<T>& g : net_.layers())
+    for (const Layer<T>& g : net_.layers())  // with its bias and without, which may take more
         if (g.kind == LayerKind::linear)
-            slices = std::max(slices, how_.room_of_rows(g.outputs, g.inputs + g.bias, rows));
+            for (const Index inputs : {g.inputs, g.inputs + g.bias})
+                slices = std::max(slices, how_.room_of_rows(g.outputs, inputs, rows));
     for (Buffer<T>& room : slices_) room.grow(net_.device(), slices, "slices of gradients");
 }
 
@@ -418,8 +419,11 @@ void Tape<T>::gradient(Index l, Index rows, const Operand<T>& dz, const Operand<
     const Layer<T>& g = layer(l);
     Operand<T> with_ones = x;
     if (g.bias && with_bias) with_ones.ones = static_cast<int>(g.inputs);
-    how_.multiply_rows(g.outputs, g.inputs + (g.bias && with_bias), rows, dz, with_ones, epilogue,
-                       slices_[stream == net_.runtime().side].data(), stream);
+    const Index inputs = g.inputs + (g.bias && with_bias);
+    const Buffer<T>& room = slices_[stream == net_.runtime().side];
+    if (room.size() < how_.room_of_rows(g.outputs, inputs, rows))
+        throw std::logic_error("[cuda] a gradient's slices: expected the room that shape() made, got less");
+    how_.multiply_rows(g.outputs, inputs, rows, dz, with_ones, epilogue, room.data(), stream);
 }
 
 template <class T>

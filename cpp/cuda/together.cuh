@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// L3: many networks at once, each a block of the resident schedule.
+// L3: many networks at once, each a block or a cluster of the resident schedule.
 #pragma once
 
 #include "trainer.cuh"
@@ -15,7 +15,7 @@ bool same_layers(const std::vector<Layer<T>>& a, const std::vector<Layer<T>>& b)
     });
 }
 
-// Whether all of them take the same path through one launch: each a block of the resident schedule, with one program.
+// Whether all of them take the same path through one launch: each by the resident schedule, with one program.
 template <class T>
 bool run_together(const std::vector<Trainer<T>*>& trainers) {
     const auto& first = trainers.front()->work();

@@ -71,7 +71,7 @@ struct ResidentLaunch {
                  static_cast<std::size_t>(program.total) * sizeof(T), run.stream) {
         allow_shared(kernel, run.shared_bytes);
     }
-    bool fits() const { return launch.fits(kernel); }
+    int most() const { return launch.most(kernel); }  // of clusters at once
     // Each up to `steps` steps.
     void operator()(const Job<T>* jobs, int steps) const { launch(kernel, program, jobs, steps); }
 
@@ -150,25 +150,24 @@ struct Trainer<T>::Work {
 };
 
 // In the resident schedule, beside so many networks; count 0 if it does not fit into processors' shared memory. In as many blocks as
-// there are processors for, or at least as many as it takes.
+// there are processors for, or as few as it takes, of eight rows at least.
 template <class T>
 Program Trainer<T>::Work::plan(Index networks) const {
     const auto& run = net.runtime();
     bool slots[kSlots];
     for (int s = 0; s < kSlots; ++s) slots[s] = optimizer.slots[s].size() > 0;
-    const auto by = [&](int ranks) {
+    const auto by = [&](int ranks, Index at_once) {
         const Program p = plan_resident(net.layers(), net.first_cotangent(), planned, slots,
                                         options.regularization.clip_norm != 0, ranks);
-        const bool fits = p.count > 0 && p.total * static_cast<Index>(sizeof(T)) <= run.shared_bytes &&
-                          ResidentLaunch<T>(run, p, 1).fits();
-        return fits ? p : Program{};
+        const bool fits = p.count > 0 && p.total * static_cast<Index>(sizeof(T)) <= run.shared_bytes;
+        return fits && (ranks == 1 || ResidentLaunch<T>(run, p, 1).most() >= at_once) ? p : Program{};
     };
-    if (const int forced = forced_ranks.load()) return by(forced);
+    if (const int forced = forced_ranks.load()) return by(forced, 1);
     const int processors = run.how.processors;
     Program best;
     for (int ranks = ranks_of(planned, networks, processors); ranks > 0 && best.count == 0; ranks /= 2)
-        best = by(ranks);
-    for (int ranks = 2; ranks <= ranks_of(planned, 1, processors) && best.count == 0; ranks *= 2) best = by(ranks);
+        best = by(ranks, networks);
+    for (int ranks = 2; ranks <= ranks_of(planned, 1, processors) && best.count == 0; ranks *= 2) best = by(ranks, 1);
     return best;
 }
 

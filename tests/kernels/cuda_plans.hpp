@@ -106,6 +106,7 @@ std::set<Piece> pieces_of(const cuda::Program& p, Index batch) {
     if (p.gradient >= 0) pieces.insert({p.gradient, parameters});
     pieces.insert(
         {p.sums, (cuda::kResidentThreads + cuda::kMostRanks) * static_cast<Index>(sizeof(double) / sizeof(T))});
+    pieces.insert({p.desk, cuda::kDeskBytes / static_cast<Index>(sizeof(T))});
     return pieces;
 }
 

@@ -394,6 +394,10 @@ std::map<void*, std::size_t>& allocations() {
 }
 std::size_t in_use = 0;
 
+int processors() {
+    const char* count = std::getenv("CHAINRULE_EMULATOR_PROCESSORS");
+    return count ? std::atoi(count) : 132;
+}
 std::size_t capacity() {
     const char* bytes = std::getenv("CHAINRULE_EMULATOR_MEMORY");
     return bytes ? std::strtoull(bytes, nullptr, 10) : std::size_t{8} << 30;
@@ -486,7 +490,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
     switch (which) {
-        case cudaDevAttrMultiProcessorCount: *value = 132; break;
+        case cudaDevAttrMultiProcessorCount: *value = processors(); break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(cuda_on_cpu::kSharedBytes); break;
         case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
         case cudaDevAttrComputeCapabilityMinor: *value = 0; break;

@@ -9,6 +9,7 @@
 //   CHAINRULE_EMULATOR_ORDER=backward runs blocks and threads from the last to the first: a missing barrier, or a block that
 //   waits for another one, then changes the results; CHAINRULE_EMULATOR_MEMORY is how many bytes the device has;
 //   CHAINRULE_EMULATOR_CAPTURE=lost ends every graph that is being made as another thread's wait for the device would;
+//   CHAINRULE_EMULATOR_PROCESSORS is how many it has, 132 if nothing is said;
 //   CHAINRULE_EMULATOR_CLUSTERS=none: kernels are as compiled for a GPU that has no clusters;
 //   CHAINRULE_EMULATOR_ALGORITHMS=none: cuBLASLt finds no algorithm for any product, =some: for every other one.
 #pragma once
@@ -194,7 +195,9 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F*) {
 }
 template <class... P>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(P...), const cudaLaunchConfig_t* config) {
-    *clusters = config->dynamicSmemBytes <= cuda_on_cpu::kSharedBytes ? 1 : 0;
+    // Of 132 processors, in six groups of 16 and two of 18.
+    const int ranks = static_cast<int>(config->attrs[0].val.clusterDim.x);
+    *clusters = config->dynamicSmemBytes <= cuda_on_cpu::kSharedBytes ? 6 * (16 / ranks) + 2 * (18 / ranks) : 0;
     return cudaSuccess;
 }
 
