@@ -388,8 +388,9 @@ struct Block {
                           [&](int o, auto& sum) { take(g.weights + g.inputs * stride + o, sum, 1, false); });
     }
 
-    __device__ Rule<T> rule() const {
-        Rule<T> rule = {job.rule, memory, {}, rates(), nullptr, job.l1, job.l2, job.clip_value};
+    __device__ Rule<T> rule(const Hyper<T>* hyper) const {
+        Rule<T> rule = {job.rule, memory, {},     Shares ? rates() : in_global(hyper),
+                        nullptr,  job.l1, job.l2, job.clip_value};
         const int first = own_parameters().begin;
         for (int slot = 0; slot < kSlots; ++slot)
             rule.slots[slot] = p.slots[slot] >= 0 ? at(p.slots[slot]) - first : nullptr;
@@ -502,8 +503,10 @@ static __device__ __forceinline__ void resident_step(Block<T, Shares>& block, Co
     const double scale = static_cast<double>(static_cast<T>(!block.job.mean ? 1.0 : (weight > 0 ? 1 / weight : 0.0)));
     const std::uint64_t drawn = static_cast<std::uint64_t>(control.drawn);
     block.rejoin();
-    block_copy(block.rates(), hyper);
-    if constexpr (Shares) block.prefetch_targets();
+    if constexpr (Shares) {
+        block_copy(block.rates(), hyper);
+        block.prefetch_targets();
+    }
     for (int s = 0; s < p.count; ++s) {
         block.forward(p.steps[s], drawn);
         __syncthreads();
@@ -519,7 +522,7 @@ static __device__ __forceinline__ void resident_step(Block<T, Shares>& block, Co
         block.backward(g, drawn);
         __syncthreads();
     }
-    const double penalty = block.update(block.rule());
+    const double penalty = block.update(block.rule(hyper));
     block.depart();
     const double share = block.job.mean ? weight : 1.0;
     control.value = value + penalty;
@@ -539,9 +542,13 @@ __global__ void __launch_bounds__(kResidentThreads, sizeof(T) == 4 && !Shares ? 
     __builtin_assume(blockDim.y == 1);  // a thread has a row to itself
 #endif
     const int number = static_cast<int>(blockIdx.x), network = Shares ? number / program.ranks : number;
-    auto* const job_here = reinterpret_cast<Job<T>*>(memory + program.desk);
-    block_copy(job_here, jobs + network);
-    __syncthreads();
+    const Job<T>* job_here = jobs + network;
+    if constexpr (Shares) {
+        auto* const own = reinterpret_cast<Job<T>*>(memory + program.desk);
+        block_copy(own, job_here);
+        __syncthreads();
+        job_here = own;
+    }
     const Job<T>& job = *job_here;
     Block<T, Shares> block = {program, job, memory, Shares ? number - network * program.ranks : 0};
     const bool counts = threadIdx.x == 0 && block.rank == 0;
