@@ -244,10 +244,10 @@ struct Block {
 
     // A cluster's barrier sends away what was near: only what is asked for after one is there before the next.
     __device__ void prefetch_targets() const {
-        block_each(rows, [&](int i) {
-            if (data.rows.order) prefetch(data.rows.order + i);
-            if (i == static_cast<int>(threadIdx.x)) prefetch_target(own_row);
-        });
+        const int i = static_cast<int>(threadIdx.x);
+        if (i >= rows) return;
+        if (data.rows.order) prefetch(data.rows.order + i);
+        prefetch_target(own_row);
     }
     __device__ void prefetch_target(std::int64_t row) const {
         if (data.labels) prefetch(data.labels + row);

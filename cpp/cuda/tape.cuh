@@ -211,6 +211,7 @@ void Tape<T>::shape(Index first, Index rows, Index seeds, std::initializer_list<
     cut(nullptr);
     arena_.grow(net_.device(), total, "activations");
     cut(arena_.data());
+    if (std::find(wanted.begin(), wanted.end(), cotangent) == wanted.end()) return;  // no gradients either
     Index slices = 0;
     for (const Layer<T>& g : net_.layers())  // with its bias and without, which may take more
         if (g.kind == LayerKind::linear)

@@ -24,7 +24,8 @@ bool run_together(const std::vector<Trainer<T>*>& trainers) {
         bool same = work.schedule == Schedule::resident && work.net.device() == first.net.device() &&
                     same_layers(work.net.layers(), first.net.layers()) && work.planned == first.planned &&
                     (work.options.regularization.clip_norm != 0) == (first.options.regularization.clip_norm != 0);
-        for (int s = 0; s < kSlots; ++s) same = same && work.program.slots[s] == first.program.slots[s];
+        for (int s = 0; s < kSlots; ++s)
+            same = same && (work.optimizer.slots[s].size() > 0) == (first.optimizer.slots[s].size() > 0);
         if (!same) return false;
     }
     return true;

@@ -171,7 +171,7 @@ Program Trainer<T>::Work::plan(Index networks) const {
     return best;
 }
 
-// The schedule: resident, if what the network needs fits into a processor's shared memory and nobody asked for another one.
+// The schedule: resident, if what the network needs fits into processors' shared memory and nobody asked for another one.
 template <class T>
 void Trainer<T>::Work::choose() {
     const Schedule forced = forced_schedule.load();
