@@ -19,7 +19,7 @@
 
 #include "cuda.hpp"
 #include "cuda/cluster.cuh"
-#include "cuda/multiply.cuh"
+#include "cuda/library.cuh"
 
 namespace chainrule {
 namespace cuda {
@@ -380,6 +380,33 @@ void products_of_rows() {
     }
 }
 
+// What cuBLASLt's product leaves out where a bias' gradient is a sum of its own; around a block's columns and rows.
+template <class In>
+void sums_columns(const char* rule) {
+    static const Stream stream;
+    for (const int rows : {0, 1, 31, 32, 33, 300})
+        for (const int cols : {1, 31, 32, 33, 70}) {
+            const int stride = cols + 3;
+            const auto number = [](int at) { return at * 7 % 31 - 15; };
+            std::vector<In> from(static_cast<std::size_t>(rows * stride));
+            for (int at = 0; at < rows * stride; ++at) {
+                const float value = static_cast<float>(number(at));
+                std::memcpy(&from[static_cast<std::size_t>(at)],
+                            reinterpret_cast<const char*>(&value) + sizeof value - sizeof(In), sizeof(In));
+            }
+            std::vector<float> sums(static_cast<std::size_t>(cols));
+            launch(sum_columns<float, In>, dim3(static_cast<unsigned>(tiles_across(cols, kColumnsOfBlock))),
+                   dim3(kColumnsOfBlock, kRowsAtOnce), kColumnsOfBlock * kRowsAtOnce * sizeof(float), stream, rows,
+                   cols, static_cast<const In*>(from.data()), Index{stride}, sums.data());
+            stream.wait();
+            for (int j = 0; j < cols; ++j) {
+                int sum = 0;
+                for (int i = 0; i < rows; ++i) sum += number(i * stride + j);
+                check(sums[static_cast<std::size_t>(j)] == static_cast<float>(sum), rule);
+            }
+        }
+}
+
 // While one thread makes a graph, others wait for the device and release memory: neither may notice.
 void graphs_beside_waits() {
     const Stream stream;
@@ -428,6 +455,8 @@ int test() {
     multiplies<Bfloat16Small>("small product of bfloat16 is exact");
     multiplies<Bfloat16Large>("large product of bfloat16 is exact");
     products_of_rows();
+    sums_columns<float>("sums of columns are exact in float32");
+    sums_columns<std::uint16_t>("sums of columns are exact in bfloat16");
     std::printf("%d failed\n", failed);
     return failed > 0;
 }

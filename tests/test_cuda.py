@@ -651,6 +651,24 @@ def test_packed_operands_are_those_of_the_step(more, algorithms, monkeypatch, rn
     all_close(ends[1], ends[0], 2.0**-7)
 
 
+@each_loss
+@pytest.mark.parametrize("outputs", [5, 70])
+def test_a_loss_packs_its_cotangents(row, outputs, rng):
+    """By a thread or a warp a row. By rows of the unit matrix, the gradient is those cotangents, rounded."""
+    rows, precision = 9, "bfloat16"
+    f, y = sample_loss(row, rng, rows, outputs, np.dtype("float32"))
+    loss, ends = _core.Loss(row.name, row.a, "sum", None), []
+    pair = Pair(layers_of([rows, f.shape[1]]), precision, rng)
+    pair.gpu.set_parameter(0, np.ascontiguousarray(f.T))
+    pair.gpu.set_parameter(1, np.zeros(f.shape[1], np.float32))
+    for schedule in ("fused", "library"):
+        cuda.force_schedule(schedule)
+        _, gradients = pair.gpu.value_and_grad_as_is(np.eye(rows, dtype=np.float32), y, loss, NO_LIMITS)
+        cuda.force_schedule("")
+        ends.append(gradients)
+    all_close(ends[1], ends[0], 2.0**-20)
+
+
 DEEP = (5, 33, 70, 9, 2)
 
 

@@ -21,19 +21,6 @@ inline void check_library(int status, const char* what) {
                                  std::to_string(status));
 }
 
-// A matrix as the library has it: `cols` columns, one of ones, and zeros to the end of a row of `stride` elements.
-template <class T, class Out>
-struct Packed {
-    Out* to;  // null: nobody wants it
-    Index cols, stride;
-    __device__ void put(Index i, Index j, T value) const {
-        if (j >= cols) value = j == cols ? T{1} : T{0};
-        if constexpr (sizeof(Out) == 2)
-            to[i * stride + j] = static_cast<Out>(round_to_bfloat16(Vec<float>(static_cast<float>(value)))[0] >> 16);
-        else
-            to[i * stride + j] = value;
-    }
-};
 template <class T, class Out>
 struct Pack {
     Operand<T> from;
@@ -52,10 +39,37 @@ struct Unpack {
     __device__ void operator()(Index i, Index j) const { to[i * stride + j] = real_of<T>(from[i * from_stride + j]); }
 };
 
-// An epilogue over a product that lies in memory, by tiles as the small ones of our own; what it makes is packed beside.
+// Sums of columns: what a column of ones would give Aᵀ B. A thread adds up every 32nd row of its column, then one the 32.
+constexpr int kColumnsOfBlock = 32, kRowsAtOnce = 32;
+template <class T, class In>
+__global__ void __launch_bounds__(kColumnsOfBlock* kRowsAtOnce)
+    sum_columns(int rows, int cols, const In* from, Index stride, T* sums) {
+    CHAINRULE_SHARED(T, memory);
+    const int j = static_cast<int>(blockIdx.x) * kColumnsOfBlock + static_cast<int>(threadIdx.x);
+    const int first = static_cast<int>(threadIdx.y);
+    T sum = 0;
+    CHAINRULE_UNROLL(8)
+    for (int i = first; i < rows && j < cols; i += kRowsAtOnce) sum += real_of<T>(from[i * stride + j]);
+    memory[first * kColumnsOfBlock + static_cast<int>(threadIdx.x)] = sum;
+    __syncthreads();
+    if (first > 0 || j >= cols) return;
+    for (int r = 1; r < kRowsAtOnce; ++r) sum += memory[r * kColumnsOfBlock + static_cast<int>(threadIdx.x)];
+    sums[j] = sum;
+}
+
+// A product in memory, its last column elsewhere if that is not null.
+template <class T, class C>
+struct Product {
+    const C* c;
+    Index stride;
+    const T* last;
+    __device__ T at(int i, int j, int n) const { return last && j == n - 1 ? last[i] : real_of<T>(c[i * stride + j]); }
+};
+
+// An epilogue over such a product, by tiles as the small ones of our own; what it makes is packed beside.
 template <class T, class C, class Epilogue>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
-    finish_product(int m, int n, const C* c, Index stride, Epilogue epilogue, Packed<T, std::uint16_t> packed) {
+    finish_product(int m, int n, Product<T, C> c, Epilogue epilogue, Packed<T, std::uint16_t> packed) {
     CHAINRULE_SHARED(T, memory);
     constexpr int tile = static_cast<int>(kSmallTile), down = kThreads / tile, N = 4;
     const int blocks_down = (m + tile - 1) / tile, block = static_cast<int>(blockIdx.x);
@@ -67,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
         CHAINRULE_UNROLL(4)
         for (int d = 0; d < N; ++d) rows[d] = first + r + d * down < m ? first + r + d * down : -1;
         if (j < n) {
-            each_there(rows, [&](int d) { v.at[d] = real_of<T>(c[rows[d] * stride + j]); });
+            each_there(rows, [&](int d) { v.at[d] = c.at(rows[d], j, n); });
             epilogue(rows, j, v);
         }
         if (packed.to && j < packed.stride) each_there(rows, [&](int d) { packed.put(rows[d], j, v.at[d]); });
@@ -96,15 +110,19 @@ class Library {
     // Memory for the products of a step of `rows` rows; before a graph is made of them.
     void reserve(Index rows, const std::vector<Layer<T>>& layers) {
         forget();
-        Index product = 0, packed = 0;
+        Index product = 0, packed = 0, outputs = 0;
         for (const Layer<T>& g : layers) {
             if (g.kind != Layer<T>::Kind::linear) continue;
             const Index in = padded(g.inputs + 1), out = padded(g.outputs);
             product = std::max({product, rows * in, rows * out, g.outputs * in});
+            outputs = std::max(outputs, g.outputs);
             // W, and on either side an activation and a cotangent.
             packed += (g.outputs + 2 * rows) * packed_stride(g.inputs) + 2 * rows * packed_stride(g.outputs);
         }
-        for (Room& room : rooms_) room.product.grow(device_, product, "a product");
+        for (Room& room : rooms_) {
+            room.product.grow(device_, product, "a product");
+            room.sums.grow(device_, outputs, "sums of cotangents");
+        }
         arena_.grow(device_, packed * element_bytes(), "the operands of products");
     }
 
@@ -113,6 +131,9 @@ class Library {
         packed_.clear();
         used_ = 0;
     }
+    // Where somebody may put a matrix that products of this step will take; null: it is taken as it is.
+    Packed<T, std::uint16_t> packing(const MatrixView<T>& m) { return packed_of(m.data, m.rows, m.cols, 0, false); }
+
     // Matrices have changed, but for the weights that an update has packed for the step to come.
     void begin_step() { ++step_; }
 
@@ -120,15 +141,18 @@ class Library {
     template <bool ADownK, bool BDownK, class Epilogue>
     bool multiply(Index m, Index n, Index k, const Operand<T>& a, const Operand<T>& b, const Epilogue& epilogue,
                   cudaStream_t stream) {
+        Operand<T> right = b;
+        const bool apart = b.ones >= 0 && sums_apart(half() || !lies_ready(b), m, b.ones, k);
+        if (apart) right.ones = -1;
+        // A column of ones would make an odd width, for which tensor cores are slow; the zeros beside it do no harm.
+        const Index width = apart ? b.ones : b.ones >= 0 ? padded(n) : n;
         const Ready x = ready(a, ADownK ? k : m, ADownK ? m : k, stream);
-        const Ready y = ready(b, BDownK ? k : n, BDownK ? n : k, stream);
+        const Ready y = ready(right, BDownK ? k : width, BDownK ? width : k, stream);
         const Room& room = rooms_[stream == side_];
         const Direct direct = direct_of(epilogue);
         const Index c_stride = direct.to ? direct.stride : padded(n);
-        const bool halved = half() && rounds_before(epilogue);
-        // A column of ones would make an odd width, for which tensor cores are slow; the zeros beside it do no harm.
-        const Shape shape = {ADownK,   BDownK,   m,        b.ones < 0 ? n : padded(n), k,
-                             x.stride, y.stride, c_stride, direct.bias != nullptr,     halved};
+        const bool bias = direct.bias != nullptr, halved = half() && rounds_before(epilogue);
+        const Shape shape = {ADownK, BDownK, m, width, k, x.stride, y.stride, c_stride, bias, halved};
         const Plan& plan = plan_of(shape);
         if (!plan.found) {
             unpack(a.data, a.stride, stream);
@@ -137,6 +161,7 @@ class Library {
             return false;
         }
         void* const c = direct.to ? direct.to : room.product.data();
+        if (apart) half() ? sum<std::uint16_t>(x, k, m, room, stream) : sum<T>(x, k, m, room, stream);
         run(plan, x.data, y.data, direct.bias, c, room, stream);
         if (direct.to) return true;
         Epilogue end = epilogue;
@@ -147,7 +172,7 @@ class Library {
             launch(finish_product<T, C, Epilogue>,
                    dim3(static_cast<unsigned>(tiles_of(m, std::max(n, packed.stride), kSmallTile))), kThreads,
                    kThreads * sizeof(double), stream, static_cast<int>(m), static_cast<int>(n),
-                   static_cast<const C*>(c), c_stride, end, packed);
+                   Product<T, C>{static_cast<const C*>(c), c_stride, apart ? room.sums.data() : nullptr}, end, packed);
         };
         if constexpr (std::is_same_v<Epilogue, Differentiate<float>>)
             if (halved) return finish(std::uint16_t{}), true;
@@ -171,7 +196,7 @@ class Library {
     };
     struct Room {  // a stream's own
         Buffer<unsigned char> workspace;
-        Buffer<T> product;
+        Buffer<T> product, sums;
     };
     struct Place {  // of a packed matrix
         unsigned char* data;
@@ -222,9 +247,16 @@ class Library {
         const Packed<T, Out> packed = {reinterpret_cast<Out*>(to), cols, packed_stride(cols)};
         map_elements(rows, packed.stride, Pack<T, Out>{from, packed}, stream);
     }
+    static bool lies_ready(const Operand<T>& from) { return from.rows.plain() && aligned(from.data, from.stride); }
+    template <class In>
+    static void sum(const Ready& from, Index rows, Index cols, const Room& room, cudaStream_t stream) {
+        launch(sum_columns<T, In>, dim3(static_cast<unsigned>(tiles_across(cols, kColumnsOfBlock))),
+               dim3(kColumnsOfBlock, kRowsAtOnce), kColumnsOfBlock * kRowsAtOnce * sizeof(T), stream,
+               static_cast<int>(rows), static_cast<int>(cols), static_cast<const In*>(from.data), from.stride,
+               room.sums.data());
+    }
     Ready ready(const Operand<T>& from, Index rows, Index cols, cudaStream_t stream) {
-        const bool plain = from.ones < 0 && from.rows.plain() && aligned(from.data, from.stride);
-        if (plain && !half()) return {from.data, from.stride};
+        if (from.ones < 0 && lies_ready(from) && !half()) return {from.data, from.stride};
         if (from.ones >= 0) cols = from.ones;
         Place& packed = place(from.data, rows, cols);
         if (packed.last < step_) {
@@ -237,7 +269,7 @@ class Library {
     // Where an epilogue packs what it makes, if that is an operand of a product of this step or, `later`, of one to come. What is
     // to be packed alone is taken from it.
     Packed<T, std::uint16_t> packed_of(const T* matrix, Index rows, Index cols, int later, bool alone) {
-        if (!half()) return {nullptr, 0, 0};
+        if (!half()) return {};
         Place& packed = place(matrix, rows, cols);
         packed.last = step_ + later;
         packed.alone = alone;
@@ -245,7 +277,7 @@ class Library {
     }
     Packed<T, std::uint16_t> result(Activate<T>& e, Index rows) { return result(e.y, e.packed_only, rows); }
     Packed<T, std::uint16_t> result(Differentiate<T>& e, Index rows) { return result(e.dx, e.packed_only, rows); }
-    Packed<T, std::uint16_t> result(StoreGradient<T>&, Index) { return {nullptr, 0, 0}; }
+    Packed<T, std::uint16_t> result(StoreGradient<T>&, Index) { return {}; }
     Packed<T, std::uint16_t> result(Update<T>& e, Index rows) {
         return packed_of(e.rule.theta + e.offset, rows, e.inputs, 1, false);
     }
@@ -383,6 +415,9 @@ struct Arithmetic {
 
     void begin_step() const {
         if (library) library->begin_step();
+    }
+    Packed<T, std::uint16_t> packing(const MatrixView<T>& m) const {
+        return library ? library->packing(m) : Packed<T, std::uint16_t>{};
     }
     template <bool ADownK, bool BDownK, class Epilogue>
     void multiply(Index m, Index n, Index k, const Operand<T>& a, const Operand<T>& b, const Epilogue& epilogue,

@@ -264,6 +264,19 @@ struct SetScale {
     }
 };
 
+// A matrix as cuBLASLt has it; see library.cuh: `cols` columns, one of ones, and zeros to the end of a row of `stride` elements.
+template <class T, class Out>
+struct Packed {
+    Out* to = nullptr;  // null: nobody wants it
+    Index cols = 0, stride = 0;
+    __device__ void put(Index i, Index j, T value) const {
+        if (j >= cols) value = j == cols ? T{1} : T{0};
+        if constexpr (sizeof(Out) == 2)
+            to[i * stride + j] = static_cast<Out>(round_to_bfloat16(Vec<float>(static_cast<float>(value)))[0] >> 16);
+        else
+            to[i * stride + j] = value;
+    }
+};
 template <class T>
 struct LossRows {
     LossOp op;
@@ -272,6 +285,7 @@ struct LossRows {
     MatrixView<T> f, df;
     const Control* control;
     T* values;
+    Packed<T, std::uint16_t> packed = {};  // df once more
     __device__ Targets<T> targets(Index row) const {
         return {data.labels ? data.labels + row : nullptr, data.labels ? nullptr : data.y + row * data.target_cols,
                 data.target_cols};
@@ -282,6 +296,10 @@ struct LossRows {
             row_loss(op, f.cols, f.data + i * f.stride, targets(row), data.weight ? data.weight + row : nullptr,
                      static_cast<T>(control->scale), df.data + i * df.stride, param);
         if (first_column() == 0) values[i] = value;
+        if (!packed.to) return;
+        if (column_step<T>() > 1) __syncwarp();  // a loss may give its columns to other threads
+        for (Index j = first_column(); j < packed.stride; j += column_step<T>())
+            packed.put(i, j, j < f.cols ? df.data[i * df.stride + j] : T{0});
     }
 };
 template <class T>

@@ -56,6 +56,13 @@ constexpr Index most_tiles(Index m, Index n) { return tiles_of(m, n, kMiniTile);
 // cuBLASLt's products from so many multiplications a step on: below, its launches and ours beside it take longer.
 constexpr bool wants_library(double multiplies) { return multiplies >= 1 << 27; }
 
+// A bias' gradient is a column of ones in its layer's product of rows, which is free where the operand is packed anyway. It is a
+// sum of its own where it would be all that an operand is packed for, or begins another column of the library's tiles in a product
+// of several rounds of those: 4096 x 4097 has 544 tiles of 128 x 256 instead of 512, for 132 processors.
+constexpr bool sums_apart(bool packed, Index m, Index inputs, Index k) {
+    return !packed || (inputs % kLargeTile == 0 && m * inputs >= Index{1} << 22 && k >= 1024);
+}
+
 // How many threads go along a row of so many columns: a warp, or one where most of a warp would have nothing to do.
 constexpr int row_threads(Index cols) { return cols < 8 ? 1 : 32; }
 

@@ -234,7 +234,7 @@ void Step<T>::Work::run_loss(const Source<T>& data, Index rows) {
     const Index depth = net.depth();
     map_rows(rows, net.outputs(),
              LossRows<T>{loss.op, static_cast<T>(loss.param), data, tape.at(Kind::primal, depth),
-                         tape.at(Kind::cotangent, depth), control.data(), values.data()},
+                         tape.at(Kind::cotangent, depth), control.data(), values.data(), tape.packing(depth)},
              net.runtime().stream);
 }
 

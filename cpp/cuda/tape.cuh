@@ -109,6 +109,11 @@ class Tape {
         if (kind == primal && l == 0 && input_.data) return input_;
         return {at(kind, l).data, at(kind, l).stride};
     }
+    // Where the products below can have cotangents once more that a loss makes.
+    Packed<T, std::uint16_t> packing(Index l) const {
+        const bool read = l > 0 && layer(l - 1).kind == LayerKind::linear;
+        return read ? how_.packing(at(cotangent, l)) : Packed<T, std::uint16_t>{};
+    }
     Shared<T> saved(Index l) const { return {constant(at(primal, l)), phase_, seeds_}; }
     const Layer<T>& layer(Index l) const { return net_.layers()[static_cast<std::size_t>(l)]; }
 

@@ -57,6 +57,10 @@ void cuda_tiles() {
         const int threads = cuda::row_threads(cols);
         check(threads == 1 || (threads == 32 && cols >= 8), "a row is a thread's or a warp's, if it has work for one");
     }
+    check(cuda::sums_apart(false, 3, 5, 7), "no operand is packed for a bias alone");
+    check(!cuda::sums_apart(true, 1024, 1024, 1024), "where it is packed, a column of ones is free");
+    check(cuda::sums_apart(true, 4096, 4096, 4096), "unless it begins another column of tiles");
+    check(!cuda::sums_apart(true, 4096, 4095, 4096), "and is the first in it");
     check(!cuda::wants_library(8.0 * 128 * 256), "small steps stay with our own products");
     check(cuda::wants_library(1024.0 * 1024 * 1024), "large ones go to the library");
 }
