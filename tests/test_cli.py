@@ -389,6 +389,10 @@ def test_a_read_only_folder_is_noticed_before_training(flowers, capsys, monkeypa
         (["train", "t.csv", "--target", "y", "--task", "x"], "--task: invalid choice"),
         (["train", "t.csv", "--target", "y", "--activation", "x"], "--activation: invalid choice"),
         (["train", "t.csv", "--target", "y", "--opt", "sgd"], "unrecognized arguments: --opt"),
+        (
+            ["train", "t.csv", "--target", "y", "--seed", str(2**64)],
+            "a whole number of at most 18446744073709551615",
+        ),
         (["predict", "m.safetensors"], "required: data"),
     ],
 )
@@ -416,6 +420,10 @@ def test_mistakes_in_prediction(flowers, capsys):
             "column 'size': expected numbers as in training, got 'huge' in row 1",
         ),
         (["model.safetensors", "new.csv", "--output", "new.csv"], "expected another file than the data"),
+        (
+            ["model.safetensors", "new.csv", "--output", "model.safetensors"],
+            "expected another file than the model",
+        ),
         (["model.safetensors", "new.csv", "--output", "no/a.csv"], "no/a.csv: No such file or directory"),
     ]:
         code, out, err = run(capsys, "predict", *arguments)
@@ -469,6 +477,15 @@ def test_explaining_a_row(flower_model, capsys):
         expected = str(cr.explain(flower_model.net, x, y, "cross_entropy", wrt=wrt))
         assert out == "\n".join(line.rstrip() for line in expected.split("\n")) + "\n"
         assert "softmax(f) − onehot(y)" in out
+
+
+def test_explaining_a_class_that_looks_like_a_number(capsys):
+    rows = "".join(f"{k % 3},{('01', '02', 'x3')[k % 3]}\n" for k in range(60))
+    Path("t.csv").write_text("x,c\n" + rows)
+    Path("row.csv").write_text("x,c\n0,01\n")
+    assert run(capsys, "train", "t.csv", "--target", "c", "--epochs", 1)[0] == 0
+    code, out, err = run(capsys, "explain", "model.safetensors", "row.csv")
+    assert (code, err) == (0, "") and "softmax(f) − onehot(y)" in out
 
 
 def test_explaining_a_regression(flowers, capsys):

@@ -186,10 +186,33 @@ def test_parquet(tmp_path):
     }
     assert_table(table, {**expected, "c": ["u", "v", "u"]})
     assert table.notes == ("column 'd' left out: timestamp[ms] is neither number, text nor boolean",)
+    with pytest.raises(
+        ValueError, match=r"column 'd': expected one of 'i', .*; column 'd' left out: timestamp"
+    ):
+        table.column("d")
     with pytest.raises(ValueError, match=r"bad\.parquet.*expected a Parquet file"):
         read_table(write(tmp_path / "bad.parquet", "a,b\n1,2\n"))
     with pytest.raises(FileNotFoundError):
         read_table(tmp_path / "none.parquet")
+
+
+def test_parquet_as_data_frames_write_it(tmp_path):
+    """A row index that is no range, whole numbers that float64 rounds, text of every kind."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pa.table(
+        {
+            "x": [1.0, 2.0],
+            "id": [2**60 + 1, 2**60 + 3],
+            "large": pa.array(["u", "v"], pa.large_string()),
+            "view": pa.array(["u", "v"], pa.string_view()),
+            "__index_level_0__": [17, 4],
+        }
+    )
+    parquet.write_table(arrow, tmp_path / "t.parquet")
+    table = read_table(tmp_path / "t.parquet")
+    assert_table(table, {"x": [1, 2], "id": [2.0**60] * 2, "large": ["u", "v"], "view": ["u", "v"]})
+    assert table.notes == ("column '__index_level_0__' left out: it is the row index of a data frame",)
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
@@ -207,6 +230,8 @@ def test_columns_in_memory():
         Table.from_columns({"a": [1], "b": [1, 2]})
     with pytest.raises(ValueError, match="got no columns"):
         Table.from_columns({})
+    with pytest.raises(TypeError, match=r"columns must have names: expected a path, a dict .* got ndarray"):
+        Table.from_columns(np.zeros((2, 2)))
     with pytest.raises(ValueError, match="expected one dimension, got 2"):
         Table.from_columns({"a": [[1]]})
 
@@ -288,6 +313,62 @@ def test_the_stated_rules_by_hand():
     np.testing.assert_allclose(got[:, 2], [0, 0.1], rtol=1e-6)
     assert p.text_columns == ("t",)
     np.testing.assert_allclose(p.targets(table), (np.arange(4) - 1.5) / np.arange(4).std())
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "expected"),
+    [
+        (["01", "02", "A4", "01"], ["01", "02"], [0, 1]),  # text that would be numbers
+        (["01", "02", "A4", "01"], [1, 2.0], [0, 1]),  # numbers, as pandas reads them
+        (["1", "01", "x", "1"], ["1", "01", 1], [1, 0, 1]),  # as it stands comes first
+        (["1", "1.5", "x", "1"], ["1.0", "1.50", "x", "2"], [0, 1, 2, -1]),
+        (["true", "false", "true", "false"], [True, False], [1, 0]),
+        (["TRUE", "FALSE", "TRUE", "FALSE"], [True, False, None], [1, 0, -1]),
+        ([True, False, True, False], ["true", "FALSE", "yes"], [1, 0, -1]),
+    ],
+    ids=str,
+)
+def test_categories_in_another_spelling(trained, asked, expected):
+    """The same cells from a CSV file, a Parquet file, a data frame and a dict are the same categories."""
+    p = Preprocessor.fit(Table.from_columns({"t": trained, "y": [0.5, 1.5, 2.5, 3.5]}, {"t"}), "y")
+    got = p.transform(Table.from_columns({"t": asked}, p.text_columns))
+    np.testing.assert_array_equal(np.where(got.any(axis=1), got.argmax(axis=1), -1), expected)
+    classes = Preprocessor("classification", "t", (), tuple(sorted({str(cell) for cell in trained})))
+    if -1 not in expected:
+        np.testing.assert_array_equal(classes.targets(Table.from_columns({"t": asked}, {"t"})), expected)
+
+
+@pytest.mark.parametrize(
+    ("cells", "refused"),
+    [
+        (["1,5", "2,25", "3,75"], True),  # never twice: not an id
+        (["1,5", "2", "3,75", "1,5"], True),
+        (["1", "2", "1,2", "1"], False),  # lists of choices
+        (["1,5", "2,5 m", "1,5"], False),
+    ],
+    ids=str,
+)
+def test_decimal_commas(cells, refused):
+    columns = {"x": cells, "n": np.arange(len(cells)), "c": ["u", "v", "u", "v"][: len(cells)]}
+    table = Table.from_columns(columns)
+    if not refused:
+        Preprocessor.fit(table, "c")
+        return
+    with pytest.raises(ValueError, match=r"column 'x': expected a decimal point, got '1,5' with a comma"):
+        Preprocessor.fit(table, "c")
+    for task in ("classification", "regression"):
+        with pytest.raises(ValueError, match=r"target 'x': expected a decimal point"):
+            Preprocessor.fit(table, "x", task)
+
+
+def test_labels_that_float64_cannot_tell_apart_are_refused():
+    table = Table.from_columns({"x": [1, 2, 1, 2], "y": [2**53, 2**53 + 1] * 2})
+    with pytest.raises(
+        ValueError, match=r"target 'y': expected labels below 2\*\*53, .* got 9007199254740992"
+    ):
+        Preprocessor.fit(table, "y", "classification")
+    features = Table.from_columns({"x": [2**60, 2**61], "y": [0.5, 1.5]})
+    assert Preprocessor.fit(features, "y").width == 1  # as quantities they serve
 
 
 def test_the_same_matrix_as_a_scikit_learn_pipeline():
@@ -480,6 +561,18 @@ def test_a_target_named_like_a_probability_keeps_its_answers():
     answers = TableModel(cr.mlp([p.width, 2]), p, "cross_entropy").answers(table)
     assert list(answers) == ["p_x", "probability_x", "probability_y"]
     assert set(answers["p_x"]) <= {"x", "y"}
+
+
+def test_text_in_a_dict_stays_text_where_training_saw_text(tmp_path):
+    """Even where every cell is a number: "01" is another category than "1"."""
+    table = Table.from_columns({"t": ["01", "1", "x"] * 2, "y": [1.5, 2.5, 3.5] * 2})
+    p = Preprocessor.fit(table, "y")
+    net = cr.Sequential(cr.Linear(3, 1, bias=False), dtype="float64")
+    net.load_state_dict({"0.weight": [[10.0, 20.0, 30.0]]})
+    model = TableModel(net, p, "mse")
+    expected = p.mean + p.std * np.array([10.0, 20.0])
+    for given in ({"t": ["01", "1"]}, write(tmp_path / "t.csv", "t\n01\n1\n")):
+        np.testing.assert_allclose(model.predict(given), expected)
 
 
 def test_answers_are_in_the_targets_own_unit():

@@ -181,19 +181,20 @@ def _draw_options(draw: argparse.ArgumentParser) -> None:
 
 def _common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--seed", type=_whole(0), default=0, metavar="N", help="of split, weights and batches"
+        "--seed", type=_whole(0, 2**64 - 1), default=0, metavar="N", help="of split, weights and batches"
     )
     parser.add_argument("--threads", type=_whole(1), metavar="N", help="instead of one for each core")
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def _whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
             number = least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        if not least <= number <= most:
+            limit = f"at least {least}" if number < least else f"at most {most}"
+            raise argparse.ArgumentTypeError(f"expected a whole number of {limit}, got {text!r}")
         return number
 
     return parse

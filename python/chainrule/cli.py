@@ -249,8 +249,11 @@ def _show_usage(args: Namespace, screen: Screen) -> None:
 
 def predict(args: Namespace) -> None:
     """Write one line of answers for each row of a table, as CSV."""
-    if args.output and os.path.exists(args.output) and os.path.samefile(args.output, args.data):
-        raise ValueError(f"[predict] --output: expected another file than the data, got {args.output!r}")
+    for what, path in (("model", args.model), ("data", args.data)):
+        if args.output and os.path.exists(args.output) and os.path.samefile(args.output, path):
+            raise ValueError(
+                f"[predict] --output: expected another file than the {what}, got {args.output!r}"
+            )
     if not args.output and sys.stdout is None:
         raise ValueError("[predict] standard output: expected an open one, got none; use --output FILE")
     answers = TableModel.load(args.model).answers(args.data)
@@ -307,7 +310,7 @@ def _example(op: str, args: Namespace) -> tuple[TableModel, NDArray[Any], NDArra
     """The model, one row as it sees it, and its target; None where the table does not hold one."""
     model = TableModel.load(args.model)
     p = model.preprocessor
-    table = read_table(args.data, p.text_columns)
+    table = read_table(args.data, (*p.text_columns, p.target) if p.classes else p.text_columns)
     if not 1 <= args.row <= len(table):
         rows = f"1 to {len(table):,}" if len(table) else "a file with rows"
         raise ValueError(f"[{op}] --row: expected {rows}, got {args.row}")

@@ -38,6 +38,7 @@ MAX_CATEGORIES = 50  # of one text column; each is a column of X
 MAX_INTEGER_CLASSES = 20  # an integer target with more values is a quantity, not a label
 METADATA = "chainrule.table"  # the key in the model file
 FORMAT = 1
+_EXACT = 2.0**53  # whole numbers below are themselves in float64
 _SPLIT_STREAM = 0x5EED  # of the random generator; the network's weights come from other streams
 
 
@@ -103,7 +104,6 @@ class Feature:
     def fit(name: str, column: Column) -> Feature:
         """Learn from a training column that has at least one value."""
         if column.dtype == object:
-            _refuse_decimal_commas(name, column)
             counts = Counter(cell for cell in column if cell is not None)
             frequent = sorted(counts, key=lambda cell: (-counts[cell], cell))[:MAX_CATEGORIES]
             return Feature(name, categories=tuple(sorted(frequent)))
@@ -116,8 +116,7 @@ class Feature:
     def transform(self, column: Column, out: NDArray[Any]) -> None:
         """Fill this feature's columns of X, out (B, width)."""
         if self.categories is not None:
-            place = {category: k for k, category in enumerate(self.categories)}
-            found = np.array([place.get(cell, -1) for cell in as_text(column)], dtype=np.int64)
+            found = _places(self.categories, column)
             rows = np.flatnonzero(found >= 0)
             out[rows, found[rows]] = 1
             return
@@ -233,8 +232,7 @@ class Preprocessor:
         if self.task == "regression":
             _require_numbers(self.target, column)
             return (column - self.mean) / self.std
-        place = {label: k for k, label in enumerate(self.classes)}
-        found = np.array([place.get(label, -1) for label in as_text(column)], dtype=np.int64)
+        found = _places(self.classes, column)
         if (found < 0).any():
             got = repr(as_text(column)[found.argmin()])
             raise ValueError(
@@ -307,6 +305,7 @@ def _fit_features(table: Table, leave_out: Collection[str]) -> tuple[tuple[Featu
             notes.append(f"column {name!r} left out: it has no values")
             continue
         if column.dtype == object:
+            _refuse_decimal_commas(f"column {name!r}", values)
             distinct = len(set(values))
             if distinct == len(values) > 1:
                 notes.append(f"column {name!r} left out: its text never repeats (an id?)")
@@ -329,10 +328,17 @@ def class_labels(name: str, column: Column) -> tuple[str, ...]:
     >>> class_labels("kind", np.array([10.0, 9.0, 10.0, 9.0]))
     ('9', '10')
     """
+    _refuse_decimal_commas(f"target {name!r}", column)
     values = set(column.tolist())
     if values & {None} or any(value != value for value in values):
         raise ValueError(
             f"[table] target {name!r}: expected a value in every row, got missing cells; leave them out"
+        )
+    vast = [value for value in values if not isinstance(value, str) and abs(value) >= _EXACT]
+    if vast:
+        raise ValueError(
+            f"[table] target {name!r}: expected labels below 2**53, which float64 tells apart, "
+            f"got {vast[0]:.0f}; write a letter before them"
         )
     if len(values) < 2:
         raise ValueError(f"[table] target {name!r}: expected at least 2 classes, got {len(values)}")
@@ -393,7 +399,7 @@ class TableModel:
         if isinstance(table, (str, os.PathLike)):
             table = read_table(table, self.preprocessor.text_columns)
         elif not isinstance(table, Table):
-            table = Table.from_columns(table)
+            table = Table.from_columns(table, self.preprocessor.text_columns)
         return np.asarray(self.net.predict(self.preprocessor.transform(table, self.dtype)))
 
     @property
@@ -478,6 +484,7 @@ def require_finite(name: str, column: Column) -> None:
 
 
 def _require_numbers(name: str, column: Column) -> None:
+    _refuse_decimal_commas(f"target {name!r}", column)
     if column.dtype == object:
         raise ValueError(f"[table] target {name!r}: expected numbers for a regression, got text such as "
                          f"{next((cell for cell in column if cell is not None), None)!r}")  # fmt: skip
@@ -488,13 +495,39 @@ def _require_numbers(name: str, column: Column) -> None:
         )
 
 
-def _refuse_decimal_commas(name: str, column: Column) -> None:
-    """One-hot codes of 3,14 and 2,72 would train in silence and be worthless."""
-    cells = [cell for cell in column if cell is not None]
-    if all(re.fullmatch(r"[+-]?\d+,\d+", cell) for cell in cells):
+def _refuse_decimal_commas(what: str, column: Column) -> None:
+    """One-hot codes of 3,14 and 2,72 would train in silence and be worthless; some may be whole."""
+    cells = [cell for cell in column if cell is not None] if column.dtype == object else []
+    commas = [cell for cell in cells if "," in cell]
+    if 2 * len(commas) < len(cells) or not commas:
+        return
+    if all(re.fullmatch(r"[+-]?\d+(,\d+)?", cell) for cell in cells):
         raise ValueError(
-            f"[table] column {name!r}: expected a decimal point, got {cells[0]!r} with a comma; replace it"
+            f"[table] {what}: expected a decimal point, got {commas[0]!r} with a comma; replace it"
         )
+
+
+def _places(names: Sequence[str], column: Column) -> NDArray[np.int64]:
+    """Where each cell (B,) is among names, -1 for none of them; as it stands, else in another spelling."""
+    place: dict[str | None, int] = {name: k for k, name in enumerate(names)}
+    for k, name in enumerate(names):
+        for spelling in _spellings(name):
+            place.setdefault(spelling, k)
+
+    def of(cell: str | None) -> int:
+        if cell is not None and cell not in place:
+            place[cell] = next((place[other] for other in _spellings(cell) if other in place), -1)
+        return place.get(cell, -1)
+
+    return np.array([of(cell) for cell in as_text(column)], dtype=np.int64)
+
+
+def _spellings(text: str) -> list[str]:
+    """How another program writes the same: pandas has True for a file's true, and 1.0 for 01."""
+    if text.lower() in {"true", "false"}:
+        return [text.lower(), text.upper(), text.capitalize()]
+    number = parse_numbers([text])
+    return [label for label in [label_of(number[0])] if label] if number is not None else []
 
 
 def _strings(values: Any) -> tuple[str, ...] | None:

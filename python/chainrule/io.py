@@ -471,9 +471,8 @@ def _bad(path: Path, rule: str, expected: str, got: str, hint: str = "") -> Valu
 
 
 def require_suffix(operation: str, path: Path) -> None:
-    suffix = os.path.splitext(os.fspath(path))[1]
+    path = os.fsdecode(path)
+    suffix = os.path.splitext(path)[1]
     if suffix.lower() != ".safetensors":
         got = repr(suffix) if suffix else "none"
-        raise ValueError(
-            f"[{operation}] file name {os.fspath(path)!r}: expected the suffix .safetensors, got {got}"
-        )
+        raise ValueError(f"[{operation}] file name {path!r}: expected the suffix .safetensors, got {got}")

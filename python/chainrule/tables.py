@@ -12,9 +12,10 @@ import io
 import itertools
 import math
 import os
+import re
 import stat
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,14 +54,23 @@ class Table:
     def column(self, name: str) -> Column:
         """One column; ValueError lists the known names."""
         if name not in self.columns:
-            raise ValueError(f"[table] column {name!r}: expected one of {listed(self.columns)}")
+            why = "".join(f"; {note}" for note in self.notes if note.startswith(f"column {name!r} left out"))
+            raise ValueError(f"[table] column {name!r}: expected one of {listed(self.columns)}{why}")
         return self.columns[name]
 
     @staticmethod
-    def from_columns(columns: Any) -> Table:
-        """A table from a dict of sequences or a data frame; ValueError for columns of unequal length."""
+    def from_columns(columns: Any, text: Collection[str] = ()) -> Table:
+        """A table from a dict of sequences or a data frame; `text` names columns whose text stays text.
+
+        Raises: TypeError for what has no named columns; ValueError for columns of unequal length.
+        """
+        if not hasattr(columns, "columns") and not isinstance(columns, Mapping):
+            raise TypeError(
+                "[table] columns must have names: expected a path, a dict of columns or a data frame, "
+                f"got {type(columns).__name__}"
+            )
         names = list(columns.columns) if hasattr(columns, "columns") else list(columns)
-        found = {str(name): to_column(columns[name]) for name in names}
+        found = {str(name): to_column(columns[name], str(name) in text) for name in names}
         lengths = {len(column) for column in found.values()}
         if len(lengths) != 1:
             raise ValueError(
@@ -214,8 +224,11 @@ def _texts(cells: Iterable[str], known: dict[str, str]) -> Column:
     return column
 
 
-def to_column(values: Any) -> Column:
-    """Any sequence as a column: numbers stay numbers, all else is read as the text of a CSV cell is."""
+def to_column(values: Any, text: bool = False) -> Column:
+    """Any sequence as a column: numbers stay numbers, all else is read as the text of a CSV cell is.
+
+    With `text`, text stays text even if every cell is a number: "01" is no 1.
+    """
     array = np.asarray(values)
     if array.ndim != 1:
         raise ValueError(f"[table] column: expected one dimension, got {array.ndim}")
@@ -223,7 +236,7 @@ def to_column(values: Any) -> Column:
         return array.astype(np.float64)
     cells = [str(value) for value in array.tolist()]
     cells = ["" if cell in {"<NA>", "NaT"} else cell for cell in cells]  # pandas' own ways to say None
-    numbers = None if array.dtype.kind == "b" else parse_numbers(cells)
+    numbers = None if text or array.dtype.kind == "b" else parse_numbers(cells)
     return _texts(cells, {}) if numbers is None else numbers
 
 
@@ -242,9 +255,11 @@ def _read_parquet(path: Path, text: Collection[str]) -> Table:
     columns, notes = {}, []
     for name, column in zip(names, arrow.columns, strict=True):
         kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-            columns[name] = np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
-        elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_boolean(kind):
+        if re.fullmatch(r"__index_level_\d+__", name):
+            notes.append(f"column {name!r} left out: it is the row index of a data frame")
+        elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+            columns[name] = np.asarray(column.cast(pa.float64(), safe=False).to_numpy(), dtype=np.float64)
+        elif str(kind) in {"string", "large_string", "string_view", "bool"}:
             columns[name] = _texts(("" if cell is None else str(cell) for cell in column.to_pylist()), {})
         else:
             notes.append(f"column {name!r} left out: {column.type} is neither number, text nor boolean")
