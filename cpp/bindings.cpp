@@ -14,14 +14,20 @@ using namespace chainrule;
 namespace {
 
 py::list ops() {
-    py::list rows;
-    rows.append(py::make_tuple("linear", "linear", "input"));
-#define CHAINRULE_ELEMENTWISE(name, type, saves) rows.append(py::make_tuple("elementwise", #name, #saves));
-#define CHAINRULE_ROWWISE(name, type, saves) rows.append(py::make_tuple("rowwise", #name, #saves));
-#define CHAINRULE_LOSS(name, type) rows.append(py::make_tuple("loss", #name, "none"));
-#define CHAINRULE_OPTIMIZER(name, type) rows.append(py::make_tuple("optimizer", #name, "none"));
+    struct Row {
+        char kind[12], name[16], saves[8];
+    };
+    static constexpr Row table[] = {
+        {"linear", "linear", "input"},
+#define CHAINRULE_ELEMENTWISE(name, type, saves) {"elementwise", #name, #saves},
+#define CHAINRULE_ROWWISE(name, type, saves) {"rowwise", #name, #saves},
+#define CHAINRULE_LOSS(name, type) {"loss", #name, "none"},
+#define CHAINRULE_OPTIMIZER(name, type) {"optimizer", #name, "none"},
 #include "ops/ops.def"
-    rows.append(py::make_tuple("dropout", "dropout", "none"));
+        {"dropout", "dropout", "none"},
+    };
+    py::list rows;
+    for (const Row& row : table) rows.append(py::make_tuple(row.kind, row.name, row.saves));
     return rows;
 }
 

@@ -17,9 +17,13 @@ namespace chainrule {
 template <class E>
 class TrainingLock {
    public:
-    explicit TrainingLock(PyNetwork<E>& network) : network_(network), held_(!network.training.exchange(true)) {}
+    explicit TrainingLock(PyNetwork<E>& network) : network_(network), held_(take(network, Trained::by_engine)) {}
     ~TrainingLock() {
-        if (held_) network_.training.store(false);
+        if (held_) network_.trained.store(Trained::no);
+    }
+    static bool take(PyNetwork<E>& network, Trained by) {
+        Trained idle = Trained::no;
+        return network.trained.compare_exchange_strong(idle, by);
     }
     TrainingLock(const TrainingLock&) = delete;
     TrainingLock& operator=(const TrainingLock&) = delete;
@@ -33,6 +37,12 @@ class TrainingLock {
     const bool held_;
 };
 
+// Nobody writes weights beside the engine: a copy that it keeps of them would be of others. Steps that Python takes do.
+template <class E>
+void refuse_while_training(const PyNetwork<E>& network) {
+    if (network.trained.load() == Trained::by_engine) refuse_second_training();
+}
+
 using LayerRow = std::tuple<std::string, Index, Index, double, bool, py::object>;
 
 template <class T>
@@ -40,8 +50,7 @@ Layer<T> make_layer(const LayerRow& row) {
     const auto& [name, inputs, outputs, param, bias, external] = row;
     using Kind = typename Layer<T>::Kind;
     if (inputs < 1 || outputs < 1)
-        throw py::value_error("[Network] widths are positive: expected ≥ 1, got " + std::to_string(inputs) + " and " +
-                              std::to_string(outputs));
+        throw py::value_error(text("[Network] widths are positive: expected ≥ 1, got %td and %td", inputs, outputs));
     Layer<T> layer{Kind::op, inputs, outputs};
     layer.param = param;
     if (name == "linear") {
@@ -64,9 +73,8 @@ std::vector<Layer<T>> make_layers(const std::vector<LayerRow>& rows) {
     for (const LayerRow& row : rows) {
         layers.push_back(make_layer<T>(row));
         if (layers.size() > 1 && layers[layers.size() - 2].outputs != layers.back().inputs)
-            throw py::value_error("[Network] layer " + std::to_string(layers.size() - 1) + " does not fit: expected " +
-                                  std::to_string(layers[layers.size() - 2].outputs) + " inputs, got " +
-                                  std::to_string(layers.back().inputs));
+            throw py::value_error(text("[Network] layer %zu does not fit: expected %td inputs, got %td",
+                                       layers.size() - 1, layers[layers.size() - 2].outputs, layers.back().inputs));
     }
     return layers;
 }
@@ -167,8 +175,8 @@ struct PyOptimizer {
         OptimizerSettings settings = {lookup<OptimizerOp>(optimizer_names, name, "optimizer"), {}};
         const std::size_t count = settings.rule == OptimizerOp::rmsprop ? 5 : 4;
         if (values.size() != count)
-            throw py::value_error("[_core] " + name + " has " + std::to_string(count) + " hyper-parameters, got " +
-                                  std::to_string(values.size()));
+            throw py::value_error(
+                text("[_core] %s has %zu hyper-parameters, got %zu", name.c_str(), count, values.size()));
         std::copy(values.begin(), values.end(), settings.values);
         return settings;
     }
@@ -184,8 +192,7 @@ struct PyOptimizer {
     }
     void set_state(const py::list& slots) {
         if (slots.size() != kSlots)
-            throw py::value_error("[_core] optimizer state has " + std::to_string(kSlots) + " slots, got " +
-                                  std::to_string(slots.size()));
+            throw py::value_error(text("[_core] optimizer state has %d slots, got %zu", kSlots, slots.size()));
         std::vector<NumpyArray<T>> arrays;
         for (int s = 0; s < kSlots; ++s)
             arrays.push_back(require_shape<T>(slots[static_cast<std::size_t>(s)], "slot", {optimizer.slot_size(s)}));
@@ -216,9 +223,8 @@ class PyTrainer {
     std::pair<Index, Index> rates_of(const py::array& lr, int first) const {
         const Index epochs = lr.shape(first), stride = lr.ndim() == first + 2 ? lr.shape(first + 1) : 1;
         if (lr.ndim() == first + 2 && stride != trainer_.steps_per_epoch())
-            throw py::value_error("[_core] lr needs one rate per step: expected " +
-                                  std::to_string(trainer_.steps_per_epoch()) + " columns, got " +
-                                  std::to_string(stride));
+            throw py::value_error(text("[_core] lr needs one rate per step: expected %td columns, got %td",
+                                       trainer_.steps_per_epoch(), stride));
         return {epochs, stride};
     }
 
@@ -286,8 +292,7 @@ class PyTrainer {
         data_.add_slopes(network.net, dy, dy_weight);
         if (data_.view.rows < 1) throw py::value_error("[fit] no data: expected at least 1 row, got 0");
         if (options.batch_size < 1)
-            throw py::value_error("[fit] batch_size is positive: expected ≥ 1, got " +
-                                  std::to_string(options.batch_size));
+            throw py::value_error(text("[fit] batch_size is positive: expected ≥ 1, got %td", options.batch_size));
         return typename E::Trainer(network.net, optimizer.optimizer, loss_, data_.view, options);
     }
     PyNetwork<E>& network_;
@@ -327,6 +332,7 @@ py::class_<PyNetwork<E>> bind_network(py::module_& m, const std::string& bits) {
             [](Net& self, Index k, const py::object& value) {
                 const Parameter& parameter = parameter_at(self.net, k);
                 const NumpyArray<T> array = require_shape<T>(value, "value", parameter.shape);
+                refuse_while_training(self);
                 self.net.write(parameter, array.data());
                 self.net.publish();
             },
@@ -336,9 +342,10 @@ py::class_<PyNetwork<E>> bind_network(py::module_& m, const std::string& bits) {
             "restore",
             [](Net& self, const typename E::Network::Snapshot& snapshot) {
                 if (snapshot.size() != self.net.size())
-                    throw py::value_error("[restore] snapshot does not fit the network: expected " +
-                                          std::to_string(self.net.size()) + " numbers, got " +
-                                          std::to_string(snapshot.size()));
+                    throw py::value_error(
+                        text("[restore] snapshot does not fit the network: expected %td numbers, got %td",
+                             self.net.size(), snapshot.size()));
+                refuse_while_training(self);
                 self.net.restore(snapshot);
             },
             py::arg("snapshot"))
@@ -346,9 +353,9 @@ py::class_<PyNetwork<E>> bind_network(py::module_& m, const std::string& bits) {
         // The lock for steps that Python takes: it holds from one call to the other.
         .def("begin_training",
              [](Net& self) {
-                 if (self.training.exchange(true)) refuse_second_training();
+                 if (!TrainingLock<E>::take(self, Trained::by_python)) refuse_second_training();
              })
-        .def("end_training", [](Net& self) { self.training.store(false); })
+        .def("end_training", [](Net& self) { self.trained.store(Trained::no); })
         .def("predict", &predict<E>, py::arg("X"))
         .def("predict_as_is", &predict_as_is<E>, py::arg("X"))
         .def("trace", &trace<E>, py::arg("X"))

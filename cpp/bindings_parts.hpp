@@ -45,16 +45,15 @@ NumpyArray<T> returned(const py::handle& object, const std::string& map, const s
     const auto array = py::array_t<T, py::array::c_style | py::array::forcecast>::ensure(object);
     if (!array) {
         PyErr_Clear();
-        throw py::type_error("[" + map + "] must return an array: expected shape " +
-                             std::string(py::str(py::cast(shape))) + ", got " +
-                             std::string(py::str(py::type::of(object))));
+        throw py::type_error(text("[%s] must return an array: expected shape %s, got %s", map.c_str(),
+                                  text_of(py::cast(shape)).c_str(), text_of(py::type::of(object)).c_str()));
     }
     bool right = static_cast<std::size_t>(array.ndim()) == shape.size();
     for (std::size_t d = 0; right && d < shape.size(); ++d)
         right = array.shape(static_cast<py::ssize_t>(d)) == shape[d];
     if (!right)
-        throw py::value_error("[" + map + "] returned the wrong shape: expected " +
-                              std::string(py::str(py::cast(shape))) + ", got " + shape_text(array));
+        throw py::value_error(text("[%s] returned the wrong shape: expected %s, got %s", map.c_str(),
+                                   text_of(py::cast(shape)).c_str(), shape_text(array).c_str()));
     return py::reinterpret_borrow<NumpyArray<T>>(array);
 }
 
@@ -72,9 +71,13 @@ template <class T>
 class PythonLayer final : public ExternalLayer<T> {
    public:
     using Tangent = typename ExternalLayer<T>::Tangent;
+    struct Stored {  // a parameter; an array's own size is for its holders to change
+        T *engine, *array;
+        Index size;
+    };
 
     explicit PythonLayer(py::object layer)
-        : layer_(std::move(layer)), name_(py::str(py::type::of(layer_).attr("__name__"))) {
+        : layer_(std::move(layer)), name_(py::str(py::getattr(layer_, "name", py::type::of(layer_).attr("__name__")))) {
         if (!py::hasattr(layer_, "params")) return;
         const py::dict params = layer_.attr("params");
         for (const auto& item : params) {
@@ -84,7 +87,10 @@ class PythonLayer final : public ExternalLayer<T> {
             std::copy_n(array.data(), array.size(), own.mutable_data());
             arrays_.emplace_back(py::str(item.first), own);
         }
-        for (const auto& [name, array] : arrays_) params[py::str(name)] = array;
+        for (const auto& [name, array] : arrays_) {
+            array.attr("setflags")(false);
+            params[py::str(name)] = array;
+        }
     }
     std::vector<typename ExternalLayer<T>::Parameter> parameters() override {
         std::vector<typename ExternalLayer<T>::Parameter> list;
@@ -94,18 +100,17 @@ class PythonLayer final : public ExternalLayer<T> {
     }
     void bind(T* const* storage) override {
         for (std::size_t i = 0; i < arrays_.size(); ++i) {
-            storage_.push_back(storage[i]);
-            std::copy_n(arrays_[i].second.data(), arrays_[i].second.size(), storage[i]);
+            storage_.push_back({storage[i], const_cast<T*>(arrays_[i].second.data()), arrays_[i].second.size()});
+            std::copy_n(storage_[i].array, storage_[i].size, storage[i]);
         }
     }
     // The arrays are Python's own, not windows into the engine: nobody can be left with a dangling one.
     void publish() override {
-        for (std::size_t i = 0; i < arrays_.size(); ++i)
-            std::copy_n(storage_[i], arrays_[i].second.size(),
-                        static_cast<T*>(const_cast<void*>(arrays_[i].second.request().ptr)));
+        for (const Stored& parameter : storage_) std::copy_n(parameter.engine, parameter.size, parameter.array);
     }
     void forward(MatrixView<const T> x, MatrixView<T> y) override {
         const Locked lock;
+        demand_own_arrays();
         publish();
         fill(y, returned<T>(ask("forward", {copy_of(x)}), name_ + ".forward", {y.rows, y.cols}));
     }
@@ -137,22 +142,32 @@ class PythonLayer final : public ExternalLayer<T> {
     }
 
    private:
+    // A number that somebody puts among the parameters would be used, and neither trained nor saved.
+    void demand_own_arrays() const {
+        if (arrays_.empty()) return;
+        const py::dict params = layer_.attr("params");
+        for (const auto& [name, array] : arrays_)
+            if (PyDict_GetItemString(params.ptr(), name.c_str()) != array.ptr())
+                throw py::value_error(text(
+                    "[%s] params['%s'] belongs to the network: expected its array, got another; use load_state_dict",
+                    name_.c_str(), name.c_str()));
+    }
     // What vjp or vjp_jvp returned: dx, or dx and the parameters' gradients by name.
-    void take(const std::string& map, const py::object& result, MatrixView<T> dx, T* const* gradients) {
+    void take(const char* map, const py::object& result, MatrixView<T> dx, T* const* gradients) {
         py::object dx_result = result;
         if (!arrays_.empty()) {
             if (!py::isinstance<py::tuple>(result) || py::len(result) != 2)
                 throw py::value_error(
-                    "[" + name_ + "." + map +
-                    "] a layer with params returns two things: expected (dx, {name: gradient}), got " +
-                    std::string(py::str(py::type::of(result))));
+                    text("[%s.%s] a layer with params returns two things: expected (dx, {name: gradient}), got %s",
+                         name_.c_str(), map, text_of(py::type::of(result)).c_str()));
             dx_result = result[py::int_(0)];
             const py::object given = result[py::int_(1)];
             for (std::size_t i = 0; i < arrays_.size(); ++i) {
                 const auto& [name, array] = arrays_[i];
                 if (!given.contains(name))
-                    throw py::value_error("[" + name_ + "." + map + "] a gradient is missing: expected one for '" +
-                                          name + "', got " + std::string(py::str(given.attr("keys")())));
+                    throw py::value_error(text("[%s.%s] a gradient is missing: expected one for '%s', got %s",
+                                               name_.c_str(), map, name.c_str(),
+                                               text_of(given.attr("keys")()).c_str()));
                 const auto gradient = returned<T>(given[py::str(name)], name_ + "." + map + ": gradient of " + name,
                                                   std::vector<Index>(array.shape(), array.shape() + array.ndim()));
                 std::copy_n(gradient.data(), gradient.size(), gradients[i]);
@@ -184,7 +199,7 @@ class PythonLayer final : public ExternalLayer<T> {
     py::object layer_;
     std::string name_;
     std::vector<std::pair<std::string, NumpyArray<T>>> arrays_;
-    std::vector<T*> storage_;
+    std::vector<Stored> storage_;
 };
 
 template <class T>
@@ -217,14 +232,16 @@ class PythonLoss final : public ExternalLoss<T> {
             return *value.data();
         }
         if (value.ndim() != 1 || value.shape(0) != f.rows)
-            throw py::value_error("[loss] value is a number or one per example: expected shape () or (" +
-                                  std::to_string(f.rows) + ",), got " + shape_text(value));
+            throw py::value_error(
+                text("[loss] value is a number or one per example: expected shape () or (%td,), got %s", f.rows,
+                     shape_text(value).c_str()));
         double total = 0;
         for (Index i = 0; i < f.rows; ++i) {
             const T factor = (weight ? weight[i] : T{1}) * scale;
-            total += static_cast<double>(factor) * value.data()[i];
+            if (factor != 0) total += static_cast<double>(factor) * value.data()[i];
             for (Index j = 0; j < f.cols; ++j) df.data[i * df.stride + j] *= factor;
         }
+        leave_out(f.rows, weight, static_cast<T*>(nullptr), df);
         return total;
     }
 
@@ -273,6 +290,8 @@ struct Cpu {
     using Data = chainrule::Data<T, FromNumpy>;
 };
 
+enum class Trained { no, by_engine, by_python };
+
 template <class E>
 struct PyNetwork {
     template <class... Arguments>
@@ -282,7 +301,7 @@ struct PyNetwork {
     typename E::Network net;
     typename E::DerivativesOf derivatives;
     std::vector<py::str> names;  // of the parameters, as in a state dict
-    std::atomic<bool> training{false};
+    std::atomic<Trained> trained{Trained::no};
 };
 
 // An array that has been taken in, and what keeps it.
@@ -294,9 +313,9 @@ struct Taken {
 
     void demand(const char* what, const std::vector<Index>& expected) const {
         if (shape != expected)
-            throw py::value_error(std::string("[_core] ") + what + " has the wrong shape: expected " +
-                                  std::string(py::str(py::cast(expected))) + ", got " +
-                                  std::string(py::str(py::tuple(py::cast(shape)))));
+            throw py::value_error(text("[_core] %s has the wrong shape: expected %s, got %s", what,
+                                       text_of(py::cast(expected)).c_str(),
+                                       text_of(py::tuple(py::cast(shape))).c_str()));
     }
 };
 
@@ -349,8 +368,9 @@ struct Data {
                 "[_core] this loss takes real targets: expected y of the network's dtype, got labels");
         const Index cols = loss.op == LossOp::gaussian_nll ? 2 * view.target_cols : view.target_cols;
         if (!view.labels && (cols != net.outputs()))
-            throw py::value_error("[_core] y does not fit the network: expected " + std::to_string(net.outputs()) +
-                                  " outputs' targets, got " + std::to_string(view.target_cols) + " columns");
+            throw py::value_error(
+                text("[_core] y does not fit the network: expected %td outputs' targets, got %td columns",
+                     net.outputs(), view.target_cols));
     }
     // ∂y/∂x for Sobolev training; None: there is none.
     template <class Net>
@@ -368,8 +388,8 @@ struct Data {
         labels = Intake::labels(y, view.rows);
         for (Index i = 0; i < view.rows; ++i)
             if (labels.data()[i] < 0 || labels.data()[i] >= classes)
-                throw py::value_error("[_core] labels out of range: expected 0 to " + std::to_string(classes - 1) +
-                                      ", got " + std::to_string(labels.data()[i]) + " in row " + std::to_string(i));
+                throw py::value_error(text("[_core] labels out of range: expected 0 to %td, got %lld in row %td",
+                                           classes - 1, static_cast<long long>(labels.data()[i]), i));
         view.labels = labels.data();
     }
     Taken<T> x, values, weights, slopes;

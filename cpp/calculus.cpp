@@ -233,6 +233,8 @@ void Derivatives<T>::loss_gradient(const Batch& batch, Index begin, Index end) {
     kernels<T>().loss[static_cast<int>(batch.loss.op)](
         end - begin, f.cols, f.data + begin * f.stride, f.stride, targets(batch, begin), weights(batch, begin),
         batch.scale, values_.data() + begin, df.data + begin * df.stride, df.stride, static_cast<T>(batch.loss.param));
+    leave_out(end - begin, weights(batch, begin), values_.data() + begin,
+              {df.data + begin * df.stride, end - begin, df.cols, df.stride});
 }
 
 // H_L ḟ of rows into `to`.
@@ -246,6 +248,7 @@ void Derivatives<T>::loss_hvp(const Batch& batch, Index begin, Index end, Kind t
     second_kernels<T>().loss_hvp[static_cast<int>(batch.loss.op)](
         constant(rows(Kind::primal)), targets(batch, begin), weights(batch, begin), batch.scale,
         constant(rows(Kind::tangent)), rows(to), static_cast<T>(batch.loss.param));
+    leave_out(end - begin, weights(batch, begin), static_cast<T*>(nullptr), rows(to));
 }
 
 // H ḟ of a loss that we know the gradient of, and no more: (∂L/∂f at f + h ḟ, less that at f - h ḟ) / 2h. Truncation errs

@@ -2,6 +2,7 @@
 // L3: what a network is measured by: a data set in the caller's arrays, and a loss, the engine's or a user's.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 
 #include "kernels.hpp"
@@ -31,6 +32,16 @@ class ExternalLoss {
     virtual double value_grad(MatrixView<const T> f, const Targets<T>& y, Index target_cols, const T* weight, T scale,
                               MatrixView<T> df) = 0;
 };
+
+// Rows of weight 0 do not count, whatever their loss is: 0·∞ = 0 here. `values` may be null.
+template <class T>
+void leave_out(Index rows, const T* weight, T* values, MatrixView<T> gradient) {
+    for (Index i = 0; weight && i < rows; ++i) {
+        if (weight[i] != 0) continue;
+        if (values) values[i] = 0;
+        std::fill_n(gradient.data + i * gradient.stride, gradient.cols, T{0});
+    }
+}
 
 template <class T>
 struct Loss {

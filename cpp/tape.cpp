@@ -117,7 +117,11 @@ void Tape<T>::shape(Index first, Index rows, Index seeds, std::initializer_list<
         view = {nullptr, kind == primal ? examples_ : rows, cols, stride};
         total += view.rows * stride;
     });
-    if (arena_.size() < total) arena_ = Array<T>(total);
+    if (arena_.size() < total) {
+        shape_ = Shape{};  // what cannot be had is not there the next time either
+        arena_ = Array<T>(total);
+        shape_ = next;
+    }
     T* place_of_next = arena_.data();
     each([&](Kind kind, Index l) {
         MatrixView<T>& view = views_[place(kind, l)];

@@ -107,6 +107,8 @@ void Step<T>::run_loss(Index begin, Index end) {
     kernels<T>().loss[static_cast<int>(loss_.op)](
         end - begin, f.cols, f.data + begin * f.stride, f.stride, y, weighted_ ? weights_.data() + begin : nullptr,
         scale_, values_.data() + begin, df.data + begin * df.stride, df.stride, static_cast<T>(loss_.param));
+    leave_out(end - begin, weighted_ ? weights_.data() + begin : nullptr, values_.data() + begin,
+              {df.data + begin * df.stride, end - begin, df.cols, df.stride});
 }
 
 template <class T>
@@ -259,7 +261,11 @@ const T* Step<T>::gradient() {
 template <class T>
 double Step<T>::update(Optimizer<T>& optimizer, double lr, const Regularization& r) {
     const Hyper<T> hyper = prepare_step<T>(optimizer.settings, lr, optimizer.step_count + 1);
-    net_->count_change();
+    // When it is over: who copies weights meanwhile, in another thread, has none that stay.
+    const struct AtEnd {
+        Network<T>& net;
+        ~AtEnd() { net.count_change(); }
+    } at_end{*net_};
     const auto penalty = [&] { return std::accumulate(penalties_.begin(), penalties_.end(), 0.0); };
     if (r.clip_norm == 0 && !net_->has_external() && !sobolev_) {
         over_tiles([&](const Tile& tile, std::size_t n, Scratch& scratch) {
@@ -318,7 +324,12 @@ Trainer<T>::Trainer(Network<T>& net, Optimizer<T>& optimizer, const Loss<T>& los
       loss_(loss),
       step_(net, loss, std::min(options.batch_size, data.rows), data.target_cols,
             {data.dy != nullptr, options.clip_example_norm}),
-      order_(options.shuffle ? data.rows : 0) {}
+      order_(options.shuffle ? data.rows : 0) {
+    for (const Array<T>& slot : optimizer.slots)
+        if (slot.size() > 0 && slot.size() != net.size())
+            throw std::invalid_argument("[fit] the optimizer's state must be of this network: expected " +
+                                        std::to_string(net.size()) + " numbers, got " + std::to_string(slot.size()));
+}
 
 template <class T>
 Index Trainer<T>::steps_per_epoch() const {

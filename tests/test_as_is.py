@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Arrays that fit are used as they are: the same bits and the same errors as the long way round."""
 
+import copy
 import itertools
 import math
 import pickle
@@ -471,6 +472,47 @@ def test_predictions_while_another_thread_trains(rng):
         assert np.isfinite(net(X[:1])).all() and np.isfinite(net(X)).all()
     thread.join()
     assert_same_bits(net(X), checked(net, X))
+
+
+def test_derivatives_while_another_thread_trains_are_forgotten(rng):
+    """A copy of weights that a step was writing was kept for ever: half of these rounds found it."""
+    net = cr.Sequential(cr.Linear(600, 600), cr.Tanh(), cr.Linear(600, 3), seed=0)
+    X, Y = (rng.standard_normal((64, width)).astype("f4") for width in (600, 3))
+    c, adam = np.ones((1, 3), "f4"), cr.Adam(0.01)
+    for _ in range(30):
+        done = threading.Event()
+
+        def ask(done=done):
+            while not done.is_set():
+                cr.vjp(net, X[:1], c)
+
+        other = threading.Thread(target=ask)
+        other.start()
+        net.train_step(X, Y, loss="mse", optimizer=adam)
+        done.set()
+        other.join()
+        assert_same_bits(cr.vjp(net, X[:1], c)[1], cr.vjp(copy.deepcopy(net), X[:1], c)[1])
+
+
+def test_nobody_writes_weights_beside_the_engine(rng):
+    """Other threads, and losses of the user's own, which are asked in the middle of a step."""
+    net, errors = cr.mlp([3, 4, 2], seed=0), []
+    state, snapshot = net.state_dict(), net._core.snapshot()
+
+    def meddling(f, y):
+        for write in (lambda: net.load_state_dict(state), lambda: net._core.restore(snapshot)):
+            with pytest.raises(RuntimeError, match="trains in one place at a time") as caught:
+                write()
+            errors.append(caught.value)
+        return float(((f - y) ** 2).sum()), 2 * (f - y)
+
+    X, y = rng.standard_normal((8, 3)), rng.standard_normal((8, 2))
+    net.fit(X, y, loss=meddling)
+    net.train_step(X, y, loss=meddling, optimizer=cr.Adam())
+    assert len(errors) == 4
+    net.load_state_dict(state)
+    for name, value in net.state_dict().items():
+        assert_same_bits(value, state[name])
 
 
 @pytest.mark.parametrize("what", ["predict", "step"])

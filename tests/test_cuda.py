@@ -185,6 +185,25 @@ def test_loss(row, reduction, weighted, dtype, rng):
         close(got, twin.input_gradient(wide(f), wide(y), wide(weight), loss, NO_LIMITS), relative, what)
 
 
+@pytest.mark.parametrize("name", ["mse", "gaussian_nll"])
+@pytest.mark.parametrize("outputs", [4, 34])
+def test_rows_of_weight_0_do_not_count(name, outputs, schedule, precision, rng):
+    """0 · ∞ = 0 for a target whose loss overflows; by a thread or a warp a row."""
+    pair = Pair(layers_of([3, outputs]), precision, rng)
+    x, y = pair.numbers(rng, 9, 3), pair.numbers(rng, 9, outputs // (2 if name == "gaussian_nll" else 1))
+    weight = np.ones(9, pair.dtype)
+    weight[4:6], y[4:6] = 0, 1e30 if precision == "float32" else 1e200
+    loss, v = _core.Loss(name, 0.0, "mean", None), directions(pair, rng)
+    wide_v = {key: wide(array) for key, array in v.items()}
+    got = pair.gpu.value_and_grad(x, y, weight, loss), pair.gpu.hvp(x, y, weight, loss, NO_LIMITS, v, False)
+    exact = (
+        pair.cpu.value_and_grad(wide(x), wide(y), wide(weight), loss),
+        pair.cpu.hvp(wide(x), wide(y), wide(weight), loss, NO_LIMITS, wide_v, False),
+    )
+    assert all(np.isfinite(array).all() for array in flat(exact))
+    all_close(got, exact, ROUNDINGS * eps(pair.dtype))
+
+
 @each_loss
 @pytest.mark.parametrize("outputs", [5, 34])
 def test_hessian_of_a_loss(row, outputs, dtype, rng):

@@ -34,6 +34,41 @@ def at(array, row, column, value):
     return changed
 
 
+class Clipped(cr.ReLU):
+    def forward(self, x):
+        return np.clip(x, 0, 6)
+
+
+class Halved(cr.MSE):
+    pass
+
+
+class Slow(cr.Adam):
+    pass
+
+
+class Stubborn:
+    """As a tensor that wants a gradient."""
+
+    def __array__(self, *args, **more):
+        raise RuntimeError("wants a gradient")
+
+
+class Backward(cr.Layer):
+    def forward(self, x):
+        return Stubborn()
+
+    def vjp(self, x, y, dy):
+        return dy
+
+
+class Known(Backward):
+    in_features = 3
+
+    def forward(self, x):
+        return x
+
+
 class Stage:
     """A network with two outputs, and an optimizer that has already trained it: what no error may change."""
 
@@ -110,6 +145,7 @@ class RatesOf(optim.Schedule):
 
 # fmt: off
 LAYERS = [
+    (lambda s: cr.Sequential(cr.Linear(3, 2), Clipped()), TypeError, "[Clipped] built-in layers are complete, their maps are the engine's: expected a subclass of cr.Layer, got one of theirs"),
     (lambda s: cr.Linear(-3, 1), ValueError, "[Linear] in_features must be a positive int: expected ≥ 1, got -3"),
     (lambda s: cr.Linear(0, 1), ValueError, "[Linear] in_features must be a positive int: expected ≥ 1, got 0"),
     (lambda s: cr.Linear(3, 0), ValueError, "[Linear] out_features must be a positive int: expected ≥ 1, got 0"),
@@ -208,6 +244,8 @@ NETWORKS = [
 ]
 
 LOSSES = [
+    (lambda s: s.fit(loss=Halved()), TypeError, "[fit] losses are complete, their formulas are the engine's: expected a function (f, y) -> (value, dL/df), got the subclass Halved"),
+    (lambda s: s.fit(loss=lambda f, y: (Stubborn(), f)), ValueError, "[loss] your loss: expected arrays (value, dL/df), got ragged ones or others (wants a gradient)"),
     (lambda s: s.fit(loss="mean_squared"), ValueError, "[fit] loss must be a known name: expected one of 'least_squares', 'mse', 'mae', 'huber', "
      "'pinball', 'poisson', 'gaussian_nll', 'logistic', 'cross_entropy', 'bce', got 'mean_squared'"),
     (lambda s: s.fit(loss=cr.MSE), TypeError, "[fit] loss must be an object: expected MSE(...), got the class MSE"),
@@ -226,6 +264,7 @@ LOSSES = [
 ]
 
 OPTIMIZERS = [
+    (lambda s: s.fit(optimizer=Slow()), TypeError, "[fit] optimizers are complete, their rules are the engine's: expected one of 'sgd', 'adam', "),
     (lambda s: cr.GD(-1), ValueError, "[GD] lr must be a finite number: expected ≥ 0, got -1"),
     (lambda s: cr.SGD(lr=NAN), ValueError, "[SGD] lr must be a finite number: expected ≥ 0, got nan"),
     (lambda s: cr.SGD(lr=INF), ValueError, "[SGD] lr must be a finite number: expected ≥ 0, got inf"),
@@ -357,6 +396,7 @@ INPUTS = [
 ]
 
 TARGETS = [
+    (lambda s: s.classify(y=[0.0, NAN] * 6), ValueError, "[fit] y must be in range: expected a label in every row, got nan in row 1; leave it out"),
     (lambda s: s.fit(y=Y[:-1]), ValueError, "[fit] y must have one row per row of X: expected 12, got 11"),
     (lambda s: s.fit(y=1.0), ValueError, "[fit] y must have one row per row of X: expected 12, got a single number"),
     (lambda s: s.fit(y=None), TypeError, "[fit] y must hold real numbers"),
@@ -423,6 +463,11 @@ WEIGHTS = [
 ]
 
 FIT = [
+    (lambda s: cr.fit_many([s.net], X[None], None, loss="mse"), ValueError, "[fit_many] X and y must have rows for each network: expected 1 times some, got 1 and None"),
+    (lambda s: cr.fit_many([s.net], [[[1.0], [2.0, 3.0]]], Y, loss="mse"), ValueError, "[fit] X must be an array: expected rows of equal length, got list"),
+    (lambda s: cr.Sequential(Known()).fit(X, X, loss="mse", optimizer="levenberg_marquardt"), ValueError, "[fit] LevenbergMarquardt solves for parameters: expected at least one, got none"),
+    (lambda s: cr.fit_many([s.net], X, Y, loss="mse", epoch=3), TypeError, "[fit_many] options are those of fit: expected no 'epoch', got one"),
+    (lambda s: cr.Sequential(cr.Linear(3, 2), Backward()).fit(X, Y, loss="mse"), ValueError, "[Backward] forward: expected shape (12, 2), got Stubborn (wants a gradient)"),
     (lambda s: s.fit(batch_size=0), ValueError, "[fit] batch_size must be a positive int: expected ≥ 1, got 0"),
     (lambda s: s.fit(batch_size="all"), TypeError, "[fit] batch_size must be a positive int: expected an int, got 'all'"),
     (lambda s: s.fit(batch_size=3.0), TypeError, "expected an int, got 3.0 (float)"),

@@ -267,6 +267,55 @@ def test_the_network_stays_as_it_is(rng):
         assert_same_bits(value, before[name], name)
 
 
+class Double(cr.Layer):
+    def forward(self, x):
+        return 2 * x
+
+    def vjp(self, x, y, dy):
+        return 2 * dy
+
+    def jvp(self, x, y, dx):
+        return 2 * dx
+
+
+class InPlace(cr.Layer):
+    """Works in the arrays that it is given."""
+
+    def forward(self, x):
+        x *= 2
+        return x
+
+    def vjp(self, x, y, dy):
+        dy *= 2
+        return dy
+
+    def jvp(self, x, y, dx):
+        dx *= 2
+        return dx
+
+
+def test_what_works_in_place_changes_nothing_of_the_callers(rng):
+    def half_squares(f, y):
+        y -= f
+        return (y**2).sum() / 2, -y
+
+    net, twin = (
+        cr.Sequential(kind(), cr.Linear(3, 2), kind(), seed=1, dtype="float64") for kind in (InPlace, Double)
+    )
+    x, y = rng.standard_normal((1, 3)), rng.standard_normal((1, 2))
+    kept = x.copy(), y.copy()
+    shown = [
+        cr.explain(of, x, y, loss, wrt="1.weight")
+        for of, loss in ((net, half_squares), (twin, "least_squares"))
+    ]
+    assert_close(shown[0].gradient, shown[1].gradient)
+    drawn = [cr.draw(of, x, y, half_squares)._repr_svg_().replace("InPlace", "Double") for of in (net, twin)]
+    assert re.findall(r">([^<>]+)</text>", drawn[0]) == re.findall(r">([^<>]+)</text>", drawn[1])
+    assert cr.gradcheck(net, x, y, half_squares).ok
+    assert_same_bits(x, kept[0])
+    assert_same_bits(y, kept[1])
+
+
 @pytest.mark.parametrize("y", [0.5, [0.5], [[0.5]], np.float32(0.5)])
 @pytest.mark.parametrize("x", [[1.0, 2.0], [[1.0, 2.0]]])
 def test_one_example_in_every_shape(x, y, small):

@@ -330,3 +330,39 @@ def test_random_numbers_are_counter_based():
         for other in (draw(1001, 8, 3), draw(1001, 7, 4)):
             assert not np.intersect1d(long, other).size
             assert abs(np.corrcoef(long, other)[0, 1]) < 5 / math.sqrt(1001)
+
+
+# ------------------------------------------------------------ whose state it is
+
+
+class Alike(cr.Sequential):
+    """Equal to every other one of its kind."""
+
+    def __eq__(self, other):
+        return isinstance(other, Alike)
+
+    def __hash__(self):
+        return 1
+
+
+@pytest.mark.parametrize("optimizer", [cr.Adam, cr.SGD, cr.RMSprop])
+def test_state_belongs_to_a_network_not_to_its_equals(optimizer):
+    """Moments of another size would be written past their end."""
+    opt, X, y = optimizer(0.01), np.ones((8, 3)), np.ones(8)
+    one, other = Alike(cr.Linear(3, 1)), Alike(cr.Linear(3, 2000), cr.Linear(2000, 1))
+    for net in (one, other):
+        net.fit(X, y, loss="mse", optimizer=opt)
+        assert opt.state_dict(net)["step"] == 1
+    one.__init__(cr.Linear(3, 2000), cr.Linear(2000, 1))
+    assert opt.state_dict(one)["step"] == 0
+    one.fit(X, y, loss="mse", optimizer=opt)
+
+
+def test_the_engine_refuses_the_state_of_another_network():
+    one, other = (_core.Network64([("linear", 3, width, 0.0, True, None)]) for width in (1, 2))
+    adam = _core.Optimizer64(one, "adam", [0.9, 0.999, 1e-8, 0.0])
+    loss = _core.Loss("mse", 0.0, "mean", None)
+    with pytest.raises(ValueError, match=r"\[fit\] the optimizer's state .* expected \d+ numbers, got"):
+        _core.Trainer64(
+            other, adam, loss, np.ones((2, 3)), np.ones((2, 2)), None, 2, False, 0, 0.0, 0.0, 0.0, 0.0
+        )

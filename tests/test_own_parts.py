@@ -254,6 +254,53 @@ def test_a_config_that_no_file_can_hold_is_named(value, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_numbers_put_among_the_parameters_are_refused():
+    """They would be used, and neither trained nor saved."""
+    for dtype in ("float32", "float64"):
+        net = cr.Sequential(cr.Linear(2, 2), Gain(), dtype=dtype)
+        before = net.predict([[1.0, 2.0]])
+        with pytest.raises(ValueError, match="read-only"):
+            net[1].params["g"][...] = 7.0
+        own = net[1].params
+        for changed in ({"g": np.array(7.0)}, {}):
+            net[1].params = changed
+            with pytest.raises(
+                ValueError, match=r"\[Gain\] params\['g'\] belongs to the network: expected its"
+            ):
+                net.predict([[1.0, 2.0]])
+        net[1].params = own
+        assert_same_bits(net.predict([[1.0, 2.0]]), before)
+        twin = copy.deepcopy(net)
+        twin.fit([[1.0, 2.0]], [[0.0, 0.0]], loss="mse")
+        assert twin[1].params["g"] != net[1].params["g"] == net.state_dict()["1.g"]
+
+
+def test_rows_do_not_know_each_other_where_derivatives_are_differences(rng):
+    """A step in the size of other rows: too long for this one; and NaN in them would spoil it."""
+    net = cr.Sequential(cr.Linear(2, 3), OwnTanh(), cr.Linear(3, 2), Gain(), seed=0, dtype="float64")
+    x = rng.standard_normal((1, 2))
+    for other in (1e3, 1e6, np.nan, np.inf):
+        rows = np.vstack([x, np.full((1, 2), other)])
+        for f in (
+            cr.laplacian,
+            cr.input_hessian_diagonal,
+            lambda net, x: cr.jacobian(net, x, wrt="parameters", mode="forward")["3.g"],
+            lambda net, x: cr.jvp(net, x, None, {"3.g": np.array(0.5)})[1],
+        ):
+            assert_same_bits(np.asarray(f(net, rows))[0], np.asarray(f(net, x))[0])
+
+
+def test_the_dtype_of_a_parameter_is_for_its_holders_to_change():
+    """The engine goes on with as many numbers as it was given."""
+    layer = Gain(3.0)
+    layer.params["g"] = np.full(300_000, 3.0)
+    layer.forward = lambda x: x * 3
+    net = cr.Sequential(cr.Linear(2, 1), layer)
+    expected = net.predict([[1.0, 2.0]])
+    layer.params["g"].dtype = np.int8
+    assert_same_bits(net.predict([[1.0, 2.0]]), expected)
+
+
 class Cut(cr.Layer):
     """The first columns; its arguments are named like those of Linear, and it has no weight."""
 

@@ -263,6 +263,39 @@ os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
 @linux
+def test_memory_that_was_short_once_is_asked_for_again():
+    """Matrices that could not be had were taken for there the next time: a segmentation fault."""
+    run_python("""
+        import resource
+        import numpy as np
+        import chainrule as cr
+
+        net, X = cr.mlp([50, 3000, 3], activation="tanh"), np.ones((1024, 50), np.float32)
+        c, y = np.ones((1024, 3), np.float32), np.zeros((1024, 3))
+        calls = [
+            lambda: cr.sensitivity(net, X, 0), lambda: cr.vjp(net, X, c), lambda: cr.jvp(net, X, X),
+            lambda: cr.laplacian(net, X), lambda: cr.per_example_grad_norms(net, X, y, "mse"),
+            lambda: net.value_and_grad(X, y, loss="mse"), lambda: net.trace(X).backward(c),
+        ]
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[0])
+        failed = 0
+        for more in range(2, 60, 4):
+            for call in calls:
+                resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (more << 20), -1))
+                for attempt in range(2):
+                    try:
+                        call()
+                    except MemoryError:
+                        failed += 1
+                resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+                call()
+            net = cr.mlp([50, 3000, 3], activation="tanh")
+        assert failed > 10, failed
+    """)
+
+
+@linux
 @pytest.mark.parametrize("asked, expected", [("", 1), ("3", 3)])
 def test_one_processor_in_the_mask_is_one_thread(asked, expected):
     """Two threads on the only processor that a batch system gave; or asked for, and not made.

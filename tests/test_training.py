@@ -2,12 +2,14 @@
 """fit: the same training as the reference's, however it is watched, cut into calls, or broken off."""
 
 import copy
+import gc
 import io
 import math
 import os
 import pickle
 import re
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -266,6 +268,48 @@ def test_weights_count_rows(data, rng):
         np.testing.assert_allclose(x, z, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype, far", [("float32", 1e30), ("float64", 1e200)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", ["mse", "least_squares", "huber", "gaussian_nll", "own"])
+def test_rows_of_weight_0_do_not_count_whatever_their_loss(loss, reduction, dtype, far, data, rng):
+    """A target that stands for a missing one overflows: 0 · ∞ = 0, as in the reference."""
+
+    def own(f, y):
+        with np.errstate(over="ignore"):
+            return ((f - y) ** 2).sum(axis=1), 2 * (f - y)
+
+    X, rows = data[0], slice(0, 20)
+    y = rng.standard_normal((len(X), 1 if loss == "gaussian_nll" else 2))
+    y[20:] = far
+    weight = np.where(np.arange(len(X)) < 20, 1.5, 0.0)
+    kinds = {
+        "mse": cr.MSE,
+        "least_squares": cr.LeastSquares,
+        "huber": cr.Huber,
+        "gaussian_nll": cr.GaussianNLL,
+    }
+    rule = cr.CustomLoss(own, reduction=reduction) if loss == "own" else kinds[loss](reduction=reduction)
+    net, twin = (make(sizes=[4, 6, 2], dtype=dtype) for _ in range(2))
+    given, few = (X, y, weight), (X[rows], y[rows], weight[rows])
+    values = [net.evaluate(*part[:2], loss=rule, sample_weight=part[2]) for part in (given, few)]
+    assert values[0] == pytest.approx(values[1], rel=1e-6) and math.isfinite(values[0])
+    (value, grads), (few_value, few_grads) = (
+        net.value_and_grad(*part[:2], loss=rule, sample_weight=part[2]) for part in (given, few)
+    )
+    assert value == pytest.approx(few_value, rel=1e-6)
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grad, few_grads[name], rtol=1e-4, atol=1e-5)
+    if loss != "own":
+        Hv = [cr.hvp(net, *part[:2], rule, grads, sample_weight=part[2]) for part in (given, few)]
+        for name, product in Hv[0].items():
+            np.testing.assert_allclose(product, Hv[1][name], rtol=1e-3, atol=1e-4)
+    how = {"loss": rule, "optimizer": cr.SGD(0.001), "batch_size": 23, "epochs": 3, "shuffle": False}
+    for one, part in ((net, given), (twin, few)):
+        one.fit(*part[:2], sample_weight=part[2], **how)
+    for name, array in net.state_dict().items():
+        np.testing.assert_allclose(array, twin.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
 def test_a_batch_without_weight_changes_nothing(data):
     X, y = data
     weight = np.zeros(23)
@@ -426,6 +470,68 @@ def test_early_stopping_puts_the_best_weights_back(data, rng):
     assert stop.best_epoch == best and stop.best == history["val_loss"][best]
     for name, value in net.state_dict().items():
         assert_same_bits(value, weights[best][name])
+
+
+def test_early_stopping_watches_one_fit_at_a_time(data):
+    """Else the weights of one network would end in another; and a fit that fails lets it go."""
+    stop, inner = cr.EarlyStopping("loss"), make()
+    before = inner.state_dict()
+
+    def nested(epoch, logs):
+        inner.fit(*data, loss="mse", epochs=3, callbacks=[stop])
+
+    with pytest.raises(RuntimeError, match=r"\[EarlyStopping\] one fit at a time: expected an idle one"):
+        fitted(*data, callbacks=[stop, nested])
+    for name, value in inner.state_dict().items():
+        assert_same_bits(value, before[name])
+    net = make()
+    kept = weakref.ref(net)
+    with pytest.raises(ZeroDivisionError):
+        net.fit(*data, loss="mse", callbacks=[stop, lambda epoch, logs: 1 / 0])
+    del net
+    gc.collect()
+    assert kept() is None and vars(stop)["weights"] is None
+    assert fitted(*data, callbacks=[stop])[1].epochs == 4
+
+
+def test_a_schedule_by_steps_is_asked_for_few_epochs_at_a_time():
+    """All of them at once took gigabytes."""
+
+    class Recorded(optim.Schedule):
+        def rates(self, lr, first, epochs, steps):
+            asked.append(epochs * steps)
+            raise ZeroDivisionError  # it needs no training
+
+    asked = []
+    with pytest.raises(ZeroDivisionError):
+        make(sizes=[1, 1]).fit(
+            np.zeros((70_000, 1)),
+            np.zeros(70_000),
+            loss="mse",
+            batch_size=1,
+            epochs=2000,
+            schedule=Recorded(),
+        )
+    assert 1 << 21 < asked[0] <= 1 << 22
+
+
+def test_a_history_is_asked_for_its_names(data):
+    history = fitted(*data)[1]
+    assert list(history) == ["loss", "lr"] and "loss" in history and "val_loss" not in history
+
+
+def test_a_loss_that_is_a_sum_is_added_up(data):
+    """Over the epoch's batches, each with its penalty: what the steps went down on."""
+    X, y = data
+    for batch_size in (1, 5, len(X)):
+        net = make(dtype="float64")
+        history = net.fit(
+            X, y, loss=cr.MSE(reduction="sum"), optimizer=cr.SGD(0.0), batch_size=batch_size, l2=0.1
+        )
+        loss = ((net.predict(X) - y) ** 2).mean(axis=1).sum()
+        penalty = sum(0.1 * (w**2).sum() / 2 for name, w in net.state_dict().items() if "weight" in name)
+        expected = loss + -(-len(X) // batch_size) * penalty
+        assert history["loss"][0] == pytest.approx(expected, rel=1e-12)
 
 
 def test_early_stopping_can_leave_the_last_weights(data):

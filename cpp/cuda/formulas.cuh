@@ -144,11 +144,20 @@ static __device__ __forceinline__ void row_jvp_jvp(Op op, Index n, const T* dx, 
     }
 }
 
+// A row of weight 0 does not count, whatever its loss is: as leave_out of loss.hpp.
+template <class T>
+static __device__ __forceinline__ bool is_left_out(Index n, const T* weight, T* gradient) {
+    if (!weight || *weight != 0) return false;
+    for (Index j = first_column(); j < n; j += column_step<T>()) gradient[j] = 0;
+    return true;
+}
+
 // The loss of one row, and ∂L/∂f; weight may be null.
 template <class T>
 static __device__ __forceinline__ T row_loss(LossOp op, Index n, const T* f, const Targets<T>& y, const T* weight,
                                              T scale, T* df, T param) {
     T value = 0;
+    if (is_left_out(n, weight, df)) return value;
     switch (op) {
 #define CHAINRULE_LOSS(name, type) \
     case LossOp::name: type::run(1, n, f, n, y, weight, scale, &value, df, n, param); break;
@@ -161,6 +170,7 @@ static __device__ __forceinline__ T row_loss(LossOp op, Index n, const T* f, con
 template <class T>
 static __device__ __forceinline__ void row_loss_hvp(LossOp op, Index n, const T* f, const Targets<T>& y,
                                                     const T* weight, T scale, const T* t, T* out, T param) {
+    if (is_left_out(n, weight, out)) return;
     switch (op) {
 #define CHAINRULE_LOSS(name, type)                                                                           \
     case LossOp::name:                                                                                       \

@@ -164,8 +164,8 @@ class Trace:
     dphi: list[Array] | None
     grads: Gradient | None
 
-    def __init__(self, net: Network, phi: list[Array]) -> None:
-        self._net, self._changes = net, net._core.changes
+    def __init__(self, net: Network, changes: int, phi: list[Array]) -> None:
+        self._net, self._changes = net, changes
         self.phi, self.dphi, self.grads = phi, None, None
         linear = (index for index, layer in enumerate(net.layers) if isinstance(layer, Linear))
         self.z = {index: phi[index + 1] for index in linear}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, final
 from weakref import WeakValueDictionary
 
@@ -43,14 +44,15 @@ class Layer:
                               tangents ddy, x the tangents dx; without it, a difference of vjp (see below)
     out_features(I) -> O      how many outputs for I inputs; as many as inputs unless you say otherwise
     params                    optional dict of named arrays to learn; the network keeps the values and puts
-                              arrays of its own into the dict, so read self.params[name] in every call
+                              arrays of its own into the dict, so read self.params[name] in every call; they
+                              are read-only, net.load_state_dict changes them
     config()                  optional: the constructor's arguments as a dict, for net.save
 
     Rows are examples: row i of y may depend on row i of x only. A layer that does not take any width it is
     given says so with an attribute `in_features`.
 
-    Differences are central, (m(p + h v) − m(p − h v))/2h with h = ∛eps in units of the numbers' size: right
-    to about 10 digits in float64 and 4 in float32.
+    Differences are central, (m(p + h v) − m(p − h v))/2h with h = ∛eps in units of the numbers' size, of each
+    row's own: right to about 10 digits in float64 and 4 in float32.
 
     Example:
         >>> import numpy as np, chainrule as cr
@@ -494,23 +496,28 @@ class Guard:
                 "[Sequential] a layer with parameters belongs to one network: "
                 f"expected a new {self.name}, got one in use; copy.deepcopy makes another"
             )
-        self.params = self._parameters()
+        self._check_parameters()
         self.takes_dparams = _takes_four(layer.jvp)
         if self.params:
             _OWNERS[id(layer)] = self
 
-    def _parameters(self) -> dict[str, Array]:
-        """The user's own dict, values in the network's dtype; the engine puts the copies it trains there."""
+    @property
+    def params(self) -> dict[str, Array]:
+        """The user's own dict; the engine puts copies of what it trains there, and insists on them."""
+        return getattr(self.layer, "params", None) or {}
+
+    def _check_parameters(self) -> None:
+        """Afterwards, values are in the network's dtype."""
         params = getattr(self.layer, "params", None)
         if params is None:
-            return {}
+            return
         if not isinstance(params, dict):
             raise TypeError(
                 f"[{self.name}] params must be a dict: expected {{name: array}}, got {short(params)}"
             )
         arrays = {}
         for name, value in params.items():
-            if not isinstance(name, str) or not name or "." in name:
+            if not isinstance(name, str) or not name.isprintable() or not name or "." in name:
                 raise ValueError(
                     f"[{self.name}] params must have plain names: "
                     f"expected text without a dot, got {short(name)}"
@@ -528,7 +535,6 @@ class Guard:
                 )
             arrays[name] = np.asarray(array, dtype=self.dtype, order="C")
         params.update(arrays)
-        return params
 
     def forward(self, x: Array) -> Array:
         return self._matrix("forward", self.layer.forward(x), (len(x), self.outputs))
@@ -542,14 +548,16 @@ class Guard:
         still = np.zeros_like(x) if dx is None else dx
         if dparams is not None and self.takes_dparams:
             return self._matrix("jvp", self.layer.jvp(x, y, still, dparams), y.shape)  # type: ignore[call-arg]
-        dy = 0.0 if dx is None else self._matrix("jvp", self.layer.jvp(x.copy(), y, dx), y.shape)
-        if dparams is None:
-            return np.zeros_like(y) + dy
+        dy = np.zeros_like(y)
+        if dx is not None:
+            dy = dy + self._matrix("jvp", self.layer.jvp(x.copy(), y, dx), y.shape)
+        if not dparams:
+            return dy
 
-        def output(layer: Layer, x: Array) -> Array:
-            return self._matrix("forward", layer.forward(x), y.shape)
+        def output(layer: Layer) -> Array:
+            return self._matrix("forward", layer.forward(x.copy()), y.shape)
 
-        return self._difference(output, x, None, dparams) + dy
+        return dy + self._along_parameters(output, dparams)
 
     def vjp_jvp(
         self, x: Array, y: Array, dy: Array, dx: Array | None, ddy: Array, dparams: dict[str, Array] | None
@@ -559,13 +567,18 @@ class Guard:
             still = np.zeros_like(x) if dx is None else dx
             return self._gradients("vjp_jvp", own(x, y, dy, still, ddy, dparams), x)
 
-        def cotangents(layer: Layer, x: Array) -> Array:  # all that vjp gives, in one vector
+        def cotangents(layer: Layer, x: Array, dy: Array) -> Array:  # all that vjp gives, in one vector
             answer = self._gradients("vjp", layer.vjp(x, layer.forward(x.copy()), dy.copy()), x)
             parts = [answer[0], *answer[1].values()] if isinstance(answer, tuple) else [answer]
             return np.concatenate([part.ravel() for part in parts])
 
-        bent = self._difference(cotangents, x, dx, dparams)
+        bends = [] if dx is None else [self._along_rows(partial(cotangents, self.layer), x, dx, dy)]
+        if dparams:
+            bends.append(self._along_parameters(lambda layer: cotangents(layer, x.copy(), dy), dparams))
         straight = self.vjp(x, y, ddy)  # the part that is linear in the cotangents' tangents
+        if not bends:
+            return straight
+        bent = sum(bends[1:], bends[0])
         if not isinstance(straight, tuple):
             return straight + bent.reshape(x.shape)
         ddx, grads = straight
@@ -574,31 +587,40 @@ class Guard:
         return ddx + pieces[0].reshape(x.shape), {k: grads[k] + d.reshape(grads[k].shape) for k, d in named}
 
     def jvp_jvp(self, x: Array, y: Array, dx: Array, ddx: Array) -> Array:
-        def tangent(layer: Layer, x: Array) -> Array:
-            return self._matrix("jvp", layer.jvp(x, layer.forward(x.copy()), dx.copy()), y.shape)
+        def tangent(x: Array, dx: Array) -> Array:
+            return self._matrix("jvp", self.layer.jvp(x, self.layer.forward(x.copy()), dx.copy()), y.shape)
 
-        bent = self._difference(tangent, x, dx, None)
+        bent = self._along_rows(tangent, x, dx, dx)
         return self._matrix("jvp", self.layer.jvp(x, y, ddx), y.shape) + bent
 
-    def _difference(
-        self, f: Callable[[Layer, Array], Array], x: Array, dx: Array | None, dparams: dict[str, Array] | None
-    ) -> Array:
-        """The central difference of f(layer, x) along dx and dparams; the layer itself stays as it is."""
-        along = dparams or {}
-        moves = [move for move in (dx, *along.values()) if move is not None and move.size]
-        points = [x, *(self.params[name] for name in along)]
-        size = max((float(np.abs(move).max()) for move in moves), default=0.0) or 1.0
-        scale = 1 + max(float(np.abs(point).max(initial=0)) for point in points)
-        h = self.dtype.type(np.cbrt(np.finfo(self.dtype).eps) * scale / size)
+    def _along_rows(self, f: Callable[[Array, Array], Array], x: Array, dx: Array, v: Array) -> Array:
+        """The central difference along dx of f(x, v), linear in the rows of v; each row has its own step."""
+        with np.errstate(over="ignore", invalid="ignore"):  # of such rows alone
+            h = self._step(1 + np.abs(x).max(axis=1, initial=0), np.abs(dx).max(axis=1, initial=0))[:, None]
+            ahead, behind, share = x + h * dx, x - h * dx, v / (2 * h)
+        return self._less(f(ahead, share.copy()), f(behind, share))
 
-        def at(step: Any) -> Array:
-            layer = copy(self.layer)
-            if along:
-                moved = {name: self.params[name] + step * move for name, move in along.items()}
-                layer.params = {**self.params, **moved}  # type: ignore[attr-defined]
-            return f(layer, x.copy() if dx is None else x + step * dx)
+    def _along_parameters(self, f: Callable[[Layer], Array], dparams: dict[str, Array]) -> Array:
+        """The central difference of f(layer) along dparams; the layer itself stays as it is."""
+        most = [max(float(np.abs(p[name]).max()) for name in dparams) for p in (self.params, dparams)]
+        h = self._step(1 + most[0], most[1])
 
-        return np.asarray((at(h) - at(-h)) / (2 * h), self.dtype)
+        def at(step: Array) -> Array:
+            layer, moved = copy(self.layer), {k: self.params[k] + step * move for k, move in dparams.items()}
+            layer.params = {**self.params, **moved}  # type: ignore[attr-defined]
+            return f(layer)
+
+        return np.asarray(self._less(at(h), at(-h)) / (2 * h))
+
+    def _step(self, size: Any, moved: Any) -> Array:
+        """∛eps in units of what is moved: truncation errs by its square, rounding by eps over it."""
+        return np.asarray(
+            np.cbrt(np.finfo(self.dtype).eps) * size / np.where(moved > 0, moved, 1), self.dtype
+        )
+
+    def _less(self, ahead: Array, behind: Array) -> Array:
+        with np.errstate(invalid="ignore"):
+            return np.asarray(ahead - behind, self.dtype)
 
     def _gradients(self, which: str, answer: Any, x: Array) -> Array | tuple[Array, dict[str, Array]]:
         """What vjp or vjp_jvp gave back, checked."""
@@ -623,9 +645,9 @@ class Guard:
     def _matrix(self, which: str, value: object, shape: tuple[int, ...]) -> Array:
         try:
             array = np.asarray(value)
-        except ValueError:
+        except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, tensors that want a gradient
             raise ValueError(
-                f"[{self.name}] {which}: expected shape {shape}, got {type(value).__name__}"
+                f"[{self.name}] {which}: expected shape {shape}, got {type(value).__name__} ({error})"
             ) from None
         if array.dtype.kind not in "biuf":
             raise ValueError(

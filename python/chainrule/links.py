@@ -9,6 +9,7 @@ and layers of your own are copied, so that looking at them changes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -50,25 +51,29 @@ class Link:
     def forward(self, x: Array) -> Array:
         if isinstance(self.layer, Linear):
             return x @ self.params["weight"].T + self.params.get("bias", 0.0)
-        return np.asarray(self._maps.forward(x))
+        return np.asarray(self._maps.forward(*self._given(x)))
 
     def vjp(self, x: Array, y: Array, c: Array) -> tuple[Array, dict[str, Array]]:
         """c·J_x[y] row by row, and c·J_W[y] summed over the rows for each parameter W."""
         if isinstance(self.layer, Linear):
             grads = {"weight": c.T @ x, "bias": c.sum(axis=0)}
             return c @ self.params["weight"], {name: grads[name] for name in self.params}
-        answer = self._maps.vjp(x, y, c)
+        answer = self._maps.vjp(*self._given(x, y, c))
         return answer if isinstance(answer, tuple) else (answer, {})
 
     def jvp(self, x: Array, y: Array, t: Array) -> Array:
         """J_x[y]·t, row by row."""
         if isinstance(self.layer, Linear):
             return t @ self.params["weight"].T
-        return np.asarray(self._maps.jvp(x, y, t))
+        return np.asarray(self._maps.jvp(*self._given(x, y, t)))
 
     def vjp_jvp(self, *given: Any) -> Any:
         """The tangent of what vjp gives, as `Layer` has it."""
-        return self._maps.vjp_jvp(*given)
+        return self._maps.vjp_jvp(*self._given(*given))
+
+    def _given(self, *given: Any) -> Iterable[Any]:
+        """A layer of your own may work in place: it gets copies, as from the engine."""
+        return (deepcopy(value) for value in given) if self.own else given
 
     def jacobian(self, x: Array) -> Array:
         """J_x[y] (O, I) at one row x (1, I): its rows are the vjp's of the unit cotangents."""
@@ -147,9 +152,9 @@ def as_passed(y: Array, flat: bool) -> Array:
 
 def value_and_gradient(rule: Loss, f: Array, y: Array) -> tuple[float, Array]:
     """L and ∂L/∂f (B, n) of a batch, with the loss's reduction applied to a loss of your own as well."""
-    answer = rule(f, y)
     if not isinstance(rule, CustomLoss):
-        return answer
+        return rule(f, y)
+    answer = rule(f.copy(), y.copy())  # it may work in place
     values, df = _checked(answer, f, False)
     if isinstance(values, float):
         return values, df

@@ -332,6 +332,7 @@ class CrossEntropy(Loss):
                 )
             return super().targets(op, array, rows, outputs, dtype, name)
         if array.dtype.kind == "f":
+            refuse_rows(op, name, "a label in every row", array, np.isnan(array), "; leave it out")
             raise TypeError(
                 f"[{op}] {name} must be class labels: expected integers or booleans, got {array.dtype}; "
                 "use y.astype(int), or an own column of probabilities for each class"
@@ -434,9 +435,9 @@ def _checked(answer: object, f: Array, weighted: bool) -> tuple[Any, Array]:
         raise ValueError(f"[loss] your loss: expected a tuple (value, dL/df), got {got}")
     try:
         value, grad = np.asarray(answer[0]), np.asarray(answer[1])
-    except ValueError as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, tensors that want a gradient
         raise ValueError(
-            f"[loss] your loss: expected arrays (value, dL/df), got ragged ones ({error})"
+            f"[loss] your loss: expected arrays (value, dL/df), got ragged ones or others ({error})"
         ) from None
     if value.dtype.kind not in "biuf" or grad.dtype.kind not in "biuf":
         raise ValueError(
@@ -469,6 +470,11 @@ LOSSES["bce"] = Logistic  # binary cross-entropy, another name for the same loss
 def resolve(op: str, loss: object) -> Loss:
     """A Loss from a Loss, a name of the table, or a callable of the user's own."""
     if isinstance(loss, Loss):
+        if type(loss) not in (CustomLoss, *LOSSES.values()):
+            raise TypeError(
+                f"[{op}] losses are complete, their formulas are the engine's: "
+                f"expected a function (f, y) -> (value, dL/df), got the subclass {type(loss).__name__}"
+            )
         return loss
     if isinstance(loss, str):
         return LOSSES[one_of(op, "loss", loss, LOSSES)]()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,9 @@ def _check(nets: Sequence[Any], options: dict[str, Any]) -> None:
     if len(kinds) != 1 or len(set(map(id, nets))) != len(nets):
         got = "one of them twice" if len(kinds) == 1 else f"{len(kinds)} kinds"
         raise ValueError(f"[fit_many] nets must be different networks: expected all of one kind, got {got}")
+    known = signature(training.plan).parameters.keys()
+    if unknown := options.keys() - known:
+        raise TypeError(f"[fit_many] options are those of fit: expected no {min(unknown)!r}, got one")
     watching = {"callbacks", "validation_data", "validation_split", "verbose"} & options.keys()
     if isinstance(options.get("schedule"), optim.ReduceLROnPlateau):
         watching |= {"ReduceLROnPlateau"}
@@ -90,15 +94,22 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
     return list(value)
 
 
+def _is_stacked(X: Any) -> bool:
+    try:
+        return np.ndim(X) == 3
+    except ValueError:  # ragged, as a plan will say
+        return False
+
+
 def _plans(
     nets: list[Sequential], X: Any, y: Any, optimizer: Any, seed: Any, options: dict[str, Any]
 ) -> list[training.Plan]:
     """A plan for each network; what they share is one array."""
-    count, shared = len(nets), np.ndim(X) != 3
-    if not shared and not len(X) == len(y) == count:
+    count, shared = len(nets), not _is_stacked(X)
+    if not shared and not (hasattr(y, "__len__") and len(X) == len(y) == count):
         raise ValueError(
             f"[fit_many] X and y must have rows for each network: expected {count} times some, "
-            f"got {len(X)} and {len(y)}"
+            f"got {len(X)} and {len(y) if hasattr(y, '__len__') else short(y)}"
         )
     plans: list[training.Plan] = []
     given = zip(nets, _each("optimizer", optimizer, count), _each("seed", seed, count), strict=True)

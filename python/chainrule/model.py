@@ -149,7 +149,8 @@ class Sequential:
             [(1, 2), (1, 3), (1, 3), (1, 1)]
         """
         matrix = self._matrix("trace", X)
-        return calculus.Trace(self, [matrix.copy(), *self._core.trace(matrix)])
+        changes = self._core.changes  # before, for another thread may train
+        return calculus.Trace(self, changes, [matrix.copy(), *self._core.trace(matrix)])
 
     # -------------------------------------------------------- training
 
@@ -213,8 +214,8 @@ class Sequential:
                 history["val_loss"] is the plain loss. Czarnecki et al., "Sobolev Training", NIPS 2017.
             dy_weight: ≥ 0, how much the slopes count beside the values.
 
-        Returns: a History of "loss" (mean over the epoch's batches as they come; of LBFGS and
-            LevenbergMarquardt after each step), "val_loss" and "lr".
+        Returns: a History of "loss" (mean over the epoch's batches as they come, or for reduction="sum" their
+            sum, penalties with each; of LBFGS and LevenbergMarquardt after each step), "val_loss" and "lr".
 
         Raises: TypeError or ValueError for bad arguments, before anything changes; FloatingPointError if the
             loss does not stay finite, with the weights put back. Ctrl-C and the errors of callbacks, and of
@@ -631,6 +632,11 @@ def _row(
 ) -> tuple[str, int, int, float, bool, Any]:
     """A layer as the engine's constructor takes it."""
     if isinstance(layer, _BuiltIn):
+        if type(layer) is not BUILT_IN.get(type(layer).__name__):
+            raise TypeError(
+                f"[{type(layer).__name__}] built-in layers are complete, their maps are the engine's: "
+                "expected a subclass of cr.Layer, got one of theirs"
+            )
         return layer.op, inputs, outputs, layer._param, isinstance(layer, Linear) and layer.bias, None
     for name in ("forward", "vjp"):
         if getattr(type(layer), name) is getattr(Layer, name):

@@ -68,10 +68,10 @@ class Optimizer(Description):
 
     def engine(self, net: Network) -> Any:
         """The engine's optimizer with the state of this network, fresh at first."""
-        engines: WeakKeyDictionary[Network, State] = vars(self)["_engines"]
-        found = engines.get(net)
+        engines: WeakKeyDictionary[Any, State] = vars(self)["_engines"]
+        found = engines.get(net._core)  # networks themselves may be equal, or made anew
         if found is None:
-            found = engines[net] = self._start(net)
+            found = engines[net._core] = self._start(net)
         return found
 
     def _start(self, net: Network) -> State:
@@ -419,9 +419,14 @@ WHOLE_BATCH: dict[str, type[Any]] = {"lbfgs": LBFGS, "levenberg_marquardt": Leve
 
 def resolve(op: str, optimizer: object) -> Optimizer:
     """An Optimizer from an Optimizer, or a fresh one with default arguments from a name."""
-    if isinstance(optimizer, Optimizer):
-        return optimizer
     names = OPTIMIZERS | WHOLE_BATCH
+    if isinstance(optimizer, Optimizer):
+        if type(optimizer) not in (GD, *names.values()):
+            raise TypeError(
+                f"[{op}] optimizers are complete, their rules are the engine's: "
+                f"expected one of {listed(names)}, got the subclass {type(optimizer).__name__}"
+            )
+        return optimizer
     if isinstance(optimizer, str):
         made: Optimizer = names[one_of(op, "optimizer", optimizer, names)]()
         return made

@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
+from weakref import ref
 
 import numpy as np
 
@@ -265,6 +266,12 @@ class History:
             )
         return self.history[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.history
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.history)
+
     def logs(self) -> dict[str, float]:
         """The values of the last epoch."""
         return {name: values[-1] for name, values in self.history.items()}
@@ -318,14 +325,19 @@ class EarlyStopping(Description):
         )
 
     def on_train_begin(self, net: Any) -> None:
-        self._set(net=net, weights=None, waited=0, best_epoch=None)
+        if self._watched() is not None:  # its weights would end in the other network
+            raise RuntimeError(
+                "[EarlyStopping] one fit at a time: expected an idle one, got one that watches another fit; "
+                "make one for each"
+            )
+        self._set(net=ref(net), weights=None, waited=0, best_epoch=None)
         self._set(best=math.inf if self.mode == "min" else -math.inf)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> bool:
         state, value = vars(self), logs[self.monitor]
         gain = self.best - value if self.mode == "min" else value - self.best
         if gain > self.min_delta:  # false for NaN
-            weights = state["net"]._core.snapshot() if self.restore_best else None
+            weights = self._watched()._core.snapshot() if self.restore_best else None
             self._set(best=value, best_epoch=epoch, weights=weights, waited=0)
             return False
         self._set(waited=state["waited"] + 1)
@@ -335,7 +347,16 @@ class EarlyStopping(Description):
         weights = vars(self)["weights"]
         if weights is not None:
             net._core.restore(weights)
-        self._set(net=None, weights=None)
+        self.let_go(net)
+
+    def let_go(self, net: Any) -> None:
+        """A fit of this network is over, whichever way."""
+        if self._watched() is net:
+            self._set(net=None, weights=None)
+
+    def _watched(self) -> Any:
+        net = vars(self).get("net")
+        return None if net is None else net()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "net": None, "weights": None}
@@ -389,6 +410,11 @@ class _Callbacks:
         for callback in self.all:
             if hasattr(callback, "on_train_end"):
                 callback.on_train_end(net)
+
+    def let_go(self, net: Network) -> None:
+        for callback in self.all:
+            if isinstance(callback, EarlyStopping):
+                callback.let_go(net)
 
 
 def _check_monitor(watcher: Any, measured: Iterable[str]) -> None:
@@ -627,6 +653,7 @@ class Run(ABC):
             self.check_parameters()
             plan.callbacks.end(self.net)
         finally:
+            plan.callbacks.let_go(self.net)
             progress.close()
         return history
 
@@ -637,7 +664,9 @@ class Run(ABC):
         plateau = None
         if isinstance(plan.schedule, optim.ReduceLROnPlateau):
             plateau = plan.schedule.start(plan.optimizer.lr)
-        count = 1 if watched or plateau or plan.verbose else 1 << 16  # there is an array of that many rates
+        count = 1 if watched or plateau or plan.verbose else 1 << 16  # there is an array of that many rates,
+        if plan.schedule is not None:  # or of one for each step
+            count = max(1, min(count, (1 << 22) // -(-len(plan.data.X) // plan.batch_size)))
         while history.epochs < plan.epochs:
             start, done = time.perf_counter(), history.epochs
             yield self._rates(plateau, min(count, plan.epochs - done))

@@ -245,6 +245,10 @@ class LevenbergMarquardtRun(_WholeBatchRun):
                 f"[fit] LevenbergMarquardt has no lr: expected no schedule, got {plan.schedule!r}"
             )
         residuals, unknowns = len(plan.data.X) * net.out_features, net.num_parameters
+        if not unknowns:
+            raise ValueError(
+                "[fit] LevenbergMarquardt solves for parameters: expected at least one, got none"
+            )
         if min(residuals, unknowns) * unknowns > MOST_ELEMENTS:
             raise ValueError(
                 f"[fit] LevenbergMarquardt must fit in 1 GiB: expected at most {MOST_ELEMENTS:,} for "
