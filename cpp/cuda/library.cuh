@@ -427,14 +427,20 @@ struct Arithmetic {
     }
     // Aᵀ B; our tiles take that much room.
     Index room_of_rows(Index m, Index n, Index k) const {
-        const Index slices = cut_of_rows(m, n, k, processors).slices;
+        const Index slices = cut(m, n, k).slices;
         return slices > 1 ? slices * m * n : 0;
     }
     template <class Epilogue>
     void multiply_rows(Index m, Index n, Index k, const Operand<T>& a, const Operand<T>& b, const Epilogue& epilogue,
                        T* room, cudaStream_t stream) const {
         if (library && k > 0 && library->template multiply<true, true>(m, n, k, a, b, epilogue, stream)) return;
-        cuda::multiply_rows(precision, cut_of_rows(m, n, k, processors), m, n, k, a, b, epilogue, room, stream);
+        cuda::multiply_rows(precision, cut(m, n, k), m, n, k, a, b, epilogue, room, stream);
+    }
+
+   private:
+    Cut cut(Index m, Index n, Index k) const {
+        const bool tensors = precision == Precision::tf32 || precision == Precision::bfloat16;
+        return cut_of_rows(m, n, k, processors, tensors ? TileSize::tiny : TileSize::mini);
     }
 };
 

@@ -485,8 +485,10 @@ struct Block {
         rule.apply(place, gradient);
         if constexpr (!Shares) return;
         const Several<T, 4> weights = several_at<4>(at(place));
-        for (int r = 0; r < ranks(); ++r)
-            if (r != rank) several_at<4>(in_block(at(place), r)) = weights;
+        for (int n = 1; n < ranks(); ++n) {  // each begins with its neighbour: not all with the same one
+            const int r = rank + n < ranks() ? rank + n : rank + n - ranks();
+            several_at<4>(in_block(at(place), r)) = weights;
+        }
     }
 };
 

@@ -35,15 +35,15 @@ constexpr Index width_of(TileSize size) {
 // A product of rows, Aᵀ B, has as many terms as a batch has rows. Where its tiles are too few for all processors, its terms are
 // in slices, a block each, and another kernel adds those up: from four times so many terms on, that is repaid. A weight's
 // gradient by 28,672 rows of 8-64-64-1 takes 28 slices 16 turns of the loop over terms, where one block took 224. Only mini and
-// tiny tiles are ever too few.
+// tiny tiles are ever too few. `least`: tensor cores have no mini ones.
 constexpr Index kTermsOfSlice = 1024, kMostSlices = 64;
 struct Cut {
     TileSize size;
     Index slices;
 };
-constexpr Cut cut_of_rows(Index m, Index n, Index k, int processors) {
+constexpr Cut cut_of_rows(Index m, Index n, Index k, int processors, TileSize least = TileSize::mini) {
     const Index most = k < 4 * kTermsOfSlice ? 1 : k < kMostSlices * kTermsOfSlice ? k / kTermsOfSlice : kMostSlices;
-    const TileSize whole = tile_size(m, n, processors);
+    const TileSize fitting = tile_size(m, n, processors), whole = fitting < least ? least : fitting;
     const bool tiny = whole == TileSize::mini && tiles_of(m, n, kTinyTile) * most >= processors;
     const TileSize size = tiny ? TileSize::tiny : whole;
     const Index tiles = tiles_of(m, n, width_of(size)), wanted = tiles < processors ? 2 * processors / tiles : 1;

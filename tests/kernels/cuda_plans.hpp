@@ -38,20 +38,26 @@ void cuda_tiles() {
     check(cuda::tile_size(4096, 4096, 132) == TileSize::large, "1024 large tiles are, too");
     check(cuda::tile_size(65536, 64, 132) == TileSize::small, "a narrow product fills no large tile");
     check(cuda::tile_size(65536, 1, 132) == TileSize::tiny, "nor a small one, if it is that narrow");
+    std::vector<std::pair<Index, Index>> pairs;
     for (const Index m : {1, 31, 64, 257, 1024})
-        for (const Index n : {1, 65, 258, 1025})
+        for (const Index n : {1, 65, 258, 1025}) pairs.emplace_back(m, n);
+    for (const auto& [m, n] : pairs)
+        for (const TileSize least : {TileSize::mini, TileSize::tiny})
             for (Index k = 1, before = 0; k < Index{1} << 21; k += k / 2 + 1) {
-                const cuda::Cut cut = cuda::cut_of_rows(m, n, k, 132);
+                const cuda::Cut cut = cuda::cut_of_rows(m, n, k, 132, least);
                 const Index tiles = cuda::tiles_of(m, n, cuda::width_of(cut.size)), room = cut.slices * m * n;
                 check(cut.slices >= 1 && (cut.slices == 1 || k / cut.slices >= cuda::kTermsOfSlice),
                       "slices are long enough");
                 check(cut.slices == 1 || tiles * cut.slices <= 2 * 132, "and no more than two for a processor");
+                check(cut.size >= least, "tensor cores have no mini tiles");
                 check(cut.slices == 1 || cuda::width_of(cut.size) <= cuda::kTinyTile, "larger tiles are never too few");
                 check(room >= before, "fewer rows need no more room, for a graph of fewer may take none");
                 before = room;
             }
     check(cuda::cut_of_rows(64, 65, 4095, 132).slices == 1, "few rows are one slice");
     check(cuda::cut_of_rows(64, 65, 28672, 132).slices == 28, "many are for all processors");
+    check(cuda::cut_of_rows(128, 128, 8192, 132).slices == 4, "mini tiles fill half of the processors");
+    check(cuda::cut_of_rows(128, 128, 8192, 132, TileSize::tiny).slices == 8, "tensor cores have a quarter as many");
     check(cuda::cut_of_rows(1024, 1025, 1 << 20, 132).slices == 1, "who has tiles for all processors needs no slices");
     for (const Index cols : {1, 7, 8, 31, 32, 1000}) {
         const int threads = cuda::row_threads(cols);
