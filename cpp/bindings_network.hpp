@@ -40,7 +40,10 @@ class TrainingLock {
 // Nobody writes weights beside the engine: a copy that it keeps of them would be of others. Steps that Python takes do.
 template <class E>
 void refuse_while_training(const PyNetwork<E>& network) {
-    if (network.trained.load() == Trained::by_engine) refuse_second_training();
+    if (network.trained.load() == Trained::by_engine)
+        throw std::runtime_error(
+            "[load_state_dict] weights are written between steps: expected an idle network, got one that is being "
+            "trained");
 }
 
 using LayerRow = std::tuple<std::string, Index, Index, double, bool, py::object>;
@@ -164,6 +167,20 @@ double evaluate_loss(PyNetwork<E>& self, const py::object& X, const py::object& 
     data.suits(self.net, loss);
     const Unlocked unlocked;
     return evaluate(self.net, loss, data.view);
+}
+
+// All of them or none.
+template <class E>
+void set_parameters(PyNetwork<E>& self, const std::vector<std::pair<Index, py::object>>& values) {
+    using T = typename E::Real;
+    std::vector<std::pair<const Parameter*, NumpyArray<T>>> ready;
+    for (const auto& [k, value] : values) {
+        const Parameter& parameter = parameter_at(self.net, k);
+        ready.emplace_back(&parameter, require_shape<T>(value, "value", parameter.shape));
+    }
+    refuse_while_training(self);
+    for (const auto& [parameter, array] : ready) self.net.write(*parameter, array.data());
+    self.net.publish();
 }
 
 template <class E>
@@ -328,15 +345,9 @@ py::class_<PyNetwork<E>> bind_network(py::module_& m, const std::string& bits) {
             },
             py::arg("k"))
         .def(
-            "set_parameter",
-            [](Net& self, Index k, const py::object& value) {
-                const Parameter& parameter = parameter_at(self.net, k);
-                const NumpyArray<T> array = require_shape<T>(value, "value", parameter.shape);
-                refuse_while_training(self);
-                self.net.write(parameter, array.data());
-                self.net.publish();
-            },
+            "set_parameter", [](Net& self, Index k, const py::object& value) { set_parameters(self, {{k, value}}); },
             py::arg("k"), py::arg("value"))
+        .def("set_parameters", &set_parameters<E>, py::arg("values"))
         .def("snapshot", [](const Net& self) { return self.net.snapshot(); })
         .def(
             "restore",

@@ -71,11 +71,6 @@ template <class T>
 class PythonLayer final : public ExternalLayer<T> {
    public:
     using Tangent = typename ExternalLayer<T>::Tangent;
-    struct Stored {  // a parameter; an array's own size is for its holders to change
-        T *engine, *array;
-        Index size;
-    };
-
     explicit PythonLayer(py::object layer)
         : layer_(std::move(layer)), name_(py::str(py::getattr(layer_, "name", py::type::of(layer_).attr("__name__")))) {
         if (!py::hasattr(layer_, "params")) return;
@@ -83,30 +78,21 @@ class PythonLayer final : public ExternalLayer<T> {
         for (const auto& item : params) {
             const auto array = py::array_t<T, py::array::c_style | py::array::forcecast>::ensure(item.second);
             if (!array) throw py::error_already_set();
-            NumpyArray<T> own(std::vector<Index>(array.shape(), array.shape() + array.ndim()));
-            std::copy_n(array.data(), array.size(), own.mutable_data());
-            arrays_.emplace_back(py::str(item.first), own);
+            own_.emplace_back(py::str(item.first), array);
         }
-        for (const auto& [name, array] : arrays_) {
-            array.attr("setflags")(false);
-            params[py::str(name)] = array;
-        }
+        for (const Own& own : own_) params[py::str(own.name)] = own.array;
     }
     std::vector<typename ExternalLayer<T>::Parameter> parameters() override {
         std::vector<typename ExternalLayer<T>::Parameter> list;
-        for (const auto& [name, array] : arrays_)
-            list.push_back({name, std::vector<Index>(array.shape(), array.shape() + array.ndim()), array.size()});
+        for (const Own& own : own_) list.push_back({own.name, own.shape, own.size});
         return list;
     }
     void bind(T* const* storage) override {
-        for (std::size_t i = 0; i < arrays_.size(); ++i) {
-            storage_.push_back({storage[i], const_cast<T*>(arrays_[i].second.data()), arrays_[i].second.size()});
-            std::copy_n(storage_[i].array, storage_[i].size, storage[i]);
-        }
+        for (Own& own : own_) std::copy_n(own.data, own.size, own.engine = *storage++);
     }
     // The arrays are Python's own, not windows into the engine: nobody can be left with a dangling one.
     void publish() override {
-        for (const Stored& parameter : storage_) std::copy_n(parameter.engine, parameter.size, parameter.array);
+        for (const Own& own : own_) std::copy_n(own.engine, own.size, own.data);
     }
     void forward(MatrixView<const T> x, MatrixView<T> y) override {
         const Locked lock;
@@ -142,35 +128,58 @@ class PythonLayer final : public ExternalLayer<T> {
     }
 
    private:
+    // A parameter: the engine's numbers, and a copy that Python may read. What holders do to the array's shape or dtype is theirs;
+    // its memory, which outlives both, is not.
+    struct Own {
+        Own(std::string the_name, const NumpyArray<T>& from)
+            : name(std::move(the_name)),
+              shape(from.shape(), from.shape() + from.ndim()),
+              size(from.size()),
+              data(new T[static_cast<std::size_t>(size)]),
+              memory(data, [](void* p) { delete[] static_cast<T*>(p); }),
+              array(shape, data, memory) {
+            std::copy_n(from.data(), size, data);
+            array.attr("setflags")(false);
+        }
+        std::string name;
+        std::vector<Index> shape;
+        Index size;
+        T* data;
+        py::capsule memory;
+        NumpyArray<T> array;
+        T* engine = nullptr;
+    };
+
     // A number that somebody puts among the parameters would be used, and neither trained nor saved.
     void demand_own_arrays() const {
-        if (arrays_.empty()) return;
-        const py::dict params = layer_.attr("params");
-        for (const auto& [name, array] : arrays_)
-            if (PyDict_GetItemString(params.ptr(), name.c_str()) != array.ptr())
-                throw py::value_error(text(
-                    "[%s] params['%s'] belongs to the network: expected its array, got another; use load_state_dict",
-                    name_.c_str(), name.c_str()));
+        if (own_.empty()) return;
+        const py::object params = layer_.attr("params");
+        bool same = PyDict_Check(params.ptr()) && py::len(params) == own_.size();
+        for (const Own& own : own_)
+            same = same && PyDict_GetItemString(params.ptr(), own.name.c_str()) == own.array.ptr();
+        if (!same)
+            throw py::value_error(text("[%s] params belong to the network: expected its own arrays and no others, got "
+                                       "changed ones; use load_state_dict",
+                                       name_.c_str()));
     }
     // What vjp or vjp_jvp returned: dx, or dx and the parameters' gradients by name.
     void take(const char* map, const py::object& result, MatrixView<T> dx, T* const* gradients) {
         py::object dx_result = result;
-        if (!arrays_.empty()) {
+        if (!own_.empty()) {
             if (!py::isinstance<py::tuple>(result) || py::len(result) != 2)
                 throw py::value_error(
                     text("[%s.%s] a layer with params returns two things: expected (dx, {name: gradient}), got %s",
                          name_.c_str(), map, text_of(py::type::of(result)).c_str()));
             dx_result = result[py::int_(0)];
             const py::object given = result[py::int_(1)];
-            for (std::size_t i = 0; i < arrays_.size(); ++i) {
-                const auto& [name, array] = arrays_[i];
-                if (!given.contains(name))
+            for (const Own& own : own_) {
+                if (!given.contains(own.name))
                     throw py::value_error(text("[%s.%s] a gradient is missing: expected one for '%s', got %s",
-                                               name_.c_str(), map, name.c_str(),
+                                               name_.c_str(), map, own.name.c_str(),
                                                text_of(given.attr("keys")()).c_str()));
-                const auto gradient = returned<T>(given[py::str(name)], name_ + "." + map + ": gradient of " + name,
-                                                  std::vector<Index>(array.shape(), array.shape() + array.ndim()));
-                std::copy_n(gradient.data(), gradient.size(), gradients[i]);
+                const auto gradient =
+                    returned<T>(given[py::str(own.name)], name_ + "." + map + ": gradient of " + own.name, own.shape);
+                std::copy_n(gradient.data(), own.size, *gradients++);
             }
         }
         fill(dx, returned<T>(dx_result, name_ + "." + map, {dx.rows, dx.cols}));
@@ -187,19 +196,17 @@ class PythonLayer final : public ExternalLayer<T> {
     py::object named(T* const* parameters) const {
         if (parameters == nullptr) return py::none();
         py::dict named_arrays;
-        for (std::size_t i = 0; i < arrays_.size(); ++i) {
-            const auto& [name, array] = arrays_[i];
-            NumpyArray<T> copy(std::vector<Index>(array.shape(), array.shape() + array.ndim()));
-            std::copy_n(parameters[i], copy.size(), copy.mutable_data());
-            named_arrays[py::str(name)] = copy;
+        for (const Own& own : own_) {
+            NumpyArray<T> copy(own.shape);
+            std::copy_n(*parameters++, own.size, copy.mutable_data());
+            named_arrays[py::str(own.name)] = copy;
         }
         return std::move(named_arrays);
     }
 
     py::object layer_;
     std::string name_;
-    std::vector<std::pair<std::string, NumpyArray<T>>> arrays_;
-    std::vector<Stored> storage_;
+    std::vector<Own> own_;
 };
 
 template <class T>

@@ -65,7 +65,7 @@ void Sobolev<T>::leave_residuals(const Batch& batch, Index begin, Index end) {
                 squares += residual * residual;
                 dx.data[row * dx.stride + i] = static_cast<T>(omega * residual);
             }
-        values_[static_cast<std::size_t>(n)] = omega * squares / 2;
+        values_[static_cast<std::size_t>(n)] = omega == 0 ? 0 : omega * squares / 2;
     }
 }
 

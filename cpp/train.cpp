@@ -261,11 +261,12 @@ const T* Step<T>::gradient() {
 template <class T>
 double Step<T>::update(Optimizer<T>& optimizer, double lr, const Regularization& r) {
     const Hyper<T> hyper = prepare_step<T>(optimizer.settings, lr, optimizer.step_count + 1);
-    // When it is over: who copies weights meanwhile, in another thread, has none that stay.
-    const struct AtEnd {
+    // Before, for what was computed by the weights so far; and when it is over, for who copies them meanwhile in another thread.
+    const struct Change {
+        explicit Change(Network<T>& network) : net(network) { net.count_change(); }
+        ~Change() { net.count_change(); }
         Network<T>& net;
-        ~AtEnd() { net.count_change(); }
-    } at_end{*net_};
+    } change(*net_);
     const auto penalty = [&] { return std::accumulate(penalties_.begin(), penalties_.end(), 0.0); };
     if (r.clip_norm == 0 && !net_->has_external() && !sobolev_) {
         over_tiles([&](const Tile& tile, std::size_t n, Scratch& scratch) {

@@ -494,6 +494,47 @@ def test_derivatives_while_another_thread_trains_are_forgotten(rng):
         assert_same_bits(cr.vjp(net, X[:1], c)[1], cr.vjp(copy.deepcopy(net), X[:1], c)[1])
 
 
+def test_a_trace_goes_back_by_the_weights_that_it_came_up_by(rng):
+    """Or not at all, where another thread's step is writing them."""
+    net = cr.Sequential(cr.Linear(600, 600), cr.Tanh(), cr.Linear(600, 3), seed=0)
+    X, Y = (rng.standard_normal((64, width)).astype("f4") for width in (600, 3))
+    c, adam = np.ones((1, 3), "f4"), cr.Adam(0.01)
+    for _ in range(20):
+        trace, twin = net.trace(X[:1]), copy.deepcopy(net)
+        expected = twin.trace(X[:1]).backward(c).dphi[0]
+        other = threading.Thread(target=lambda: net.train_step(X, Y, loss="mse", optimizer=adam))
+        other.start()
+        while other.is_alive():
+            try:
+                got = trace.backward(c).dphi[0]
+            except ValueError as error:
+                assert "trace again" in str(error)
+            else:
+                assert_same_bits(got, expected)
+        other.join()
+
+
+def test_weights_are_loaded_all_or_none(rng):
+    """Another thread's step may begin at any time: it must not meet half of them."""
+    net = cr.mlp([300] * 8 + [1], seed=0)
+    new = {name: value + 1 for name, value in net.state_dict().items()}
+    X, y, still = rng.standard_normal((64, 300)).astype("f4"), np.zeros((64, 1), "f4"), cr.SGD(0.0)
+    for _ in range(10):
+        other = threading.Thread(target=lambda: net.train_step(X, y, loss="mse", optimizer=still))
+        old = net.state_dict()
+        other.start()
+        try:
+            net.load_state_dict(new)
+            expected = new
+        except RuntimeError as error:
+            assert "[load_state_dict] weights are written between steps" in str(error)
+            expected = old
+        other.join()
+        for name, value in net.state_dict().items():
+            assert_same_bits(value, expected[name])
+        net.load_state_dict(old)
+
+
 def test_nobody_writes_weights_beside_the_engine(rng):
     """Other threads, and losses of the user's own, which are asked in the middle of a step."""
     net, errors = cr.mlp([3, 4, 2], seed=0), []
@@ -501,7 +542,7 @@ def test_nobody_writes_weights_beside_the_engine(rng):
 
     def meddling(f, y):
         for write in (lambda: net.load_state_dict(state), lambda: net._core.restore(snapshot)):
-            with pytest.raises(RuntimeError, match="trains in one place at a time") as caught:
+            with pytest.raises(RuntimeError, match="weights are written between steps") as caught:
                 write()
             errors.append(caught.value)
         return float(((f - y) ** 2).sum()), 2 * (f - y)

@@ -322,6 +322,8 @@ def test_the_stated_rules_by_hand():
         (["01", "02", "A4", "01"], [1, 2.0], [0, 1]),  # numbers, as pandas reads them
         (["1", "01", "x", "1"], ["1", "01", 1], [1, 0, 1]),  # as it stands comes first
         (["1", "1.5", "x", "1"], ["1.0", "1.50", "x", "2"], [0, 1, 2, -1]),
+        (["12345678901234567", "x"] * 2, ["12345678901234568", 12345678901234567.0], [-1, -1]),
+        (["12E3", "0e12"] * 2, ["12000", "12e3", "0", "0e99", 12000, 0], [-1] * 6),
         (["true", "false", "true", "false"], [True, False], [1, 0]),
         (["TRUE", "FALSE", "TRUE", "FALSE"], [True, False, None], [1, 0, -1]),
         ([True, False, True, False], ["true", "FALSE", "yes"], [1, 0, -1]),
@@ -356,9 +358,11 @@ def test_decimal_commas(cells, refused):
         return
     with pytest.raises(ValueError, match=r"column 'x': expected a decimal point, got '1,5' with a comma"):
         Preprocessor.fit(table, "c")
-    for task in ("classification", "regression"):
-        with pytest.raises(ValueError, match=r"target 'x': expected a decimal point"):
+    for task in (None, "regression"):
+        with pytest.raises(ValueError, match=r"target.*: expected a decimal point"):
             Preprocessor.fit(table, "x", task)
+    table = Table.from_columns({"x": ["0,1", "1,0"] * 2, "n": [1, 2, 3, 4]})
+    assert Preprocessor.fit(table, "x", "classification").classes == ("0,1", "1,0")
 
 
 def test_labels_that_float64_cannot_tell_apart_are_refused():
@@ -367,6 +371,8 @@ def test_labels_that_float64_cannot_tell_apart_are_refused():
         ValueError, match=r"target 'y': expected labels below 2\*\*53, .* got 9007199254740992"
     ):
         Preprocessor.fit(table, "y", "classification")
+    with pytest.raises(ValueError, match="expected finite numbers, got inf in row 2"):
+        Preprocessor.fit(Table.from_columns({"x": [1, 2], "y": [1, np.inf]}), "y", "classification")
     features = Table.from_columns({"x": [2**60, 2**61], "y": [0.5, 1.5]})
     assert Preprocessor.fit(features, "y").width == 1  # as quantities they serve
 

@@ -463,6 +463,8 @@ WEIGHTS = [
 ]
 
 FIT = [
+    (lambda s: cr.fit_many([s.net], X[None], np.array(1.0), loss="mse"), ValueError, "got 1 and array(1.)"),
+    (lambda s: cr.fit_many([s.net], X, Y, loss="mse", net=3), TypeError, "[fit_many] options are those of fit: expected no 'net', got one"),
     (lambda s: cr.fit_many([s.net], X[None], None, loss="mse"), ValueError, "[fit_many] X and y must have rows for each network: expected 1 times some, got 1 and None"),
     (lambda s: cr.fit_many([s.net], [[[1.0], [2.0, 3.0]]], Y, loss="mse"), ValueError, "[fit] X must be an array: expected rows of equal length, got list"),
     (lambda s: cr.Sequential(Known()).fit(X, X, loss="mse", optimizer="levenberg_marquardt"), ValueError, "[fit] LevenbergMarquardt solves for parameters: expected at least one, got none"),

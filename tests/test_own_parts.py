@@ -262,11 +262,9 @@ def test_numbers_put_among_the_parameters_are_refused():
         with pytest.raises(ValueError, match="read-only"):
             net[1].params["g"][...] = 7.0
         own = net[1].params
-        for changed in ({"g": np.array(7.0)}, {}):
+        for changed in ({"g": np.array(7.0)}, {}, {**own, "h": np.array(7.0)}, 7):
             net[1].params = changed
-            with pytest.raises(
-                ValueError, match=r"\[Gain\] params\['g'\] belongs to the network: expected its"
-            ):
+            with pytest.raises(ValueError, match=r"\[Gain\] params belong to the network: expected its own"):
                 net.predict([[1.0, 2.0]])
         net[1].params = own
         assert_same_bits(net.predict([[1.0, 2.0]]), before)
@@ -290,15 +288,43 @@ def test_rows_do_not_know_each_other_where_derivatives_are_differences(rng):
             assert_same_bits(np.asarray(f(net, rows))[0], np.asarray(f(net, x))[0])
 
 
-def test_the_dtype_of_a_parameter_is_for_its_holders_to_change():
-    """The engine goes on with as many numbers as it was given."""
-    layer = Gain(3.0)
-    layer.params["g"] = np.full(300_000, 3.0)
-    layer.forward = lambda x: x * 3
-    net = cr.Sequential(cr.Linear(2, 1), layer)
-    expected = net.predict([[1.0, 2.0]])
-    layer.params["g"].dtype = np.int8
-    assert_same_bits(net.predict([[1.0, 2.0]]), expected)
+class Long(cr.Layer):
+    """y = 3 x, and many numbers that do nothing but in jvp."""
+
+    def __init__(self):
+        self.params = {"g": np.zeros(300_000, np.float32)}
+
+    def forward(self, x):
+        return 3 * x
+
+    def vjp(self, x, y, dy):
+        return 3 * dy, {"g": np.zeros(self.params["g"].shape, np.float32)}
+
+    def jvp(self, x, y, dx, dparams):
+        return 3 * dx + dparams["g"].sum()
+
+
+def test_the_form_of_a_parameter_is_for_its_holders_to_change():
+    """The engine goes on with as many numbers as it was given, in memory that stays."""
+
+    def as_bytes(array):
+        array.dtype = np.int8
+
+    def as_another(array):
+        array.__setstate__((1, (2,), np.dtype("f4"), False, b"12345678"))
+
+    X, c, v = [[1.0, 2.0]], [[1.0]], {"1.g": np.ones(300_000, np.float32)}
+    for change in (as_bytes, as_another):
+        net = cr.Sequential(cr.Linear(2, 1), Long())
+        expected = net.predict(X), cr.jvp(net, X, None, v)[1]
+        with pytest.raises(ValueError, match="resize"):
+            net[1].params["g"].resize(3, refcheck=False)
+        change(net[1].params["g"])
+        assert_same_bits(net.predict(X), expected[0])
+        assert_same_bits(cr.jvp(net, X, None, v)[1], expected[1])
+        with pytest.raises(ValueError, match=r"gradient of g"):
+            cr.vjp(net, X, c, params=True)
+        assert not net.state_dict()["1.g"].any()
 
 
 class Cut(cr.Layer):

@@ -277,18 +277,19 @@ def test_memory_that_was_short_once_is_asked_for_again():
             lambda: cr.laplacian(net, X), lambda: cr.per_example_grad_norms(net, X, y, "mse"),
             lambda: net.value_and_grad(X, y, loss="mse"), lambda: net.trace(X).backward(c),
         ]
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         with open("/proc/self/statm") as file:
             pages = int(file.read().split()[0])
         failed = 0
         for more in range(2, 60, 4):
             for call in calls:
-                resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (more << 20), -1))
+                resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (more << 20), hard))
                 for attempt in range(2):
                     try:
                         call()
                     except MemoryError:
                         failed += 1
-                resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+                resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
                 call()
             net = cr.mlp([50, 3000, 3], activation="tanh")
         assert failed > 10, failed

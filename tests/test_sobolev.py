@@ -310,3 +310,16 @@ def test_data_do_not_change(rng):
         ValueError, match=re.escape("[fit] dy must be in range: expected finite numbers, got inf")
     ):
         net.fit(X, y, loss="mse", dy=np.where(dy == dy[3], np.inf, dy))
+
+
+def test_slopes_of_weight_0_do_not_count(rng):
+    """Even where their square overflows: 0 · ∞ = 0."""
+    net = cr.mlp([3, 5, 2], activation="tanh", seed=0, dtype="float64")
+    X, y, dy, weight = problem(net, rng)
+    expected = net.value_and_grad(X, y, loss="mse", sample_weight=weight, dy=dy)
+    dy[weight == 0] = 1e200
+    value, grads = net.value_and_grad(X, y, loss="mse", sample_weight=weight, dy=dy)
+    assert value == expected[0]
+    for name, grad in grads.items():
+        assert_same_bits(grad, expected[1][name])
+    net.fit(X, y, loss="mse", sample_weight=weight, dy=dy, epochs=2)

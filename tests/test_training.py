@@ -484,6 +484,12 @@ def test_early_stopping_watches_one_fit_at_a_time(data):
         fitted(*data, callbacks=[stop, nested])
     for name, value in inner.state_dict().items():
         assert_same_bits(value, before[name])
+
+    def refused(epoch, logs):
+        with pytest.raises(RuntimeError, match="one fit at a time"):
+            inner.fit(*data, loss="mse", callbacks=[stop])
+
+    assert fitted(*data, callbacks=[stop, refused])[1].epochs == 4  # it goes on for the fit outside
     net = make()
     kept = weakref.ref(net)
     with pytest.raises(ZeroDivisionError):

@@ -33,7 +33,7 @@ struct LeaveResiduals {
             }
         }
         squares = join_sum(Vec<double>(squares))[0];
-        if (first_column() == 0) values[n] = omega * squares / 2;
+        if (first_column() == 0) values[n] = omega == 0 ? 0 : omega * squares / 2;
     }
 };
 // ∂loss/∂f where an example's output 0 has its row, else 0.

@@ -186,14 +186,19 @@ class Trace:
             (array([[0., 0.]], dtype=float32), array([[1., 2.]], dtype=float32))
         """
         core = exact("backward", self._net)
+        self._check(core)
+        c = _rows_like("backward", self._net, "dL_df", dL_df, *self.phi[-1].shape)
+        found = core.backward(_inputs("backward", self._net, self.phi[0]), c)
+        self._check(core)  # another thread may have trained meanwhile
+        self.dphi, self.grads = found
+        return self
+
+    def _check(self, core: Any) -> None:
         if core.changes != self._changes:
             raise ValueError(
                 "[backward] the network must be the one that was traced: "
                 "expected the same weights, got weights that have changed since; trace again"
             )
-        c = _rows_like("backward", self._net, "dL_df", dL_df, *self.phi[-1].shape)
-        self.dphi, self.grads = core.backward(_inputs("backward", self._net, self.phi[0]), c)
-        return self
 
     def __repr__(self) -> str:
         chain = " → ".join(str(phi.shape[1]) for phi in self.phi)

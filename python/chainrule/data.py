@@ -289,6 +289,7 @@ def infer_task(column: Column) -> str:
     ('classification', 'regression', 'regression')
     """
     if column.dtype == object:
+        _refuse_decimal_commas("target", column, "; if these are labels, say task 'classification'")
         return "classification"
     values = np.unique(column[~np.isnan(column)])
     few = len(values) <= MAX_INTEGER_CLASSES and bool((values == np.floor(values)).all())
@@ -328,7 +329,7 @@ def class_labels(name: str, column: Column) -> tuple[str, ...]:
     >>> class_labels("kind", np.array([10.0, 9.0, 10.0, 9.0]))
     ('9', '10')
     """
-    _refuse_decimal_commas(f"target {name!r}", column)
+    require_finite(name, column)
     values = set(column.tolist())
     if values & {None} or any(value != value for value in values):
         raise ValueError(
@@ -495,7 +496,7 @@ def _require_numbers(name: str, column: Column) -> None:
         )
 
 
-def _refuse_decimal_commas(what: str, column: Column) -> None:
+def _refuse_decimal_commas(what: str, column: Column, hint: str = " or leave the column out") -> None:
     """One-hot codes of 3,14 and 2,72 would train in silence and be worthless; some may be whole."""
     cells = [cell for cell in column if cell is not None] if column.dtype == object else []
     commas = [cell for cell in cells if "," in cell]
@@ -503,7 +504,7 @@ def _refuse_decimal_commas(what: str, column: Column) -> None:
         return
     if all(re.fullmatch(r"[+-]?\d+(,\d+)?", cell) for cell in cells):
         raise ValueError(
-            f"[table] {what}: expected a decimal point, got {commas[0]!r} with a comma; replace it"
+            f"[table] {what}: expected a decimal point, got {commas[0]!r} with a comma; replace it{hint}"
         )
 
 
@@ -523,11 +524,15 @@ def _places(names: Sequence[str], column: Column) -> NDArray[np.int64]:
 
 
 def _spellings(text: str) -> list[str]:
-    """How another program writes the same: pandas has True for a file's true, and 1.0 for 01."""
+    """How another program writes the same: pandas has True for a file's true, and 1.0 for 01.
+
+    Digits alone: 12E3 is a code, and of more than 15 digits float64 has a neighbour's.
+    """
     if text.lower() in {"true", "false"}:
         return [text.lower(), text.upper(), text.capitalize()]
-    number = parse_numbers([text])
-    return [label for label in [label_of(number[0])] if label] if number is not None else []
+    digits = re.fullmatch(r"[+-]?[0-9]{1,15}([.][0-9]{1,15})?", text)
+    label = label_of(float(text)) if digits and len(text) <= 16 else None
+    return [label] if label else []
 
 
 def _strings(values: Any) -> tuple[str, ...] | None:

@@ -357,7 +357,8 @@ class CustomLoss(Loss):
     """A loss of your own: a callable (f, y) -> (value, ∂L/∂f), with the f and y of one batch.
 
     A scalar value is L of the batch and its gradient ∂L/∂f (B, n). Values (B,) are the Lᵢ and row i of the
-    gradient is ∂Lᵢ/∂f; sample weights and `reduction` are then applied for you.
+    gradient is ∂Lᵢ/∂f; sample weights and `reduction` are then applied for you. Second derivatives are
+    differences of that gradient, with one step for all rows: give them rows of about one size.
 
     Shapes: f (B, n); y as you passed it to `fit`, (B, k) or (B,), in the network's dtype; only labels,
         integers 0 … n − 1 in (B,), come as int64, so that they can index.

@@ -73,7 +73,7 @@ def _check(nets: Sequence[Any], options: dict[str, Any]) -> None:
     if len(kinds) != 1 or len(set(map(id, nets))) != len(nets):
         got = "one of them twice" if len(kinds) == 1 else f"{len(kinds)} kinds"
         raise ValueError(f"[fit_many] nets must be different networks: expected all of one kind, got {got}")
-    known = signature(training.plan).parameters.keys()
+    known = signature(training.plan).parameters.keys() - {"net", "X", "y"}
     if unknown := options.keys() - known:
         raise TypeError(f"[fit_many] options are those of fit: expected no {min(unknown)!r}, got one")
     watching = {"callbacks", "validation_data", "validation_split", "verbose"} & options.keys()
@@ -106,10 +106,11 @@ def _plans(
 ) -> list[training.Plan]:
     """A plan for each network; what they share is one array."""
     count, shared = len(nets), not _is_stacked(X)
-    if not shared and not (hasattr(y, "__len__") and len(X) == len(y) == count):
+    if not shared and (np.ndim(y) == 0 or not len(X) == len(y) == count):
+        got = short(y) if np.ndim(y) == 0 else len(y)
         raise ValueError(
             f"[fit_many] X and y must have rows for each network: expected {count} times some, "
-            f"got {len(X)} and {len(y) if hasattr(y, '__len__') else short(y)}"
+            f"got {len(X)} and {got}"
         )
     plans: list[training.Plan] = []
     given = zip(nets, _each("optimizer", optimizer, count), _each("seed", seed, count), strict=True)
@@ -156,6 +157,8 @@ def _at_once(nets: list[Sequential], plans: list[training.Plan]) -> tuple[list[t
     runs = [
         training.EngineRun(net, plan, uploaded[id(plan.data)]) for net, plan in zip(nets, plans, strict=True)
     ]
+    for run in runs:
+        run.together = len(runs)
     chunks = [run.chunks() for run in runs]
     errors: Errors = {}
     live = list(range(len(runs)))

@@ -337,7 +337,8 @@ class Sequential:
 
         Returns: the names that were missing, and those that were too many.
 
-        Raises: TypeError or ValueError that lists all names and shapes that do not fit.
+        Raises: TypeError or ValueError that lists all names and shapes that do not fit; RuntimeError while
+            another thread trains the network. Nothing has changed then.
 
         Example:
             >>> import chainrule as cr
@@ -374,12 +375,10 @@ class Sequential:
         return {name: tuple(self._core.parameters[k][2]) for name, k in self._places.items()}
 
     def _put(self, arrays: Mapping[str, Array]) -> None:
-        ready = {
-            name: converted("load_state_dict", name, array, self.array_dtype)
+        self._core.set_parameters([
+            (self._places[name], converted("load_state_dict", name, array, self.array_dtype))
             for name, array in arrays.items()
-        }
-        for name, array in ready.items():
-            self._core.set_parameter(self._places[name], array)
+        ])  # fmt: skip
 
     # -------------------------------------------------------- description, files, copies
 

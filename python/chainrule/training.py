@@ -288,6 +288,8 @@ class History:
 class EarlyStopping(Description):
     """Stops a `fit` when a value has not improved for `patience` epochs, and puts the best weights back.
 
+    It watches one fit at a time; RuntimeError for a second network meanwhile.
+
     monitor is "val_loss" or "loss"; to improve is to fall (mode="max": to rise) by more than `min_delta`.
 
     Example:
@@ -325,7 +327,7 @@ class EarlyStopping(Description):
         )
 
     def on_train_begin(self, net: Any) -> None:
-        if self._watched() is not None:  # its weights would end in the other network
+        if self._watched() not in (None, net):  # its weights would end in the other network
             raise RuntimeError(
                 "[EarlyStopping] one fit at a time: expected an idle one, got one that watches another fit; "
                 "make one for each"
@@ -384,11 +386,13 @@ class _Callbacks:
                 )
             _check_monitor(callback, measured)
         self.all = tuple(callbacks)
+        self.begun: list[Any] = []
 
     def begin(self, net: Network) -> None:
         for callback in self.all:
             if hasattr(callback, "on_train_begin"):
                 callback.on_train_begin(net)
+            self.begun.append(callback)
 
     def epoch(self, epoch: int, logs: dict[str, float]) -> bool:
         """Whether one of them wants to stop; all are asked."""
@@ -412,7 +416,7 @@ class _Callbacks:
                 callback.on_train_end(net)
 
     def let_go(self, net: Network) -> None:
-        for callback in self.all:
+        for callback in self.begun:
             if isinstance(callback, EarlyStopping):
                 callback.let_go(net)
 
@@ -624,6 +628,7 @@ class Run(ABC):
 
     remedy = "Lower lr, scale X and y to about unit size, or set clip_norm=1.0"  # against divergence
     converged = False  # whether more epochs would change nothing
+    together = 1  # how many fits have their rates at once
 
     def __init__(self, net: Network, plan: Plan) -> None:
         self.net, self.plan = net, plan
@@ -666,7 +671,8 @@ class Run(ABC):
             plateau = plan.schedule.start(plan.optimizer.lr)
         count = 1 if watched or plateau or plan.verbose else 1 << 16  # there is an array of that many rates,
         if plan.schedule is not None:  # or of one for each step
-            count = max(1, min(count, (1 << 22) // -(-len(plan.data.X) // plan.batch_size)))
+            steps = -(-len(plan.data.X) // plan.batch_size)
+            count = max(1, min(count, (1 << 22) // (steps * self.together)))
         while history.epochs < plan.epochs:
             start, done = time.perf_counter(), history.epochs
             yield self._rates(plateau, min(count, plan.epochs - done))
