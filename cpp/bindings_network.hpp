@@ -171,11 +171,11 @@ double evaluate_loss(PyNetwork<E>& self, const py::object& X, const py::object& 
 
 // All of them or none.
 template <class E>
-void set_parameters(PyNetwork<E>& self, const std::vector<std::pair<Index, py::object>>& values) {
+void set_parameters(PyNetwork<E>& self, const py::dict& values) {
     using T = typename E::Real;
     std::vector<std::pair<const Parameter*, NumpyArray<T>>> ready;
     for (const auto& [k, value] : values) {
-        const Parameter& parameter = parameter_at(self.net, k);
+        const Parameter& parameter = parameter_at(self.net, py::cast<Index>(k));
         ready.emplace_back(&parameter, require_shape<T>(value, "value", parameter.shape));
     }
     refuse_while_training(self);
@@ -345,7 +345,12 @@ py::class_<PyNetwork<E>> bind_network(py::module_& m, const std::string& bits) {
             },
             py::arg("k"))
         .def(
-            "set_parameter", [](Net& self, Index k, const py::object& value) { set_parameters(self, {{k, value}}); },
+            "set_parameter",
+            [](Net& self, const py::int_& k, const py::object& value) {
+                py::dict values;
+                values[k] = value;
+                set_parameters(self, values);
+            },
             py::arg("k"), py::arg("value"))
         .def("set_parameters", &set_parameters<E>, py::arg("values"))
         .def("snapshot", [](const Net& self) { return self.net.snapshot(); })

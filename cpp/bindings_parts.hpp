@@ -158,9 +158,10 @@ class PythonLayer final : public ExternalLayer<T> {
         for (const Own& own : own_)
             same = same && PyDict_GetItemString(params.ptr(), own.name.c_str()) == own.array.ptr();
         if (!same)
-            throw py::value_error(text("[%s] params belong to the network: expected its own arrays and no others, got "
-                                       "changed ones; use load_state_dict",
-                                       name_.c_str()));
+            throw py::value_error(
+                text("[%s] params belong to the network: expected its own arrays and no others, got "
+                     "changed ones; use load_state_dict",
+                     name_.c_str()));
     }
     // What vjp or vjp_jvp returned: dx, or dx and the parameters' gradients by name.
     void take(const char* map, const py::object& result, MatrixView<T> dx, T* const* gradients) {
@@ -226,8 +227,8 @@ class PythonLoss final : public ExternalLoss<T> {
         }
         const py::object result = function_(copy_of(f), targets);
         if (!py::isinstance<py::tuple>(result) || py::len(result) != 2)
-            throw py::value_error("[loss] a loss returns two things: expected (value, dL/df), got " +
-                                  std::string(py::str(py::type::of(result))));
+            throw py::value_error(text("[loss] a loss returns two things: expected (value, dL/df), got %s",
+                                       text_of(py::type::of(result)).c_str()));
         fill(df, returned<T>(result[py::int_(1)], "loss: dL/df", {f.rows, f.cols}));
         const auto value = py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(result[py::int_(0)]);
         if (!value) throw py::error_already_set();

@@ -375,10 +375,10 @@ class Sequential:
         return {name: tuple(self._core.parameters[k][2]) for name, k in self._places.items()}
 
     def _put(self, arrays: Mapping[str, Array]) -> None:
-        self._core.set_parameters([
-            (self._places[name], converted("load_state_dict", name, array, self.array_dtype))
+        self._core.set_parameters({
+            self._places[name]: converted("load_state_dict", name, array, self.array_dtype)
             for name, array in arrays.items()
-        ])  # fmt: skip
+        })  # fmt: skip
 
     # -------------------------------------------------------- description, files, copies
 
