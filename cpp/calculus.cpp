@@ -508,7 +508,12 @@ template <class T>
 DerivativesOf<T>::Lease::Lease(DerivativesOf& owner)
     : owner_(owner), borrowed_(!owner.taken_.exchange(true, std::memory_order_acquire)) {
     if (borrowed_) held_ = std::move(owner.kept_);
-    if (!held_) held_ = std::make_unique<Derivatives<T>>(owner.net_);
+    if (!held_) try {
+            held_ = std::make_unique<Derivatives<T>>(owner.net_);
+        } catch (...) {
+            if (borrowed_) owner.taken_.store(false);
+            throw;
+        }
     if (owner.net_.size() >= kLeastShared) burst_.emplace();
 }
 

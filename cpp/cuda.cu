@@ -330,8 +330,7 @@ void Network<T>::restore(const Buffer<T>& snapshot) {
 }
 
 template <class T>
-bool all_finite_by(const Stream& stream, int device, const T* at, Index size) {
-    const Buffer<double> count(device, kPieces + 1, "a sum");
+bool all_finite_by(const Stream& stream, const Buffer<double>& count, const T* at, Index size) {
     sum_over(size, NotFinite<T>{at}, StoreSum{count.data() + kPieces}, count.data(), stream);
     double result = 0;
     download(&result, count.data() + kPieces, 1, stream);
@@ -342,14 +341,14 @@ template <class T>
 bool Network<T>::all_finite() const {
     const OnDevice here(device_);
     const auto held = runtime_->hold();
-    return all_finite_by(runtime_->stream, device_, theta(), size());
+    return all_finite_by(runtime_->stream, runtime_->sum, theta(), size());
 }
 template <class T>
 bool all_finite(int device, const T* at, Index size) {
     bool finite = false;
     how_to_wait.load()([&] {
         const OnDevice here(device);
-        finite = all_finite_by(Stream(), device, at, size);
+        finite = all_finite_by(Stream(), Buffer<double>(device, kPieces + 1, "a sum"), at, size);
     });
     return finite;
 }

@@ -199,18 +199,24 @@ class DerivativesOf {
         explicit Lease(DerivativesOf& owner)
             : owner_(owner), borrowed_(!owner.taken_.exchange(true, std::memory_order_acquire)) {
             if (borrowed_) held_ = std::move(owner.kept_);
-            if (!held_) held_ = std::make_unique<Derivatives<T>>(owner.net_);
+            if (!held_) try {
+                    held_ = std::make_unique<Derivatives<T>>(owner.net_);
+                } catch (...) {
+                    give_back();
+                    throw;
+                }
         }
-        ~Lease() {
-            if (!borrowed_) return;
-            owner_.kept_ = std::move(held_);
-            owner_.taken_.store(false, std::memory_order_release);
-        }
+        ~Lease() { give_back(); }
         Lease(const Lease&) = delete;
         Lease& operator=(const Lease&) = delete;
         Derivatives<T>* operator->() { return held_.get(); }
 
        private:
+        void give_back() {
+            if (!borrowed_) return;
+            owner_.kept_ = std::move(held_);
+            owner_.taken_.store(false, std::memory_order_release);
+        }
         DerivativesOf& owner_;
         const bool borrowed_;
         std::unique_ptr<Derivatives<T>> held_;

@@ -2,6 +2,7 @@
 """The GPU through the package's own names: fit and predict, arrays that lie there, threads, limits."""
 
 import ctypes
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.gpu
 
 X = np.linspace(-1, 1, 150).reshape(50, 3)
 Y = np.sin(2 * X).sum(axis=1)
+
+emulated = pytest.mark.skipif(not CUDA_MODULE, reason="no GPU's memory is short when it is asked to")
 
 
 def networks(device, count, **more):
@@ -236,6 +239,87 @@ def test_out_of_memory_says_how_much_and_leaves_the_network_usable():
         cr.per_example_grads(net, *[np.zeros((2**26, n), np.float32) for n in (2, 1)], "mse")  # addresses end
     assert_same_bits(net.predict(X[:1, :2]), before)
     net.fit(X[:1, :2], Y[:1], loss="mse")
+
+
+class Full:
+    """From the end of the first epoch on, somebody else has the GPU's memory."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+
+    def on_epoch_end(self, epoch, logs):
+        self.monkeypatch.setenv("CHAINRULE_EMULATOR_MEMORY", "1")
+
+
+@emulated
+@pytest.mark.parametrize("more", [{}, {"validation_split": 0.25}, {"clip_norm": 1.0}], ids=str)
+def test_what_has_begun_to_train_wants_no_more_memory(more, schedule, monkeypatch):
+    nets = networks("cuda", 2)
+    how = {"loss": "mse", "epochs": 3, "seed": 1, **more}
+    nets[0].fit(X, Y, callbacks=[Full(monkeypatch)], **how)
+    monkeypatch.delenv("CHAINRULE_EMULATOR_MEMORY")
+    nets[1].load_state_dict(networks("cuda", 1)[0].state_dict())
+    nets[1].fit(X, Y, **how)
+    assert_same_bits(nets[0].predict(X), nets[1].predict(X))
+    before = nets[0].predict(X)
+    with pytest.raises(FloatingPointError, match="parameters must stay finite"):  # seen by a sum on the GPU
+        nets[0].fit(
+            X, Y, callbacks=[Full(monkeypatch)], loss="mse", optimizer=cr.SGD(3e38), batch_size=50, l2=1e38
+        )
+    monkeypatch.delenv("CHAINRULE_EMULATOR_MEMORY")
+    assert_same_bits(nets[0].predict(X), before)
+
+
+@emulated
+@pytest.mark.parametrize("way", ["resident", "fused"])
+def test_all_networks_are_trained_or_none(way, monkeypatch, request):
+    """Whatever allocation it is that fails. (cuBLASLt's workspaces would take hundreds of attempts.)"""
+    cuda.force_schedule(way)
+    request.addfinalizer(lambda: cuda.force_schedule(""))
+
+    def attempt(limit):
+        nets = networks("cuda", 3)
+        before = [net.predict(X[:2]) for net in nets]
+        monkeypatch.setenv("CHAINRULE_EMULATOR_MEMORY", str(limit))
+        try:
+            cr.fit_many(nets, X, Y, loss="mse")
+            text = ""
+        except MemoryError as error:
+            text = str(error)
+        monkeypatch.delenv("CHAINRULE_EMULATOR_MEMORY")
+        changed = [(net.predict(X[:2]) != old).any() for net, old in zip(nets, before, strict=True)]
+        assert all(changed) if not text else not any(changed), text
+        return text
+
+    limit, failed = 1, 0
+    while text := attempt(limit):
+        wanted, free, total = map(
+            int, re.search(r"expected (\d+) bytes .* got (\d+) free of (\d+)", text).groups()
+        )
+        limit, failed = max(limit + 1, total - free + wanted), failed + 1
+        assert failed < 300, text
+    assert failed > 5
+
+
+@emulated
+def test_derivatives_are_kept_after_memory_was_short(monkeypatch, rng):
+    """Else each call would ask for memory and give it back."""
+    net, x, c = cr.mlp([3, 20, 2], device="cuda"), rng.standard_normal((40, 3)), np.ones((40, 2))
+    monkeypatch.setenv("CHAINRULE_EMULATOR_MEMORY", "0")
+    with pytest.raises(MemoryError):
+        cr.vjp(net, x, c)
+    monkeypatch.delenv("CHAINRULE_EMULATOR_MEMORY")
+    expected = cr.vjp(net, x, c)[1]
+    monkeypatch.setenv("CHAINRULE_EMULATOR_MEMORY", "0")
+    assert_same_bits(cr.vjp(net, x, c)[1], expected)
+
+
+def test_what_the_gpu_does_not_clip_is_refused_in_time():
+    deep = cr.Sequential(*[cr.Linear(3, 3) for _ in range(33)], device="cuda")
+    began = []
+    with pytest.raises(ValueError, match=r"\[fit\] clip_example_norm on a GPU: expected at most 32 Linear"):
+        deep.fit(X, X, loss="mse", clip_example_norm=1.0, callbacks=[lambda *_: began.append(1)])
+    assert not began
 
 
 def test_other_threads_use_other_networks(rng):

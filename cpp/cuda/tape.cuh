@@ -20,13 +20,15 @@ template <class T>
 struct Network<T>::Runtime {
     explicit Runtime(int device, Precision precision)
         : how{precision, attribute(cudaDevAttrMultiProcessorCount, device)},
-          shared_bytes(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) {}
+          shared_bytes(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)),
+          sum(device, kPieces + 1, "a sum") {}
     std::mutex mutex;  // one caller at a time has the streams
     std::unique_lock<std::mutex> hold() { return cuda::hold(mutex); }
     Arithmetic<T> how;
     Index shared_bytes;
     Stream stream, side;
     Event fork, join;
+    const Buffer<double> sum;                      // what a training ends with must not want memory
     std::unique_ptr<Library<T>> library;           // of large predictions, evaluations and gradients
     std::unique_ptr<Tape<T>> predictor;            // with the memory of the largest prediction so far
     std::unique_ptr<typename Step<T>::Work> step;  // of evaluations and gradients

@@ -161,6 +161,11 @@ std::vector<std::vector<double>> run_many(const std::vector<Trainer<T>*>& traine
         return lr + static_cast<Index>(n) * lr_network + epoch * lr_stride;
     };
     if (!run_together(trainers)) {
+        for (Trainer<T>* trainer : trainers) {  // before one of them has been trained
+            const OnDevice here(trainer->work().net.device());
+            const auto held = trainer->work().net.runtime().hold();
+            trainer->work().make_room_for_rates(trainer->work().steps());
+        }
         std::vector<std::vector<double>> losses;
         for (std::size_t n = 0; n < trainers.size(); ++n)
             losses.push_back(trainers[n]->run(first_epoch, epochs, rates_of(n, 0), lr_stride, poll));

@@ -118,6 +118,11 @@ struct Trainer<T>::Work {
     Program plan(Index networks) const;
     void choose();
     void make_room(Index count);
+    void make_room_for_rates(Index count) {
+        if (hyper.size() >= count) return;
+        graphs.clear();  // they know the old place
+        hyper.grow(net.device(), count, "the rates of an epoch");
+    }
     Job<T> job(const Source<T>& from, Index count, Index of_a_step) const;
     void enqueue(const Source<T>& from, Index count, Index times);
     void enqueue_step(Source<T> from, Index count, Index number, Index times);
@@ -279,10 +284,7 @@ void Trainer<T>::Work::prepare(Flight<T>& flight, std::int64_t count, const doub
     cudaStream_t stream = net.runtime().stream;
     flight.rates.grow(count);
     take_rates(count, lr, lr_stride, flight.rates.data());
-    if (hyper.size() < count) {
-        graphs.clear();  // they know the old place
-        hyper.grow(net.device(), count, "the rates of an epoch");
-    }
+    make_room_for_rates(count);
     upload(hyper.data(), flight.rates.data(), count, stream);
     flight.control.grow(2);
     flight.control[0] = Control{};

@@ -95,6 +95,13 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
 
 
 def _is_stacked(X: Any) -> bool:
+    if devices.on_gpu(X):
+        if len(X.shape) == 3:
+            raise TypeError(
+                "[fit_many] rows of each network's own are the host's: expected an array there, or one X for "
+                f"all networks, got {type(X).__name__} on a GPU"
+            )
+        return False
     try:
         return np.ndim(X) == 3
     except ValueError:  # ragged, as a plan will say

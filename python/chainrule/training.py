@@ -560,12 +560,21 @@ def plan(
     )  # fmt: skip
 
 
+_MOST_LINEAR = 32  # kMostLayers of cpp/cuda/step.cuh
+
+
 def _check_by_example(net: Network, sobolev: bool, clipping: bool) -> None:
     """What cannot be had together with dy or with clip_example_norm."""
     if sobolev and clipping:
         raise ValueError(
             "[fit] clip_example_norm limits gradients of the loss alone: expected no dy, got both; "
             "use clip_norm"
+        )
+    linear = sum(isinstance(layer, layers.Linear) for layer in net.layers)
+    if clipping and net.device != "cpu" and linear > _MOST_LINEAR:
+        raise ValueError(
+            f"[fit] clip_example_norm on a GPU: expected at most {_MOST_LINEAR} Linear layers, got {linear}; "
+            "use clip_norm, or device='cpu'"
         )
     for index, layer in enumerate(net.layers):
         if sobolev and isinstance(layer, layers.Dropout) and layer.p:
@@ -634,6 +643,8 @@ class Run(ABC):
         self.net, self.plan = net, plan
         self.engine = plan.optimizer.engine(net)
         self.validation = None if plan.validation is None else plan.validation.on(net.device)
+        if self.validation is not None and net.device != "cpu":
+            _evaluate(net, plan.loss, self.validation)  # has its memory before anything is changed
         self.before = net._core.snapshot()
         steps = self.engine.step_count
         self.state = (steps, self.engine.get_state()) if steps else None
