@@ -490,6 +490,15 @@ def test_early_stopping_watches_one_fit_at_a_time(data):
             inner.fit(*data, loss="mse", callbacks=[stop])
 
     assert fitted(*data, callbacks=[stop, refused])[1].epochs == 4  # it goes on for the fit outside
+
+    class Alike(cr.Sequential):
+        def __eq__(self, other):
+            return True
+
+        __hash__ = cr.Sequential.__hash__
+
+    inner, outer = (Alike(cr.Linear(4, 3), dtype="float64") for _ in range(2))
+    outer.fit(*data, loss="mse", callbacks=[stop, refused])
     net = make()
     kept = weakref.ref(net)
     with pytest.raises(ZeroDivisionError):

@@ -327,7 +327,8 @@ class EarlyStopping(Description):
         )
 
     def on_train_begin(self, net: Any) -> None:
-        if self._watched() not in (None, net):  # its weights would end in the other network
+        watched = self._watched()
+        if watched is not None and watched is not net:  # its weights would end in the other network
             raise RuntimeError(
                 "[EarlyStopping] one fit at a time: expected an idle one, got one that watches another fit; "
                 "make one for each"
@@ -680,8 +681,8 @@ class Run(ABC):
         plateau = None
         if isinstance(plan.schedule, optim.ReduceLROnPlateau):
             plateau = plan.schedule.start(plan.optimizer.lr)
-        count = 1 if watched or plateau or plan.verbose else 1 << 16  # there is an array of that many rates,
-        if plan.schedule is not None:  # or of one for each step
+        count = 1 if watched or plateau or plan.verbose else 1 << 16  # there is an array of that many rates
+        if plan.schedule is not None:  # which may be as many for each epoch as it has steps
             steps = -(-len(plan.data.X) // plan.batch_size)
             count = max(1, min(count, (1 << 22) // (steps * self.together)))
         while history.epochs < plan.epochs:
