@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
+EXACT = 2**53  # whole numbers up to here are themselves in float64
+
 # ------------------------------------------------------------ arguments
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ._core import random_uniform
+from .checks import EXACT
 from .io import load_with_metadata, parse_json, save
 from .tables import Column, Table, as_text, is_missing, label_of, listed, parse_numbers, read_table
 
@@ -38,7 +39,6 @@ MAX_CATEGORIES = 50  # of one text column; each is a column of X
 MAX_INTEGER_CLASSES = 20  # an integer target with more values is a quantity, not a label
 METADATA = "chainrule.table"  # the key in the model file
 FORMAT = 1
-_EXACT = 2.0**53  # whole numbers below are themselves in float64
 _SPLIT_STREAM = 0x5EED  # of the random generator; the network's weights come from other streams
 
 
@@ -335,7 +335,7 @@ def class_labels(name: str, column: Column) -> tuple[str, ...]:
         raise ValueError(
             f"[table] target {name!r}: expected a value in every row, got missing cells; leave them out"
         )
-    vast = [value for value in values if not isinstance(value, str) and abs(value) >= _EXACT]
+    vast = [value for value in values if not isinstance(value, str) and abs(value) >= EXACT]
     if vast:
         raise ValueError(
             f"[table] target {name!r}: expected labels below 2**53, which float64 tells apart, "

@@ -19,6 +19,7 @@ import numpy as np
 
 from . import devices, layers, losses, optim
 from .checks import (
+    EXACT,
     Description,
     all_finite,
     converted,
@@ -197,14 +198,11 @@ def _class_weights(net: Network, loss: losses.Loss, data: Data, class_weight: An
     return losses.weights("fit", weight, len(weight), net.array_dtype, "class_weight times sample_weight")
 
 
-_EXACT = 2**53  # whole numbers up to here are themselves in float64
-
-
 def _labels(y: Array) -> Array:
     """The label (B,) of each row of targets: a whole number alone, or the place of the 1 among zeros."""
     if y.ndim == 1 or y.shape[1] == 1:
         column = y.reshape(-1)
-        bad = (column != np.floor(column)) | (np.abs(column) > _EXACT)
+        bad = (column != np.floor(column)) | (np.abs(column) > EXACT)
         labels = column
     else:
         bad = ((y != 0) & (y != 1)).any(axis=1) | (y.sum(axis=1) != 1)
@@ -224,7 +222,7 @@ def _known_labels(net: Network, loss: losses.Loss, y: Array) -> tuple[int, int]:
         return 0, y.shape[1] - 1
     if isinstance(loss, losses.CrossEntropy):
         return 0, net.out_features - 1
-    return (0, 1) if isinstance(loss, losses.Logistic) else (-_EXACT, _EXACT)
+    return (0, 1) if isinstance(loss, losses.Logistic) else (-EXACT, EXACT)
 
 
 def _label(key: Any, known: tuple[int, int]) -> int:
