@@ -86,6 +86,7 @@ PYTHON_LEVELS = {
     "io": 6,
     "links": 6,
     "many": 6,
+    "sklearn": 6,
     "tables": 6,
     "data": 7,
     "explanation": 7,

@@ -97,7 +97,7 @@ def test_links_in_readme_lead_somewhere():
 MODULES = sorted(m.name for m in pkgutil.iter_modules(chainrule.__path__) if m.name != "_core")
 PUBLIC = {
     "calculus", "data", "explanation", "gradient_check", "io", "layers", "losses", "metrics", "model",
-    "optim", "plot", "reference", "training",
+    "optim", "plot", "reference", "sklearn", "training",
 }  # fmt: skip
 
 

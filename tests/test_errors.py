@@ -392,7 +392,7 @@ INPUTS = [
     (lambda s: s.step(optimizer="adam"), TypeError, "[train_step] optimizer must be an object, whose state lasts from step to step"),
     (lambda s: s.step(optimizer=None), TypeError, "[train_step] optimizer must be a name or an optimizer"),
     (lambda s: s.step(loss="nll"), ValueError, "[train_step] loss must be a known name"),
-    (lambda s: s.step(sample_weight=np.zeros(12)), ValueError, "[train_step] sample_weight must have a positive finite sum"),
+    (lambda s: s.step(sample_weight=np.zeros(12)), ValueError, "[train_step] sample_weight must not be all zero, nor too large"),
 ]
 
 TARGETS = [
@@ -441,8 +441,8 @@ WEIGHTS = [
     (lambda s: s.fit(sample_weight=np.arange(12) - 3.0), ValueError, "[fit] sample_weight must be in range: expected finite numbers ≥ 0, got -3.0 in row 0"),
     (lambda s: s.fit(sample_weight=[NAN] * 12), ValueError, "got nan in row 0"),
     (lambda s: s.fit(sample_weight=[1.0] * 11 + [INF]), ValueError, "got inf in row 11"),
-    (lambda s: s.fit(sample_weight=np.zeros(12)), ValueError, "[fit] sample_weight must have a positive finite sum: expected > 0, got 0"),
-    (lambda s: s.fit(sample_weight=np.full(12, 1e38)), ValueError, "[fit] sample_weight must have a positive finite sum"),
+    (lambda s: s.fit(sample_weight=np.zeros(12)), ValueError, "[fit] sample_weight must not be all zero, nor too large: expected a positive finite sum, got 0"),
+    (lambda s: s.fit(sample_weight=np.full(12, 1e38)), ValueError, "[fit] sample_weight must not be all zero, nor too large"),
     (lambda s: s.fit(sample_weight=["a"] * 12), TypeError, "[fit] sample_weight must hold real numbers"),
     (lambda s: s.fit(sample_weight=[0] * 6 + [1] * 6, validation_split=0.5), ValueError, "[fit] sample_weight must not be all 0 in the training part"),
     (lambda s: s.fit(sample_weight=[1] * 6 + [0] * 6, validation_split=0.5), ValueError, "[fit] sample_weight must not be all 0 in the validation part"),
@@ -451,7 +451,7 @@ WEIGHTS = [
     (lambda s: s.classify(class_weight={2: 1.0}), ValueError, "[fit] a label in class_weight must be a non-negative int: expected ≤ 1, got 2"),
     (lambda s: s.classify(class_weight={"a": 1.0}), TypeError, "[fit] a label in class_weight must be a non-negative int: expected an int, got 'a'"),
     (lambda s: s.classify(class_weight={0: -1.0}), ValueError, "[fit] class_weight[0] must be a finite number: expected ≥ 0, got -1.0"),
-    (lambda s: s.classify(class_weight={0: 0, 1: 0}), ValueError, "[fit] class_weight times sample_weight must have a positive finite sum"),
+    (lambda s: s.classify(class_weight={0: 0, 1: 0}), ValueError, "[fit] class_weight times sample_weight must not be all zero, nor too large"),
     (lambda s: s.classify(np.full((12, 2), 0.5), class_weight="balanced"), ValueError, "[fit] class_weight needs one label per row: expected whole numbers, or rows of zeros and a one, got [0.5, 0.5] in row 0"),
     (lambda s: s.classify(np.ones((12, 2)), class_weight="balanced"), ValueError, "got [1.0, 1.0] in row 0"),
     (lambda s: s.classify(np.zeros((12, 2)), class_weight="balanced"), ValueError, "got [0.0, 0.0] in row 0"),
@@ -516,7 +516,7 @@ FIT = [
     (lambda s: s.fit(validation_data=(X[:, :2], Y)), ValueError, "[fit] validation X must have one column per input of the network: expected 3 columns, got 2"),
     (lambda s: s.fit(validation_data=(X[:0], Y[:0])), ValueError, "[fit] validation X must not be empty"),
     (lambda s: s.fit(validation_data=(X, at(Y, 0, 0, NAN))), ValueError, "[fit] validation y must be in range"),
-    (lambda s: s.fit(validation_data=(X, Y, np.zeros(12))), ValueError, "[fit] validation sample_weight must have a positive finite sum"),
+    (lambda s: s.fit(validation_data=(X, Y, np.zeros(12))), ValueError, "[fit] validation sample_weight must not be all zero, nor too large"),
     (lambda s: s.fit(callbacks=print), TypeError, "[fit] callbacks must be a list: expected [callback, ...], got <built-in function print>"),
     (lambda s: s.fit(callbacks=[3]), TypeError, "[fit] a callback must be an object with one of on_train_begin, on_epoch_end, on_train_end, or a callable"),
     (lambda s: s.fit(callbacks=[cr.EarlyStopping]), TypeError, "[fit] a callback must be an object"),

@@ -128,7 +128,10 @@ def weights(op: str, value: object, rows: int, dtype: str, name: str = "sample_w
     refuse_rows(op, name, "finite numbers ≥ 0", weight, bad)
     total = float(weight.sum(dtype=np.float64))
     if rows and not 0 < total <= float(np.finfo(dtype).max):
-        raise ValueError(f"[{op}] {name} must have a positive finite sum: expected > 0, got {total:g}")
+        raise ValueError(
+            f"[{op}] {name} must not be all zero, nor too large: "
+            f"expected a positive finite sum, got {total:g}"
+        )
     return weight
 
 

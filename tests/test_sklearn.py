@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: MIT
+"""chainrule.sklearn beside scikit-learn: its own checks of estimators, and its MLP as oracle."""
+
+import inspect
+import pickle
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+import chainrule as cr
+
+pytest.importorskip("sklearn")
+from scipy import sparse
+from sklearn import neural_network
+from sklearn.base import clone
+from sklearn.datasets import load_breast_cancer, load_digits
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from chainrule.sklearn import MLPClassifier, MLPRegressor
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(300, 5))
+TARGETS = {
+    "two": np.where(X[:, 0] + X[:, 1] > 0, "yes", "no"),
+    "three": np.digitize(X[:, 0] * X[:, 1], [-0.3, 0.3]) * 10,
+    "labels": (X[:, :3] + X[:, 1:4] > 0).astype(int),
+    "number": X[:, 0] ** 2 + X[:, 1],
+    "numbers": np.stack([X[:, 0] ** 2, X[:, 1] - X[:, 2]], axis=1),
+}
+PEERS = {MLPClassifier: neural_network.MLPClassifier, MLPRegressor: neural_network.MLPRegressor}
+EXACT = {"shuffle": False, "random_state": 3, "batch_size": 50, "max_iter": 15}  # 50 divides 300
+
+
+def kind_of(target):
+    return MLPRegressor if target.startswith("number") else MLPClassifier
+
+
+def fitted(estimator, X, y, **fit):
+    """Without the warning that the few epochs of a test were not enough."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return estimator.fit(X, y, **fit)
+
+
+def both(target, X=X, **arguments):
+    """Ours and scikit-learn's, trained alike."""
+    ours, y = kind_of(target), TARGETS[target][: len(X)]
+    return tuple(fitted(kind(**EXACT | arguments), X, y) for kind in (ours, PEERS[ours]))
+
+
+# ------------------------------------------------------------ scikit-learn's own checks
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@parametrize_with_checks([
+    MLPClassifier(max_iter=100),
+    MLPRegressor(max_iter=100),
+    MLPClassifier((), solver="lbfgs", alpha=1.0),  # convex: with a hidden layer, rounding grows in 200 steps
+    MLPRegressor("huber", (8,), solver=cr.RMSprop()),
+])  # fmt: skip
+def test_scikit_learns_checks(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.parametrize("ours", PEERS, ids=lambda kind: kind.__name__)
+def test_the_arguments_are_scikit_learns_and_a_few_more(ours):
+    theirs = {p.name: p for p in inspect.signature(PEERS[ours]).parameters.values()}
+    mine = {p.name: p for p in inspect.signature(ours).parameters.values()}
+    assert set(theirs) - set(mine) == {"max_fun"}
+    for name in set(theirs) & set(mine) - {"hidden_layer_sizes"}:
+        assert mine[name].default == theirs[name].default, name
+    assert list(mine)[: list(mine).index("power_t")] == list(theirs)[: list(theirs).index("power_t")]
+    assert set(mine) - set(theirs) <= {"loss", "class_weight", "dropout", "dtype", "device"}
+
+
+# ------------------------------------------------------------ the same numbers
+
+
+# In float64 both differ by rounding alone: a relative error of 1e-16 in each of 90 steps, and its growth.
+@pytest.mark.parametrize("target", ["two", "three", "number"])
+@pytest.mark.parametrize("arguments", [
+    {},
+    {"nesterovs_momentum": False, "activation": "tanh", "hidden_layer_sizes": (7, 6)},
+    {"learning_rate_init": 0.1, "momentum": 0.0, "learning_rate": "invscaling", "activation": "logistic"},
+    {"momentum": 0.0, "learning_rate": "adaptive", "tol": 0.1, "n_iter_no_change": 1},
+    {"alpha": 2.0, "activation": "identity", "hidden_layer_sizes": 3},
+], ids=["nesterov", "momentum", "invscaling", "adaptive", "alpha"])  # fmt: skip
+def test_sgd_walks_scikit_learns_way(target, arguments):
+    ours, theirs = both(target, solver="sgd", **{"learning_rate_init": 0.01} | arguments)
+    np.testing.assert_allclose(ours.loss_curve_, theirs.loss_curve_, rtol=1e-11)
+    for mine, other in zip(ours.coefs_ + ours.intercepts_, theirs.coefs_ + theirs.intercepts_, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-11)
+    for name in ("n_iter_", "t_", "n_layers_", "n_outputs_", "out_activation_", "n_features_in_"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.best_loss_ == pytest.approx(theirs.best_loss_, rel=1e-11)
+    predicted, expected = ours.predict(X), theirs.predict(X)
+    assert predicted.dtype == expected.dtype
+    if target == "number":
+        np.testing.assert_allclose(predicted, expected, atol=1e-10)
+    else:
+        assert (predicted == expected).all() and (ours.classes_ == theirs.classes_).all()
+        np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-11)
+        np.testing.assert_allclose(ours.predict_log_proba(X), theirs.predict_log_proba(X), atol=1e-9)
+
+
+# scikit-learn's Adam adds epsilon to √v, ours (PyTorch's) to √v̂: steps differ by epsilon's share of √v̂ or so.
+@pytest.mark.parametrize("target", ["two", "three", "labels", "number", "numbers"])
+def test_adam_is_scikit_learns_but_for_where_epsilon_stands(target):
+    ours, theirs = both(target, epsilon=1e-14)
+    for mine, other in zip(ours.coefs_, theirs.coefs_, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-8)
+    assert ours.predict(X).shape == theirs.predict(X).shape
+    np.testing.assert_allclose(ours.predict(X), theirs.predict(X), atol=1e-6) if "number" in target else None
+    assert ours.score(X, TARGETS[target]) == pytest.approx(theirs.score(X, TARGETS[target]), abs=1e-6)
+
+
+def test_poisson_regression_is_scikit_learns():
+    counts = np.floor(np.exp(X[:, 0]))
+    if "loss" not in inspect.signature(neural_network.MLPRegressor).parameters:
+        pytest.skip("this scikit-learn has no Poisson loss")
+    ours, theirs = (
+        fitted(kind(loss="poisson", solver="sgd", learning_rate_init=0.01, **EXACT), X, counts)
+        for kind in (MLPRegressor, neural_network.MLPRegressor)
+    )
+    np.testing.assert_allclose(ours.predict(X), theirs.predict(X), rtol=1e-10)
+    assert ours.out_activation_ == theirs.out_activation_ == "exp"
+
+
+def test_early_stopping_holds_out_the_rows_that_scikit_learn_does():
+    for target in ("two", "three", "number"):
+        ours, theirs = both(target, solver="sgd", learning_rate_init=0.02, early_stopping=True, alpha=0.0)
+        np.testing.assert_allclose(ours.validation_scores_, theirs.validation_scores_, rtol=1e-9)
+        assert ours.best_validation_score_ == pytest.approx(theirs.best_validation_score_, rel=1e-9)
+        assert ours.best_loss_ is None
+        np.testing.assert_allclose(ours.coefs_[0], theirs.coefs_[0], atol=1e-10)
+
+
+def test_sample_weights_are_scikit_learns():
+    if "sample_weight" not in inspect.signature(neural_network.MLPClassifier.fit).parameters:
+        pytest.skip("this scikit-learn's MLP has no sample weights")
+    weight = RNG.uniform(0.5, 2, 300)
+    arguments = {"solver": "sgd", "learning_rate_init": 0.05, "alpha": 0.0, **EXACT}
+    ours, theirs = (
+        fitted(kind(**arguments), X, TARGETS["three"], sample_weight=weight)
+        for kind in (MLPClassifier, neural_network.MLPClassifier)
+    )
+    np.testing.assert_allclose(ours.coefs_[0], theirs.coefs_[0], atol=1e-11)
+
+
+def test_lbfgs_finds_the_one_minimum_of_a_convex_loss():
+    arguments = {"hidden_layer_sizes": (), "solver": "lbfgs", "tol": 1e-9, "max_iter": 500, "alpha": 1.0}
+    ours, theirs = both("three", **arguments)
+    assert ours.loss_ == pytest.approx(theirs.loss_, rel=1e-9)
+    np.testing.assert_allclose(ours.coefs_[0], theirs.coefs_[0], atol=1e-4)
+    assert ours.n_iter_ < 500
+
+
+def test_the_alpha_of_labels_has_scikit_learns_minimum():
+    arguments = {"hidden_layer_sizes": (), "solver": "lbfgs", "tol": 1e-9, "max_iter": 500, "alpha": 5.0}
+    ours, theirs = both("labels", **arguments)
+    np.testing.assert_allclose(ours.coefs_[0], theirs.coefs_[0], atol=1e-4)
+
+
+# ------------------------------------------------------------ what scikit-learn's has not
+
+
+def test_class_weight_is_a_sample_weight_for_each_class():
+    y = TARGETS["two"]
+    by_class = fitted(MLPClassifier(class_weight={"yes": 3.0}, **EXACT), X, y)
+    by_row = fitted(MLPClassifier(**EXACT), X, y, sample_weight=np.where(y == "yes", 3.0, 1.0))
+    assert by_class.loss_curve_ == by_row.loss_curve_
+    rare = RNG.random(300) < 0.1
+    y = np.where(rare, "rare", "common")
+    shifted = X + 0.7 * rare[:, None]
+    plain, balanced = (
+        fitted(MLPClassifier(max_iter=60, random_state=0, class_weight=weight), shifted, y)
+        for weight in (None, "balanced")
+    )
+    found = [(model.predict(shifted)[rare] == "rare").mean() for model in (plain, balanced)]
+    assert found[1] > found[0] + 0.1
+
+
+def test_losses_solvers_and_activations_of_chainrule():
+    y = TARGETS["number"]
+    high = fitted(
+        MLPRegressor(cr.Pinball(0.9), (16,), "gelu", solver=cr.AdamW(lr=0.01), random_state=0), X, y
+    )
+    assert 0.8 < (y < high.predict(X)).mean() < 0.97
+    own = fitted(MLPRegressor(lambda f, y: (0.5 * ((f - y) ** 2).mean(), (f - y) / f.size), **EXACT), X, y)
+    named = fitted(MLPRegressor(**EXACT), X, y)
+    np.testing.assert_allclose(own.loss_curve_, named.loss_curve_, rtol=1e-12)
+    steps = fitted(
+        MLPRegressor(solver=cr.LevenbergMarquardt(), hidden_layer_sizes=(8,), random_state=0), X, y
+    )
+    assert steps.score(X, y) > 0.98
+
+
+def test_validation_rows_of_ones_own():
+    y, half = TARGETS["three"], slice(0, 150)
+    rest = {"X_val": X[150:], "y_val": y[150:]}
+    model = MLPClassifier(early_stopping=True, n_iter_no_change=3, random_state=0, learning_rate_init=0.01)
+    model.fit(X[half], y[half], **rest)
+    assert len(model.validation_scores_) == model.n_iter_ and model.t_ == 150 * model.n_iter_
+    assert model.score(rest["X_val"], rest["y_val"]) == model.best_validation_score_
+    with pytest.raises(ValueError, match="early_stopping=True, got False"):
+        MLPClassifier().fit(X[half], y[half], **rest)
+    with pytest.raises(ValueError, match="unseen labels"):
+        clone(model).fit(X[half], y[half], X_val=X[150:], y_val=y[150:] + 1)
+
+
+def test_callbacks_hear_of_every_epoch_and_may_stop():
+    seen = []
+    model = MLPRegressor(random_state=0).fit(
+        X, TARGETS["number"], callbacks=[lambda epoch, logs: seen.append(epoch) or epoch == 4]
+    )
+    assert seen == [0, 1, 2, 3, 4] and model.n_iter_ == 5
+
+
+def test_the_network_inside_is_a_whole_network():
+    model = fitted(MLPClassifier(dropout=0.2, **EXACT), X, TARGETS["three"])
+    f = model.network_(X)
+    assert repr(model.network_[2]) == "Dropout(p=0.2)"
+    np.testing.assert_array_equal(model.classes_[f.argmax(axis=1)], model.predict(X))
+    assert cr.jacobian(model.network_, X[:2]).shape == (2, 3, 5)
+
+
+def test_float32_rows_make_a_float32_network():
+    rows, y = X.astype(np.float32), TARGETS["two"]
+    assert fitted(MLPClassifier(**EXACT), rows, y).network_.dtype == "float32"
+    assert fitted(MLPClassifier(**EXACT), X, y).network_.dtype == "float64"
+    assert fitted(MLPClassifier(dtype="float32", **EXACT), X, y).network_.dtype == "float32"
+    assert fitted(MLPClassifier(**EXACT), rows, y).predict_proba(rows).dtype == np.float32
+
+
+# ------------------------------------------------------------ lives in scikit-learn's world
+
+
+@pytest.mark.slow
+def test_searches_pipelines_and_processes():
+    digits, y = load_digits(return_X_y=True)
+    model = MLPClassifier((32,), max_iter=20, learning_rate_init=0.01, dtype="float32", random_state=0)
+    pipeline = make_pipeline(StandardScaler(), model)
+    grid = {"mlpclassifier__alpha": [1e-4, 1e-1], "mlpclassifier__activation": ["relu", "silu"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 20 epochs; and the workers' own
+        search = GridSearchCV(pipeline, grid, n_jobs=2, cv=2).fit(digits, y)
+        scores = cross_val_score(search.best_estimator_, digits, y, cv=2)
+    assert search.best_score_ > 0.9 and scores.mean() > 0.9
+
+
+def test_frames_sparse_rows_and_names():
+    pd = pytest.importorskip("pandas")
+    data = load_breast_cancer(as_frame=True)
+    frame = (data.data - data.data.mean()) / data.data.std()
+    model = fitted(MLPClassifier(**EXACT), frame, data.target)
+    assert list(model.feature_names_in_) == list(data.data.columns)
+    with pytest.raises(ValueError, match="feature names"):
+        model.predict(frame[frame.columns[::-1]])
+    rows = np.where(X > 0.5, X, 0)
+    dense = fitted(MLPClassifier(**EXACT), rows, TARGETS["three"])
+    for kind in (sparse.csr_matrix, sparse.csc_array):
+        thin = fitted(MLPClassifier(**EXACT), kind(rows), pd.Series(TARGETS["three"]))
+        assert thin.loss_curve_ == dense.loss_curve_
+        np.testing.assert_array_equal(thin.predict_proba(kind(rows)), dense.predict_proba(rows))
+
+
+def test_sparse_rows_are_predicted_in_pieces(monkeypatch):
+    rows = np.where(X > 0.5, X, 0)
+    model = fitted(MLPRegressor(**EXACT), rows, TARGETS["number"])
+    monkeypatch.setattr("chainrule.sklearn._PIECE", 5 * 7)  # 7 rows, which do not divide 300
+    np.testing.assert_array_equal(model.predict(sparse.csr_array(rows)), model.predict(rows))
+
+
+def test_partial_fit_goes_on_and_so_does_its_pickle():
+    y = TARGETS["three"]
+    model = MLPClassifier(random_state=0)
+    model.partial_fit(X[:100], y[:100], classes=[0, 10, 20])
+    again = pickle.loads(pickle.dumps(model))
+    for part in (slice(100, 200), slice(200, 300)):
+        for one in (model, again):
+            one.partial_fit(X[part], y[part])
+    assert model.t_ == 300 and len(model.loss_curve_) == 3
+    for mine, other in zip(model.coefs_, again.coefs_, strict=True):
+        np.testing.assert_array_equal(mine, other)
+    assert model._optimizer.state_dict(model.network_)["step"] == 3
+    np.testing.assert_array_equal(clone(model).partial_fit(X, y, classes=[0, 10, 20]).classes_, [0, 10, 20])
+
+
+def test_warm_start_goes_on_from_the_weights_there_are():
+    arguments = {**EXACT, "warm_start": True, "max_iter": 3, "solver": "sgd"}
+    ours, theirs = (
+        fitted(fitted(kind(**arguments), X, TARGETS["two"]), X, TARGETS["two"])
+        for kind in (MLPClassifier, neural_network.MLPClassifier)
+    )
+    np.testing.assert_allclose(ours.loss_curve_, theirs.loss_curve_, rtol=1e-11)
+    assert ours.t_ == theirs.t_ == 1800 and ours.n_iter_ == theirs.n_iter_ == 3
+
+
+# ------------------------------------------------------------ errors
+
+
+def test_a_fit_that_fails_changes_nothing():
+    model = fitted(MLPClassifier(**EXACT), X, TARGETS["three"])
+    before, predicted = dict(vars(model)), model.predict(X)
+    with pytest.raises(ValueError, match="NaN"):
+        model.fit(np.full((4, 2), np.nan), ["a", "b", "a", "b"])
+    with pytest.raises(ValueError, match="at least two classes"):
+        model.fit(X[:, :2], np.zeros(300))
+    with pytest.raises(FloatingPointError, match="must stay finite"):
+        model.set_params(solver=cr.SGD(lr=1e300)).fit(X[:, :2], TARGETS["two"])
+
+    def stop(epoch, logs):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        model.set_params(solver="adam").fit(X[:, :2], TARGETS["two"], callbacks=[stop])
+    assert vars(model) == before
+    np.testing.assert_array_equal(model.predict(X), predicted)
+
+
+class AtOnce:
+    def on_train_begin(self, net):
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_keeps_what_is_trained():
+    def interrupt(epoch, logs):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="interrupted"):
+        model = MLPClassifier(random_state=0).fit(X, TARGETS["two"], callbacks=[interrupt])
+    assert model.n_iter_ == 3 and model.predict(X).shape == (300,)
+    with pytest.raises(KeyboardInterrupt):
+        MLPClassifier().fit(
+            X, TARGETS["two"], callbacks=[lambda epoch, logs: interrupt(2, logs)][:1] and [First()]
+        )
+
+
+class First:
+    def on_train_begin(self, net):
+        raise KeyboardInterrupt
+
+
+def test_too_few_epochs_are_told():
+    with pytest.warns(ConvergenceWarning, match="2 epochs were not enough"):
+        MLPRegressor(max_iter=2).fit(X, TARGETS["number"])
+
+
+BAD = [
+    (MLPClassifier(solver="newton"), "three", ValueError, "solver must be a known name"),
+    (MLPClassifier(alpha=-1), "three", ValueError, "alpha must be a finite number"),
+    (MLPClassifier(max_iter=0), "three", ValueError, "max_iter must be a positive int"),
+    (MLPClassifier(batch_size="all"), "three", TypeError, "batch_size must be a positive int"),
+    (MLPClassifier(hidden_layer_sizes=(3, 0)), "three", ValueError, "sizes"),
+    (MLPClassifier(activation="sine"), "three", ValueError, "activation must be a known name"),
+    (MLPClassifier(learning_rate="fast"), "three", ValueError, "learning_rate must be a known name"),
+    (MLPClassifier(verbose=-1), "three", ValueError, "verbose"),
+    (MLPClassifier(early_stopping=1), "three", TypeError, "early_stopping must be a bool"),
+    (MLPClassifier(early_stopping=True, validation_fraction=0.003), "three", ValueError, "at least 2, got"),
+    (MLPClassifier(solver=cr.LBFGS(), dropout=0.5), "three", ValueError, "no dropout"),
+    (MLPClassifier(n_iter_no_change=0.5), "three", TypeError, "n_iter_no_change"),
+    (MLPClassifier(), "number", ValueError, "Unknown label type"),
+    (MLPRegressor("cross_entropy"), "number", ValueError, "one output for each number"),
+    (MLPRegressor("gaussian_nll"), "number", ValueError, "one output for each number"),
+    (MLPRegressor("squares"), "number", ValueError, "loss must be a known name"),
+    (MLPRegressor("poisson"), "number", ValueError, "≥ 0 for loss 'poisson'"),
+]
+
+
+@pytest.mark.parametrize(("model", "target", "kind", "message"), BAD, ids=lambda value: str(value)[:60])
+def test_bad_arguments(model, target, kind, message):
+    with pytest.raises(kind, match=message):
+        model.fit(X, TARGETS[target])
+    with pytest.raises(NotFittedError):
+        model.predict(X)
+    assert not hasattr(model, "coefs_")
+
+
+def test_what_partial_fit_cannot_do():
+    y = TARGETS["three"]
+    assert not hasattr(MLPClassifier(solver="lbfgs"), "partial_fit")
+    assert not hasattr(MLPRegressor(solver=cr.GD(0.1)), "partial_fit")
+    with pytest.raises(ValueError, match="classes must be passed on the first call"):
+        MLPClassifier().partial_fit(X, y)
+    with pytest.raises(ValueError, match="early_stopping=False, got True"):
+        MLPClassifier(early_stopping=True).partial_fit(X, y, classes=[0, 10, 20])
+    with pytest.raises(ValueError, match="class_weight"):
+        MLPClassifier(class_weight="balanced").partial_fit(X, y, classes=[0, 10, 20])
+    model = MLPClassifier().partial_fit(X, y, classes=[0, 10, 20])
+    with pytest.raises(ValueError, match="classes must stay the same"):
+        model.partial_fit(X, y, classes=[0, 1])
+    with pytest.raises(ValueError, match="unseen labels"):
+        model.partial_fit(X, y + 1)
+    with pytest.raises(ValueError, match="y must be as it was"):
+        model.partial_fit(X, TARGETS["labels"])
+
+
+def test_without_scikit_learn_one_line_says_what_is_missing():
+    code = "import sys; sys.modules['sklearn'] = None; import chainrule.sklearn"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode and "ImportError: [chainrule.sklearn] these estimators" in done.stderr
