@@ -20,6 +20,7 @@
 #define CHAINRULE_UNROLL(times) CHAINRULE_PRAGMA(GCC unroll times)
 #endif
 #define CHAINRULE_NOINLINE CHAINRULE_INLINE  // a call would put what it needs on the stack, in slow memory
+#define CHAINRULE_CURVE CHAINRULE_INLINE
 
 namespace chainrule {
 namespace CHAINRULE_ISA {

@@ -26,6 +26,11 @@
 #else
 #define CHAINRULE_NOINLINE static __attribute__((noinline, noclone))  // nor a copy for each constant argument
 #endif
+#if defined(__AVX2__) || !defined(__x86_64__)
+#define CHAINRULE_CURVE CHAINRULE_INLINE
+#else
+#define CHAINRULE_CURVE CHAINRULE_NOINLINE  // for processors from before 2013 one copy of each: 30 kB less
+#endif
 #define CHAINRULE_PRAGMA(text) _Pragma(#text)
 #define CHAINRULE_UNROLL(times) CHAINRULE_PRAGMA(GCC unroll times)
 
@@ -266,7 +271,7 @@ constexpr double kExpUnderflow = sizeof(Scalar<V>) == 4 ? -103.97283 : -745.1332
 
 // e^x. Error below 1 ulp (subnormal results are rounded twice); e^NaN = NaN, e^-inf = 0, e^inf = inf.
 template <class V>
-CHAINRULE_INLINE V exp(V x) {
+CHAINRULE_CURVE V exp(V x) {
     using T = Scalar<V>;
     const V low = splat<V>(sizeof(T) == 4 ? -104 : -746), high = splat<V>(sizeof(T) == 4 ? 89 : 710);
     const Reduced<V> e = reduce_exponent(min(max(x, low), high));
@@ -278,7 +283,7 @@ CHAINRULE_INLINE V exp(V x) {
 
 // e^x - 1 for x <= 88 (float), 709 (double), with full relative accuracy at small x. Error below 2 ulp.
 template <class V>
-CHAINRULE_INLINE V expm1(V x) {
+CHAINRULE_CURVE V expm1(V x) {
     const V low = splat<V>(sizeof(Scalar<V>) == 4 ? -20 : -40);  // -1 to rounding from here on
     const Reduced<V> e = reduce_exponent(max(x, low));
     const V scale = power_of_two(e.n);
@@ -301,7 +306,7 @@ CHAINRULE_INLINE Vec<double> atanh_series(Vec<double> s2) {
 // log x for positive normal x, and the limits at 0 (-inf), inf and NaN; NaN below 0. Error below 2 ulp.
 // x = 2^n m with m in [1/sqrt2, sqrt2); log m = 2 atanh(f / (2 + f)), f = m - 1.
 template <class V>
-CHAINRULE_INLINE V log(V x) {
+CHAINRULE_CURVE V log(V x) {
     using T = Scalar<V>;
     using L = Lanes<T>;
     using I = typename L::Integer;
@@ -336,13 +341,13 @@ CHAINRULE_INLINE V log1p(V x) {
 // ---- the functions networks use -----------------------------------------------------------------------------------
 
 // tanh x = m / (m + 2), m = e^(2|x|) - 1: full relative accuracy at small x. Error below 4 ulp.
-CHAINRULE_INLINE Vec<double> tanh(Vec<double> x) {
+CHAINRULE_CURVE Vec<double> tanh(Vec<double> x) {
     const Vec<double> m = expm1(2 * min(abs(x), splat<Vec<double>>(20)));  // tanh rounds to 1 from 20 on
     return select(x == x, copysign(m / (m + 2), x), x);
 }
 // In float x P(x²) / Q(x²), minimax in the relative error (2e-8) up to 9.02, where tanh rounds to 1; half the instructions
 // of the exponential. Error below 5 ulp. At 9.4 it is above 1 and is cut there: past 1 its derivative would turn negative.
-CHAINRULE_INLINE Vec<float> tanh(Vec<float> x) {
+CHAINRULE_CURVE Vec<float> tanh(Vec<float> x) {
     const double p[] = {0.9999999792107983, 0.13379666410319993, 0.003493972277669472, 2.058242999651169e-05,
                         1.3317595688125745e-08};
     const double q[] = {1.0, 0.46712981728247704, 0.0258708388494013, 0.0003282989634537177, 7.761417897601526e-07};
@@ -355,14 +360,14 @@ CHAINRULE_INLINE Vec<float> tanh(Vec<float> x) {
 
 // 1 / (1 + e^-x), accurate in both tails. Error below 3 ulp.
 template <class V>
-CHAINRULE_INLINE V sigmoid(V x) {
+CHAINRULE_CURVE V sigmoid(V x) {
     const V e = exp(-abs(x));
     return select(x < V{}, e, splat<V>(1)) / (e + 1);
 }
 
 // log(1 + e^x) = max(x, 0) + log1p(e^-|x|): no overflow, full relative accuracy in the left tail.
 template <class V>
-CHAINRULE_INLINE V softplus(V x) {
+CHAINRULE_CURVE V softplus(V x) {
     return select(x < V{}, V{}, x) + log1p(exp(-abs(x)));
 }
 
@@ -395,7 +400,7 @@ CHAINRULE_INLINE V erfcx(V z) {
 // The standard normal distribution function, with full relative accuracy in the left tail. Error below 8 ulp.
 // Phi(-z sqrt2) = erfc(z)/2 and erfc(z) = e^(-z²) erfcx(z) for z >= 0.
 template <class V>
-CHAINRULE_INLINE V normal_cdf(V x) {
+CHAINRULE_CURVE V normal_cdf(V x) {
     const V z = abs(x) * splat<V>(0x1.6a09e667f3bcdp-1);
     // e^(-x²/2) with the rounding error of the square carried along: at x = 10 it would cost 50 ulp.
     const V square = x * x, dropped = fma(x, x, -square);
