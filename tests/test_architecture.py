@@ -79,6 +79,7 @@ PYTHON_LEVELS = {
     "layers": 1,
     "losses": 1,
     "optim": 1,
+    "export": 2,
     "training": 2,
     "calculus": 3,
     "wholebatch": 4,

@@ -67,7 +67,7 @@ def test_only_numpy_is_required():
 
 def test_extras_are_the_documented_ones():
     extras = set(importlib.metadata.metadata("chainrule").get_all("Provides-Extra"))
-    assert extras == {"demo", "progress", "parquet", "config", "sklearn", "io", "test", "lint", "dev"}
+    assert extras == {"demo", "progress", "parquet", "config", "sklearn", "io", "onnx", "test", "lint", "dev"}
 
 
 def test_installed_package_is_small():

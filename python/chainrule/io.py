@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     Path = str | os.PathLike[str]
     Arrays = dict[str, NDArray[Any]]
 
+SUFFIX = ".safetensors"
 FORMAT = 1  # of the JSON under ARCHITECTURE; a reader refuses larger numbers
 ARCHITECTURE = "chainrule"
 CHECKSUM = "chainrule.sha256"
@@ -55,19 +56,20 @@ _NAMES = {text: name for name, text in _DTYPES.items()}
 
 
 def save(net: Sequential, path: Path, extra: Mapping[str, str] | None = None) -> None:
-    """Write a network, weights and architecture, to one `.safetensors` file.
+    """Write a network, weights and architecture, to one `.safetensors` file, or `.onnx` for other runtimes.
 
     The file appears whole or not at all: it is written beside its final name, forced to disk, then renamed. A
     file that was there before keeps its permissions; a symbolic link is followed.
 
     Args:
         net: the network.
-        path: where to; the suffix is `.safetensors`.
+        path: where to; the suffix says in which format. `load` reads `.safetensors`.
         extra: texts of your own to travel in the metadata.
 
     Raises:
         ValueError: another suffix, or a reserved key in `extra`.
         TypeError: `extra` holds something that is not text, or a layer of your own that no file can describe.
+        ImportError: `.onnx` without the onnx package.
         OSError: the disk says no; what was there before is untouched.
 
     Example:
@@ -79,8 +81,13 @@ def save(net: Sequential, path: Path, extra: Mapping[str, str] | None = None) ->
         >>> note, bool((again.state_dict()["0.weight"] == net.state_dict()["0.weight"]).all())
         ({'note': 'first try'}, True)
     """
-    require_suffix("save", path)
     metadata = dict(extra or {})
+    if require_suffix("save", path, SUFFIX, ".onnx") == ".onnx":
+        from .export import onnx_bytes
+
+        _check_texts(metadata)
+        _write_atomically(path, [onnx_bytes(net, metadata)])
+        return
     if ARCHITECTURE in metadata:
         raise ValueError(f"[save] extra: expected your own keys, got {ARCHITECTURE!r}, the architecture's")
     metadata[ARCHITECTURE] = _architecture_text(net)
@@ -190,9 +197,7 @@ def write_safetensors(
     """
     require_suffix("save", path)
     texts = dict(metadata or {})
-    for key, text in texts.items():
-        if not isinstance(key, str) or not isinstance(text, str):
-            raise TypeError(f"[save] metadata {_short(key)}: expected text, got {type(text).__name__}")
+    _check_texts(texts)
     if CHECKSUM in texts:
         raise ValueError(f"[save] metadata: expected your own keys, got {CHECKSUM!r}, the checksum's")
     data = {name: _little_endian(name, array) for name, array in arrays.items()}
@@ -203,6 +208,12 @@ def write_safetensors(
         digest.update(_bytes(data[name]))
     header = _header(data, order, {**texts, CHECKSUM: digest.hexdigest()})
     _write_atomically(path, (header, *(_bytes(data[name]) for name in order)))
+
+
+def _check_texts(texts: Mapping[str, str]) -> None:
+    for key, text in texts.items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise TypeError(f"[save] metadata {_short(key)}: expected text, got {type(text).__name__}")
 
 
 def _little_endian(name: str, array: NDArray[Any]) -> NDArray[Any]:
@@ -470,9 +481,11 @@ def _bad(path: Path, rule: str, expected: str, got: str, hint: str = "") -> Valu
     return ValueError(f"[load] {rule} of {os.fspath(path)!r}: expected {expected}, got {got}{tail}")
 
 
-def require_suffix(operation: str, path: Path) -> None:
-    path = os.fsdecode(path)
+def require_suffix(operation: str, path: Path, *known: str) -> str:
+    """The suffix of a file's name, in lower case; one of `known`, or `.safetensors` where none are named."""
+    path, known = os.fsdecode(path), known or (SUFFIX,)
     suffix = os.path.splitext(path)[1]
-    if suffix.lower() != ".safetensors":
-        got = repr(suffix) if suffix else "none"
-        raise ValueError(f"[{operation}] file name {path!r}: expected the suffix .safetensors, got {got}")
+    if suffix.lower() not in known:
+        expected, got = " or ".join(known), repr(suffix) if suffix else "none"
+        raise ValueError(f"[{operation}] file name {path!r}: expected the suffix {expected}, got {got}")
+    return suffix.lower()

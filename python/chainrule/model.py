@@ -422,10 +422,13 @@ class Sequential:
     def save(self, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None) -> None:
         """Write weights and architecture to a `.safetensors` file, whole or not at all; `cr.load` reads it.
 
+        A name that ends in `.onnx` gives an ONNX model instead, for other runtimes: input "x", output "f".
+
         Args:
             extra: texts of your own to travel along.
 
-        Raises: ValueError for another suffix; TypeError for a layer of your own without config(); OSError.
+        Raises: ValueError for another suffix; TypeError for a layer of your own without config(), or in
+            ONNX; ImportError for ONNX without the onnx package; OSError.
 
         Example:
             >>> import chainrule as cr, tempfile
