@@ -122,6 +122,8 @@ def build(seconds: float) -> str:
         "install",
         *options,
         "-C",
+        "build-dir=build/cmake",  # kept for the next call
+        "-C",
         "cmake.define.CHAINRULE_CUDA=ON",
         "-C",
         "cmake.define.CMAKE_CUDA_ARCHITECTURES=native",  # a third of the compiler's time

@@ -13,7 +13,7 @@ struct Device {
     std::int32_t type, id;  // type 2: CUDA
 };
 struct DataType {
-    std::uint8_t code, bits;  // code 0: integer, 2: real
+    std::uint8_t code, bits;
     std::uint16_t lanes;
 };
 struct Tensor {
@@ -30,6 +30,34 @@ struct Managed {
     void (*deleter)(Managed*);
 };
 constexpr std::int32_t kCuda = 2;
+
+// What NumPy has, too: its letter and the beginning of its name, before the number of bits.
+struct Kind {
+    std::uint8_t code;
+    char letter;
+    const char* name;
+    int least_bits;
+};
+constexpr Kind kKinds[] = {{0, 'i', "int", 8}, {1, 'u', "uint", 8}, {2, 'f', "float", 16}};
+constexpr Kind kBool = {6, 'b', "bool", 8};
+
+inline py::dtype numpy_dtype(DataType type) {
+    if (type.lanes == 1 && type.code == kBool.code && type.bits == kBool.least_bits) return py::dtype(kBool.name);
+    for (const Kind& kind : kKinds)
+        if (type.lanes == 1 && type.code == kind.code && type.bits >= kind.least_bits && type.bits <= 64)
+            return py::dtype(kind.name + std::to_string(type.bits));
+    throw py::type_error(
+        "[from_dlpack] dtype must be one of NumPy's real ones: expected float16 to float64, integers "
+        "or bool, got DLPack's code " +
+        std::to_string(type.code) + " with " + std::to_string(type.bits) + " bits (4 is bfloat16); make it float32");
+}
+
+inline DataType data_type(const py::dtype& dtype) {
+    std::uint8_t code = kBool.code;
+    for (const Kind& kind : kKinds)
+        if (dtype.kind() == kind.letter) code = kind.code;
+    return {code, static_cast<std::uint8_t>(8 * dtype.itemsize()), 1};
+}
 }  // namespace dlpack
 
 // A C-contiguous array on a device: its own memory, or another library's, which `owner` keeps.
@@ -69,6 +97,7 @@ class DeviceArray {
     bool all_finite() const {
         const Index size = static_cast<Index>(bytes()) / dtype_.itemsize();
         if (dtype_.kind() != 'f') return true;
+        if (dtype_.itemsize() == 2) throw py::type_error("[all_finite] expected float32 or float64, got float16");
         return dtype_.itemsize() == 4 ? cuda::all_finite(device_, static_cast<const float*>(data_), size)
                                       : cuda::all_finite(device_, static_cast<const double*>(data_), size);
     }
@@ -106,11 +135,10 @@ inline py::capsule DeviceArray::to_dlpack() const {
         std::shared_ptr<void> owner;
     };
     auto* exported = new Exported{{}, {shape_.begin(), shape_.end()}, owner_};
-    const std::uint8_t code = dtype_.kind() == 'f' ? 2 : 0;
     exported->managed = {{data_,
                           {dlpack::kCuda, device_},
                           static_cast<std::int32_t>(shape_.size()),
-                          {code, static_cast<std::uint8_t>(8 * dtype_.itemsize()), 1},
+                          dlpack::data_type(dtype_),
                           exported->shape.data(),
                           nullptr,
                           0},
@@ -133,12 +161,7 @@ inline DeviceArray DeviceArray::from_dlpack(const py::object& source) {
     auto* managed = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
     if (managed == nullptr) throw py::error_already_set();
     const dlpack::Tensor& tensor = managed->tensor;
-    const bool real = tensor.dtype.code == 2 && (tensor.dtype.bits == 32 || tensor.dtype.bits == 64);
-    const bool integer = tensor.dtype.code == 0 && tensor.dtype.bits == 64;
-    if (!(real || integer) || tensor.dtype.lanes != 1)
-        throw py::buffer_error("[from_dlpack] wrong dtype: expected float32, float64 or int64, got code " +
-                               std::to_string(tensor.dtype.code) + " with " + std::to_string(tensor.dtype.bits) +
-                               " bits");
+    const py::dtype dtype = dlpack::numpy_dtype(tensor.dtype);
     Index expected = 1;
     for (int d = tensor.ndim; d-- > 0; expected *= tensor.shape[d])
         if (tensor.strides && tensor.shape[d] > 1 && tensor.strides[d] != expected)
@@ -149,8 +172,7 @@ inline DeviceArray DeviceArray::from_dlpack(const py::object& source) {
         auto* taken = static_cast<dlpack::Managed*>(held);
         if (taken->deleter) taken->deleter(taken);
     });
-    const char* name = integer ? "int64" : (tensor.dtype.bits == 32 ? "float32" : "float64");
-    return DeviceArray(py::dtype(name), {tensor.shape, tensor.shape + tensor.ndim}, tensor.device.id,
+    return DeviceArray(dtype, {tensor.shape, tensor.shape + tensor.ndim}, tensor.device.id,
                        static_cast<unsigned char*>(tensor.data) + tensor.byte_offset, owner);
 }
 

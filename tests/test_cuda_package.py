@@ -128,7 +128,10 @@ def test_steps_of_ones_own(schedule):
 # ---- arrays on the device ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "int64"])
+REAL = ["float16", "float32", "float64", "int8", "int32", "int64", "uint8", "uint64", "bool"]
+
+
+@pytest.mark.parametrize("dtype", REAL)
 def test_an_array_there_and_back(dtype, rng):
     given = (100 * rng.standard_normal((7, 5))).astype(dtype)
     array = cuda.upload(given, 0)
@@ -147,6 +150,44 @@ def address(capsule):
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     return ctypes.c_void_p.from_address(pointer(capsule, b"dltensor")).value
+
+
+class Alien:
+    """An array there whose dtype is another in DLPack's words: (code, bits), after pointer, device and rank."""
+
+    def __init__(self, array, code, bits):
+        self.array, self.kind = array, (code, bits)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+    def __dlpack__(self, **kw):
+        capsule = self.array.__dlpack__()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        ctypes.memmove(pointer(capsule, b"dltensor") + 20, bytes(self.kind), 2)
+        return capsule
+
+
+@pytest.mark.parametrize(("code", "bits"), [(4, 16), (2, 8), (2, 128), (5, 64), (0, 4), (6, 1)])
+def test_dtypes_that_numpy_has_not(code, bits):
+    alien = Alien(cuda.upload(np.zeros((4, 3), np.int64), 0), code, bits)
+    with pytest.raises(TypeError, match=rf"dtype must be one of NumPy's.*code {code} with {bits} bits"):
+        cr.mlp([3, 1], device="cuda").fit(alien, np.zeros(4), loss="mse")
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
+def test_labels_and_rows_of_any_dtype_there(dtype):
+    nets = [cr.mlp([3, 4, 2], device="cuda", seed=0) for _ in range(2)]
+    rows, labels = (10 * X).astype("float16"), (Y > 0).astype(dtype)
+    there = cuda.upload(rows, 0), cuda.upload(labels, 0)
+    losses = [
+        net.fit(*data, loss="cross_entropy")["loss"]
+        for net, data in zip(nets, [(rows, labels), there], strict=True)
+    ]
+    assert losses[0] == losses[1]
+    with pytest.raises(TypeError, match="float16"):
+        there[0].all_finite()
 
 
 def test_a_copy_for_whoever_asks_for_one():

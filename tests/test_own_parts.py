@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -308,7 +309,9 @@ def test_the_form_of_a_parameter_is_for_its_holders_to_change():
     """The engine goes on with as many numbers as it was given, in memory that stays."""
 
     def as_bytes(array):
-        array.dtype = np.int8
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # from NumPy 2.5 on
+            array.dtype = np.int8
 
     def as_another(array):
         array.__setstate__((1, (2,), np.dtype("f4"), False, b"12345678"))

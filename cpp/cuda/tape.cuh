@@ -222,7 +222,7 @@ void Tape<T>::shape(Index first, Index rows, Index seeds, std::initializer_list<
     Index slices = 0;
     for (const Layer<T>& g : net_.layers())  // with its bias and without, which may take more
         if (g.kind == LayerKind::linear)
-            for (const Index inputs : {g.inputs, g.inputs + g.bias})
+            for (Index inputs = g.inputs; inputs <= g.inputs + g.bias; ++inputs)
                 slices = std::max(slices, how_.room_of_rows(g.outputs, inputs, rows));
     for (Buffer<T>& room : slices_) room.grow(net_.device(), slices, "slices of gradients");
 }

@@ -446,11 +446,12 @@ class _Progress:
     def _tqdm(self) -> Any:
         try:
             from tqdm import tqdm
-        except ImportError:
+
+            # Told the size, for it shows nothing on a terminal that says 0 × 0.
+            size = {"ncols": _columns() - 1, "nrows": 24}
+            return tqdm(total=self.epochs, unit="epoch", file=sys.stderr, leave=True, **size)
+        except (ImportError, KeyError):  # KeyError: older than 4.45, without nrows
             return None
-        # Told the size, for it shows nothing on a terminal that says 0 × 0.
-        size = {"ncols": _columns() - 1, "nrows": 24}
-        return tqdm(total=self.epochs, unit="epoch", file=sys.stderr, leave=True, **size)
 
     def show(self, done: int, logs: dict[str, float]) -> None:
         if not self.verbose or sys.stderr is None:
