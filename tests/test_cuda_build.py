@@ -32,7 +32,7 @@ def kernels(request, tmp_path_factory):
     """{kernel: (bytes of stack, bytes of spills, registers)}, as ptxas reports it for one target."""
     target = newest() if request.param == "newest" else request.param
     made = tmp_path_factory.mktemp("cuda") / "cuda.o"
-    # An object, not a cubin: the host's compiler takes another way through the same source, and may refuse it.
+    # An object, not a cubin: the host's pass reads the same source in its own way, and may refuse it.
     command = [NVCC, "-std=c++17", f"-arch=sm_{target}", "-fmad=false", "-c", "-Werror=all-warnings"]
     command += ["--ptxas-options=-v", f"-I{CPP}", "-o", str(made), str(CPP / "cuda.cu")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -153,7 +153,7 @@ def address(capsule):
 
 
 class Alien:
-    """An array there whose dtype is another in DLPack's words: (code, bits), after pointer, device and rank."""
+    """An array there that says it has another dtype: (code, bits) stand after pointer, device and rank."""
 
     def __init__(self, array, code, bits):
         self.array, self.kind = array, (code, bits)
