@@ -24,6 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from chainrule.sklearn import MLPClassifier, MLPRegressor
+from chainrule.sklearn import _Rows as Rows
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(300, 5))
@@ -85,7 +86,7 @@ def test_the_arguments_are_scikit_learns_and_a_few_more(ours):
 
 
 # In float64 both differ by rounding alone: a relative error of 1e-16 in each of 90 steps, and its growth.
-@pytest.mark.parametrize("target", ["two", "three", "number"])
+@pytest.mark.parametrize("target", ["two", "three", "labels", "number", "numbers"])
 @pytest.mark.parametrize("arguments", [
     {},
     {"nesterovs_momentum": False, "activation": "tanh", "hidden_layer_sizes": (7, 6)},
@@ -95,15 +96,19 @@ def test_the_arguments_are_scikit_learns_and_a_few_more(ours):
 ], ids=["nesterov", "momentum", "invscaling", "adaptive", "alpha"])  # fmt: skip
 def test_sgd_walks_scikit_learns_way(target, arguments):
     ours, theirs = both(target, solver="sgd", **{"learning_rate_init": 0.01} | arguments)
-    np.testing.assert_allclose(ours.loss_curve_, theirs.loss_curve_, rtol=1e-11)
+    if target == "numbers":  # in ours the mean over outputs is of the penalty, too
+        penalty = arguments.get("alpha", 1e-4) / 100 * sum((w**2).sum() for w in theirs.coefs_)
+        assert ours.loss_ == pytest.approx(theirs.loss_ - penalty / 2, abs=0.1 * penalty)
+    else:
+        np.testing.assert_allclose(ours.loss_curve_, theirs.loss_curve_, rtol=1e-11)
+        assert ours.best_loss_ == pytest.approx(theirs.best_loss_, rel=1e-11)
     for mine, other in zip(ours.coefs_ + ours.intercepts_, theirs.coefs_ + theirs.intercepts_, strict=True):
         np.testing.assert_allclose(mine, other, rtol=0, atol=1e-11)
     for name in ("n_iter_", "t_", "n_layers_", "n_outputs_", "out_activation_", "n_features_in_"):
         assert getattr(ours, name) == getattr(theirs, name), name
-    assert ours.best_loss_ == pytest.approx(theirs.best_loss_, rel=1e-11)
     predicted, expected = ours.predict(X), theirs.predict(X)
     assert predicted.dtype == expected.dtype
-    if target == "number":
+    if target.startswith("number"):
         np.testing.assert_allclose(predicted, expected, atol=1e-10)
     else:
         assert (predicted == expected).all() and (ours.classes_ == theirs.classes_).all()
@@ -122,12 +127,13 @@ def test_adam_is_scikit_learns_but_for_where_epsilon_stands(target):
     assert ours.score(X, TARGETS[target]) == pytest.approx(theirs.score(X, TARGETS[target]), abs=1e-6)
 
 
-def test_poisson_regression_is_scikit_learns():
-    counts = np.floor(np.exp(X[:, 0]))
+@pytest.mark.parametrize("columns", [0, slice(0, 3)], ids=["one output", "three"])
+def test_poisson_regression_is_scikit_learns(columns):
+    counts = np.floor(np.exp(X[:, columns]))
     if "loss" not in inspect.signature(neural_network.MLPRegressor).parameters:
         pytest.skip("this scikit-learn has no Poisson loss")
     ours, theirs = (
-        fitted(kind(loss="poisson", solver="sgd", learning_rate_init=0.01, **EXACT), X, counts)
+        fitted(kind(loss="poisson", solver="sgd", learning_rate_init=0.01, alpha=5.0, **EXACT), X, counts)
         for kind in (MLPRegressor, neural_network.MLPRegressor)
     )
     np.testing.assert_allclose(ours.predict(X), theirs.predict(X), rtol=1e-10)
@@ -141,6 +147,14 @@ def test_early_stopping_holds_out_the_rows_that_scikit_learn_does():
         assert ours.best_validation_score_ == pytest.approx(theirs.best_validation_score_, rel=1e-9)
         assert ours.best_loss_ is None
         np.testing.assert_allclose(ours.coefs_[0], theirs.coefs_[0], atol=1e-10)
+
+
+@pytest.mark.parametrize("target", ["three", "number", "numbers"])
+def test_tol_stops_where_scikit_learn_does(target):
+    arguments = {"tol": 0.02, "n_iter_no_change": 3, "max_iter": 500, "alpha": 0.0}
+    ours, theirs = both(target, solver="sgd", learning_rate_init=0.02, **arguments)
+    assert ours.n_iter_ == theirs.n_iter_ < 500
+    assert ours.validation_scores_ is None
 
 
 def test_sample_weights_are_scikit_learns():
@@ -188,19 +202,45 @@ def test_class_weight_is_a_sample_weight_for_each_class():
     assert found[1] > found[0] + 0.1
 
 
+def test_class_weights_of_classes_that_a_part_of_the_rows_has_not():
+    y = TARGETS["three"]
+    common = y != 20
+    model = MLPClassifier(class_weight={20: 3.0}, random_state=0).partial_fit(X, y, classes=[0, 10, 20])
+    model.partial_fit(X[common], y[common])
+    balanced = MLPClassifier(class_weight="balanced", early_stopping=True, random_state=0, max_iter=3)
+    fitted(balanced, X, y, X_val=X[common], y_val=y[common])
+    with pytest.raises(ValueError, match="not in class_weight"):
+        MLPClassifier(class_weight={30: 3.0}).fit(X, y)
+    labels = MLPClassifier(class_weight="balanced", **EXACT)
+    assert fitted(labels, X, TARGETS["labels"]).predict_log_proba(X).shape == (300, 3)
+
+
+def test_one_class_is_predicted_as_surely_as_it_is():
+    model = fitted(MLPClassifier(**EXACT), X, np.full(300, "only"))
+    assert (model.predict(X) == "only").all() and list(model.classes_) == ["only"]
+    assert (model.predict_proba(X) == 1).all() and (model.predict_log_proba(X) == 0).all()
+    assert model.predict_proba(X).shape == (300, 1)
+
+
 def test_losses_solvers_and_activations_of_chainrule():
     y = TARGETS["number"]
     high = fitted(
         MLPRegressor(cr.Pinball(0.9), (16,), "gelu", solver=cr.AdamW(lr=0.01), random_state=0), X, y
     )
     assert 0.8 < (y < high.predict(X)).mean() < 0.97
-    own = fitted(MLPRegressor(lambda f, y: (0.5 * ((f - y) ** 2).mean(), (f - y) / f.size), **EXACT), X, y)
-    named = fitted(MLPRegressor(**EXACT), X, y)
+
+    def half_square(f, y):  # y as in Sequential.fit: one-dimensional where the user's is
+        d = f[:, 0] - y
+        return 0.5 * d**2, d[:, None]
+
+    own, named = (fitted(MLPRegressor(loss, **EXACT), X, y) for loss in (half_square, "squared_error"))
     np.testing.assert_allclose(own.loss_curve_, named.loss_curve_, rtol=1e-12)
     steps = fitted(
         MLPRegressor(solver=cr.LevenbergMarquardt(), hidden_layer_sizes=(8,), random_state=0), X, y
     )
     assert steps.score(X, y) > 0.98
+    descent = MLPRegressor(solver=cr.GD(0.05), max_iter=3000, tol=1e-2, n_iter_no_change=5, random_state=0)
+    assert descent.fit(X, y).n_iter_ < 300
 
 
 def test_validation_rows_of_ones_own():
@@ -210,8 +250,12 @@ def test_validation_rows_of_ones_own():
     model.fit(X[half], y[half], **rest)
     assert len(model.validation_scores_) == model.n_iter_ and model.t_ == 150 * model.n_iter_
     assert model.score(rest["X_val"], rest["y_val"]) == model.best_validation_score_
-    with pytest.raises(ValueError, match="early_stopping=True, got False"):
+    with pytest.raises(ValueError, match="early_stopping=True, got early_stopping=False and X_val"):
         MLPClassifier().fit(X[half], y[half], **rest)
+    with pytest.raises(ValueError, match="got early_stopping=True and no X_val"):
+        clone(model).fit(X[half], y[half], y_val=y)
+    with pytest.raises(ValueError, match="X_val must have at least 2 rows: got 1"):
+        clone(model).fit(X[half], y[half], X_val=X[:1], y_val=y[:1])
     with pytest.raises(ValueError, match="unseen labels"):
         clone(model).fit(X[half], y[half], X_val=X[150:], y_val=y[150:] + 1)
 
@@ -222,6 +266,15 @@ def test_callbacks_hear_of_every_epoch_and_may_stop():
         X, TARGETS["number"], callbacks=[lambda epoch, logs: seen.append(epoch) or epoch == 4]
     )
     assert seen == [0, 1, 2, 3, 4] and model.n_iter_ == 5
+
+
+def test_the_weights_are_to_be_read():
+    model = fitted(MLPRegressor(**EXACT), X, TARGETS["number"])
+    for array in (model.coefs_[0], model.intercepts_[0]):
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 0
+    model.network_.load_state_dict({name: 0 * w for name, w in model.network_.state_dict().items()})
+    assert not model.coefs_[0].any() and not model.predict(X).any()
 
 
 def test_the_network_inside_is_a_whole_network():
@@ -304,6 +357,30 @@ def test_warm_start_goes_on_from_the_weights_there_are():
     assert ours.t_ == theirs.t_ == 1800 and ours.n_iter_ == theirs.n_iter_ == 3
 
 
+def test_warm_starts_draw_other_dropout_masks_each_time():
+    """With the same in every fit a row would always train the same part of the network."""
+    rows, y = X[:1], np.array([1.0])
+    model = MLPRegressor(dropout=0.5, warm_start=True, max_iter=1, random_state=0, solver="sgd", momentum=0.0,
+                         learning_rate_init=1e-9, alpha=0.0)  # fmt: skip
+    assert len({fitted(model, rows, y).loss_ for _ in range(10)}) > 5
+
+
+def test_partial_fit_follows_the_solver():
+    model = fitted(MLPRegressor(solver="lbfgs", **EXACT), X, TARGETS["number"])
+    for name, kind in (("adam", cr.Adam), ("sgd", cr.SGD)):
+        model.set_params(solver=name).partial_fit(X, TARGETS["number"])
+        assert type(model._optimizer) is kind
+
+
+def test_an_adaptive_rate_falls_over_calls_of_partial_fit():
+    arguments = {"solver": "sgd", "learning_rate": "adaptive", "tol": 10.0, "n_iter_no_change": 2}
+    ours, theirs = MLPRegressor(**arguments), neural_network.MLPRegressor(**arguments)
+    for _ in range(20):
+        ours.partial_fit(X, TARGETS["number"])
+        theirs.partial_fit(X, TARGETS["number"])
+    assert ours._optimizer.lr == pytest.approx(theirs._optimizer.learning_rate) and ours._optimizer.lr < 1e-5
+
+
 # ------------------------------------------------------------ errors
 
 
@@ -312,8 +389,6 @@ def test_a_fit_that_fails_changes_nothing():
     before, predicted = dict(vars(model)), model.predict(X)
     with pytest.raises(ValueError, match="NaN"):
         model.fit(np.full((4, 2), np.nan), ["a", "b", "a", "b"])
-    with pytest.raises(ValueError, match="at least two classes"):
-        model.fit(X[:, :2], np.zeros(300))
     with pytest.raises(FloatingPointError, match="must stay finite"):
         model.set_params(solver=cr.SGD(lr=1e300)).fit(X[:, :2], TARGETS["two"])
 
@@ -324,6 +399,43 @@ def test_a_fit_that_fails_changes_nothing():
         model.set_params(solver="adam").fit(X[:, :2], TARGETS["two"], callbacks=[stop])
     assert vars(model) == before
     np.testing.assert_array_equal(model.predict(X), predicted)
+
+
+@pytest.mark.parametrize("kind", ["warm", "partial"])
+def test_further_training_that_fails_is_undone(kind):
+    def stop(epoch, logs):
+        raise RuntimeError("enough")
+
+    y = TARGETS["number"]
+    model = MLPRegressor(random_state=0, max_iter=5, warm_start=kind == "warm").partial_fit(X, y)
+    twin = pickle.loads(pickle.dumps(model))
+    with pytest.raises(RuntimeError, match="enough"):
+        model._train(Rows(X, y), None, [stop], incremental=kind == "partial")
+    assert model.t_ == 300 and model.loss_curve_ == twin.loss_curve_
+    for one in (model, twin):
+        one.partial_fit(X, y)
+    np.testing.assert_array_equal(model.predict(X), twin.predict(X))
+
+
+def test_a_network_that_is_trained_further_keeps_its_form():
+    model = fitted(MLPClassifier(warm_start=True, **EXACT), X, TARGETS["three"])
+    for change in (
+        {"hidden_layer_sizes": (7,)},
+        {"activation": "tanh"},
+        {"dropout": 0.1},
+        {"dtype": "float32"},
+    ):
+        before = model.get_params()
+        with pytest.raises(ValueError, match=f"keeps its form: .*{next(iter(change))}"):
+            model.set_params(**change).fit(X, TARGETS["three"])
+        model.set_params(**before)
+
+
+def test_divergence_is_told_as_such_where_scores_are_looked_at():
+    for rate in (1.0, 1e3, 1e10):
+        model = MLPRegressor(early_stopping=True, solver="sgd", learning_rate_init=rate, random_state=0)
+        with pytest.raises(FloatingPointError, match="must stay finite"):
+            model.fit(X, 100 * TARGETS["number"])
 
 
 class AtOnce:
@@ -372,6 +484,17 @@ BAD = [
     (MLPRegressor("cross_entropy"), "number", ValueError, "one output for each number"),
     (MLPRegressor("gaussian_nll"), "number", ValueError, "one output for each number"),
     (MLPRegressor("squares"), "number", ValueError, "loss must be a known name"),
+    (MLPRegressor(cr.MSE(reduction="sum")), "number", ValueError, "a mean over rows"),
+    (
+        MLPRegressor(activation=cr.Linear(100, 100)),
+        "number",
+        ValueError,
+        "activation must have no parameters",
+    ),
+    (MLPRegressor(dtype="foo"), "number", ValueError, "dtype must be a float type"),
+    (MLPRegressor(momentum=2.0, solver="sgd"), "number", ValueError, "momentum must be a finite number"),
+    (MLPRegressor(epsilon=0.0), "number", ValueError, "epsilon must be a finite number"),
+    (MLPRegressor(solver=cr.SGD(), learning_rate="adaptive"), "number", ValueError, "is for solver='sgd'"),
     (MLPRegressor("poisson"), "number", ValueError, "≥ 0 for loss 'poisson'"),
 ]
 
@@ -402,6 +525,14 @@ def test_what_partial_fit_cannot_do():
         model.partial_fit(X, y + 1)
     with pytest.raises(ValueError, match="y must be as it was"):
         model.partial_fit(X, TARGETS["labels"])
+    labels = MLPClassifier().partial_fit(X, TARGETS["labels"], classes=[0, 1, 2])
+    with pytest.raises(ValueError, match="y must be as it was: expected 3 columns"):
+        labels.partial_fit(X, TARGETS["labels"][:, :2])
+    with pytest.raises(ValueError, match="labels must be 0 or 1"):
+        MLPClassifier().fit(X, 2 * TARGETS["labels"] - 1)
+    with pytest.raises(TypeError, match="callbacks must be a list"):
+        MLPClassifier().fit(X, y, callbacks=print)
+    assert fitted(MLPClassifier(max_iter=1), X, y, callbacks=None).n_iter_ == 1
 
 
 def test_without_scikit_learn_one_line_says_what_is_missing():

@@ -65,7 +65,7 @@ class Sequential:
     def __init__(self, *layers: Layer, seed: int = 0, dtype: Any = "float32", device: str = "cpu") -> None:
         seed = whole("Sequential", "seed", seed, 0, 2**64 - 1)
         device = devices.resolve("Sequential", device)
-        self._build(layers, seed, _dtype(dtype, device), device)
+        self._build(layers, seed, dtype_name(dtype, device), device)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, Linear):
                 after = _activation_after(self.layers, index)
@@ -651,7 +651,8 @@ def _row(
     return "external", inputs, outputs, 0.0, False, Guard(layer, inputs, outputs, dtype)
 
 
-def _dtype(dtype: Any, device: str) -> str:
+def dtype_name(dtype: Any, device: str) -> str:
+    """A network's dtype by its name; ValueError for one that there is not."""
     known = ("float32", "float64", "bfloat16", "tf32")
     if isinstance(dtype, str) and dtype in known:  # NumPy has no bfloat16
         if dtype == "tf32" and device == "cpu":

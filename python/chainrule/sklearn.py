@@ -5,11 +5,11 @@ Arguments, defaults, penalty, stopping, first weights and the rows held out are 
 `random_state`; so are the losses, to rounding, where nothing is shuffled. Different on purpose:
 
 - Rows are shuffled by our generator, and alpha counts alike in every batch, the smaller last one included.
-- `loss_` is what is made small: over several outputs the sum of squares, over several labels the mean,
-  for "poisson" e^f − y f without its constant.
+- `loss_` for "poisson" lacks a constant, e^f − y f; of weighted rows it is the mean by weight.
 - With momentum, a learning rate that falls counts for all of the velocity at once.
 - solver="lbfgs" is our L-BFGS: no max_fun, a loss_curve_, and early_stopping works with it, too.
 - Sparse rows are made dense: all of them to train, in pieces to predict.
+- `coefs_` and `intercepts_` are copies to read; `network_` is what is trained, and has load_state_dict.
 - Training that diverges is a FloatingPointError, and a fit that fails leaves the estimator as it was.
 """
 
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import losses, model, optim
+from . import layers, losses, model, optim
 from .checks import flag, one_of, real, short, whole
 
 try:
@@ -33,7 +33,7 @@ try:
     from sklearn.metrics import accuracy_score, r2_score
     from sklearn.model_selection import train_test_split
     from sklearn.preprocessing import LabelEncoder
-    from sklearn.utils import check_random_state, compute_sample_weight
+    from sklearn.utils import check_random_state, compute_class_weight, compute_sample_weight
     from sklearn.utils.metaestimators import available_if
     from sklearn.utils.multiclass import check_classification_targets, type_of_target, unique_labels
     from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
@@ -60,28 +60,61 @@ class _Rows(NamedTuple):
     y: Any
     weight: Any = None
 
+    def dense(self) -> _Rows:
+        return self._replace(X=self.X.toarray()) if hasattr(self.X, "toarray") else self
+
+
+class _Before:
+    """An estimator as it was, to put it back if a fit fails."""
+
+    def __init__(self, estimator: _MLP, goes_on: bool) -> None:
+        self.attributes = dict(estimator.__dict__)
+        self.network = estimator.network_ if goes_on else None
+        self.optimizer = getattr(estimator, "_optimizer", None) if goes_on else None
+        if self.network is not None:
+            self.weights = self.network._core.snapshot()
+        if self.optimizer is not None:
+            self.moments, self.lr = (
+                self.optimizer.state_dict(self.network),
+                getattr(self.optimizer, "lr", None),
+            )
+
+    def put_back(self, estimator: _MLP) -> None:
+        if self.network is not None:
+            self.network._core.restore(self.weights)
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(self.network, self.moments)
+            if self.lr is not None:
+                self.optimizer.lr = self.lr
+        estimator.__dict__.clear()
+        estimator.__dict__.update(self.attributes)
+
 
 class _Watch:
     """scikit-learn's rule of stopping and of the learning rate, asked after every epoch."""
 
-    def __init__(self, estimator: _MLP, optimizer: optim.Optimizer, rows: int, validation: _Rows | None):
-        self.estimator, self.optimizer, self.rows, self.validation = estimator, optimizer, rows, validation
+    def __init__(
+        self, estimator: _MLP, rows: int, validation: _Rows | None, best: float, waited: int
+    ) -> None:
+        self.estimator, self.optimizer = estimator, estimator._optimizer
+        self.rows, self.validation = rows, validation
         self.losses: list[float] = []
         self.scores: list[float] = []
-        self.best = -math.inf  # score, or negative loss
         self.weights: Any = None  # of the best score
-        self.waited = 0  # epochs for something better than the best by tol
+        self.best = best  # score, or negative loss
+        self.waited = waited  # epochs for something better than the best by tol
 
     def on_train_begin(self, net: Any) -> None:
         self.net = net
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> bool:
-        self.losses.append(logs["loss"])
-        value = -logs["loss"]
+        self.losses.append(logs["loss"] * self.estimator._scale())
+        value = -self.losses[-1]
         if self.validation is not None:
-            value = self.estimator._score(self.net.predict(self.validation.X), *self.validation[1:])
+            f = self.net.predict(self.validation.X)
+            value = self.estimator._score(f, *self.validation[1:]) if np.isfinite(f).all() else math.nan
             self.scores.append(value)
-        self.waited = self.waited + 1 if value < self.best + self.estimator.tol else 0
+        self.waited = 0 if value >= self.best + self.estimator.tol else self.waited + 1
         if value > self.best:
             self.best = value
             self.weights = None if self.validation is None else self.net._core.snapshot()
@@ -92,14 +125,15 @@ class _Watch:
         kind = asked.learning_rate if asked.solver == "sgd" else "constant"
         if kind == "invscaling":
             seen = asked.t_ + self.rows * len(self.losses)
-            optimizer.lr = asked.learning_rate_init / (seen + 1) ** asked.power_t
+            optimizer.lr = asked._rate() / (seen + 1) ** asked.power_t
         if self.waited <= asked.n_iter_no_change:
             return False
-        if kind == "adaptive" and optimizer.lr > 1e-6:
+        if kind == "adaptive" and optimizer.lr > 1e-6 * asked._averaged():
             optimizer.lr /= 5
             self.waited = 0
             return False
-        return self.validation is not None or not optimizer.whole_batch  # L-BFGS has a rule for its loss
+        # The optimizers that take all rows at once have a rule of their own for their loss.
+        return self.validation is not None or not isinstance(optimizer, optim.WholeBatch)
 
     def on_train_end(self, net: Any) -> None:
         if self.weights is not None:
@@ -113,6 +147,7 @@ class _MLP(MultiOutputMixin, BaseEstimator):
     loss_curve_: list[float]
     n_outputs_: int
     t_: int
+    _optimizer: optim.Optimizer
 
     def _keep(self, arguments: dict[str, Any]) -> None:
         """The constructor's arguments, untouched until `fit`, as scikit-learn wants it."""
@@ -134,51 +169,72 @@ class _MLP(MultiOutputMixin, BaseEstimator):
         Returns: the estimator itself.
         Raises: TypeError or ValueError for bad arguments; FloatingPointError if training diverges.
         """
-        given = X_val is not None or y_val is not None or sample_weight_val is not None
-        validation = _Rows(X_val, y_val, sample_weight_val) if given else None
+        given = [part is not None for part in (X_val, y_val, sample_weight_val)]
+        if any(given) and not (all(given[:2]) and self.early_stopping):
+            raise ValueError(
+                f"[{type(self).__name__}] validation rows are for early stopping: expected X_val, y_val and "
+                f"early_stopping=True, got early_stopping={self.early_stopping!r} and "
+                f"{'X_val' if given[0] else 'no X_val'}"
+            )
+        validation = _Rows(X_val, y_val, sample_weight_val) if any(given) else None
         return self._train(_Rows(X, y, sample_weight), validation, callbacks)
 
     def _train(
         self, rows: _Rows, validation: _Rows | None = None, callbacks: Any = (), classes: Any = None,
         incremental: bool = False,
     ) -> Any:  # fmt: skip
-        before = dict(self.__dict__)
+        goes_on = hasattr(self, "network_") and (self.warm_start or incremental)
+        before = _Before(self, goes_on)
         try:
-            self._check(incremental, validation is not None)
-            first = not hasattr(self, "network_") or not (self.warm_start or incremental)
+            self._check(incremental)
             random = check_random_state(self.random_state)
-            rows = self._checked(rows, classes, first)
-            if first:
-                self.network_, self.t_, self.loss_curve_ = self._network(rows.X, random), 0, []
+            rows = self._checked(rows, classes, first=not goes_on)
+            self._begin(rows, random, goes_on, incremental)
             if validation is not None:
-                validation = self._checked(validation)
+                validation = self._checked(validation).dense()
             elif self.early_stopping:
                 rows, validation = self._hold_out(rows, random)
-            if not (incremental and hasattr(self, "_optimizer")):
-                self._optimizer = self._solver()
-            watch = _Watch(self, self._optimizer, len(rows.X), validation)
-            if validation is None and self.loss_curve_:
-                watch.best = -min(self.loss_curve_)
+            best = -math.inf
+            if goes_on and validation is None and self.best_loss_ is not None:
+                best = -self.best_loss_
+            waited = self._waited if goes_on and incremental else 0
+            watch = _Watch(self, rows.X.shape[0], validation, best, waited)
             most = None if incremental else self.max_iter
-            warning = self._epochs(most, rows, watch, callbacks, random)
+            warning = self._epochs(most, rows.dense(), watch, callbacks, random)
         except BaseException:
-            self.__dict__.clear()
-            self.__dict__.update(before)
+            before.put_back(self)
             raise
         if warning is not None:  # at last: where it is an error, what is trained is kept
             warnings.warn(*warning, stacklevel=3)
         return self
+
+    def _begin(self, rows: _Rows, random: Any, goes_on: bool, incremental: bool) -> None:
+        """Network and optimizer: new ones, or those there are."""
+        names = ("hidden_layer_sizes", "activation", "dropout", "dtype", "device")
+        form = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        if not goes_on:
+            self.network_, self.t_, self.loss_curve_, self._form = self._network(rows.X, random), 0, [], form
+        elif form != self._form:
+            raise ValueError(
+                f"[{type(self).__name__}] a network that is trained further keeps its form: "
+                f"expected {self._form}, got {form}; or fit without warm_start"
+            )
+        solver = self._solver()
+        if not (goes_on and incremental and type(solver) is type(self._optimizer)):
+            self._optimizer = solver
 
     def _epochs(
         self, most: int | None, rows: _Rows, watch: _Watch, callbacks: Any, random: Any
     ) -> tuple[str, type[Warning]] | None:
         """Train until the loss has settled, for None one epoch whatever becomes of it; a warning, if due."""
         warning: tuple[str, type[Warning]] | None = None
+        callbacks = () if callbacks is None else callbacks
+        seed = int(random.randint(np.iinfo(np.int32).max)) + self.t_  # not the same dropout in every warm fit
         try:
             history = self.network_.fit(
-                rows.X, rows.y, loss=self._loss(), optimizer=watch.optimizer, epochs=most or 1,
-                sample_weight=rows.weight, callbacks=[watch, *callbacks], verbose=min(int(self.verbose), 2),
-                seed=int(random.randint(np.iinfo(np.int32).max)), **self._batches(rows, watch.optimizer),
+                rows.X, rows.y, loss=self._loss(), optimizer=watch.optimizer, epochs=most or 1, seed=seed,
+                callbacks=[watch, *callbacks] if isinstance(callbacks, (list, tuple)) else callbacks,
+                sample_weight=rows.weight, verbose=min(int(self.verbose), 2), **self._batches(rows),
             )  # fmt: skip
             if most is not None and history.stopped_epoch is None:
                 told = f"{most} epochs were not enough for the loss to settle: raise max_iter or "
@@ -193,22 +249,24 @@ class _MLP(MultiOutputMixin, BaseEstimator):
 
     def _measured(self, watch: _Watch) -> None:
         stopping = watch.validation is not None
-        self.n_iter_ = len(watch.losses)
+        self._waited, self.n_iter_ = watch.waited, len(watch.losses)
         self.t_ += watch.rows * self.n_iter_
-        self.loss_curve_ = [*self.loss_curve_, *watch.losses]
+        self.loss_curve_ += watch.losses
         self.loss_ = self.loss_curve_[-1]
-        self.best_loss_ = None if stopping else min(self.loss_curve_)
+        self.best_loss_ = None if stopping else -watch.best
         self.validation_scores_ = watch.scores if stopping else None
         self.best_validation_score_ = watch.best if stopping else None
 
     # ------------------------------------------------------------ from the arguments to a network and a fit
 
-    def _check(self, incremental: bool, validation: bool) -> None:
+    def _check(self, incremental: bool) -> None:
         """What neither the network nor its fit looks at."""
         op = type(self).__name__
         for name in ("alpha", "tol", "power_t"):
             real(op, name, getattr(self, name), least=0)
         real(op, "learning_rate_init", self.learning_rate_init, above=0)
+        real(op, "epsilon", self.epsilon, above=0)
+        real(op, "momentum", self.momentum, least=0, most=1)
         real(op, "validation_fraction", self.validation_fraction, least=0, below=1)
         for name, free in (("max_iter", None), ("n_iter_no_change", math.inf), ("batch_size", "auto")):
             if free is None or getattr(self, name) != free:
@@ -217,27 +275,32 @@ class _MLP(MultiOutputMixin, BaseEstimator):
             whole(op, "verbose", self.verbose, 0)
         for name in ("shuffle", "warm_start", "early_stopping", "nesterovs_momentum"):
             flag(op, name, getattr(self, name))
-        one_of(op, "learning_rate", self.learning_rate, ("constant", "invscaling", "adaptive"))
+        rate = one_of(op, "learning_rate", self.learning_rate, ("constant", "invscaling", "adaptive"))
         if not isinstance(self.solver, optim.Optimizer):
             one_of(op, "solver", self.solver, ("adam", "sgd", "lbfgs"))
+        elif rate != "constant":
+            raise ValueError(f"[{op}] learning_rate={rate!r} is for solver='sgd': got {self.solver!r}")
         if incremental and self.early_stopping:
             raise ValueError(f"[{op}] partial_fit is one epoch: expected early_stopping=False, got True")
-        if validation and not self.early_stopping:
-            raise ValueError(f"[{op}] X_val is for early stopping: expected early_stopping=True, got False")
 
-    def _checked(self, rows: _Rows, classes: Any = None, first: bool = False) -> _Rows:
+    def _checked(self, rows: _Rows, classes: Any = None, *, first: bool | None = None) -> _Rows:
+        """Rows by scikit-learn's rules; `first`: whether to keep what they look like, None for validation."""
         X, y = validate_data(
             self, rows.X, rows.y, accept_sparse=("csr", "csc"), dtype=self._dtypes(), multi_output=True,
-            y_numeric=isinstance(self, RegressorMixin), reset=first,
+            y_numeric=isinstance(self, RegressorMixin), reset=bool(first),
         )  # fmt: skip
-        y = self._targets(y, classes, first)
-        return _Rows(X.toarray() if hasattr(X, "toarray") else X, y, self._weight(y, rows.weight))
+        if first is None and X.shape[0] < 2:
+            raise ValueError(f"[{type(self).__name__}] X_val must have at least 2 rows: got {X.shape[0]}")
+        y = self._targets(y, classes, bool(first))
+        return _Rows(X, y, self._weight(y, rows.weight, training=first is not None))
 
     def _dtypes(self) -> Any:
         """What X may be: float32 as it is, all else float64; unless `dtype` says more."""
-        return (np.float64, np.float32) if self.dtype is None else np.dtype(model.array_dtype(self.dtype))
+        if self.dtype is None:
+            return np.float64, np.float32
+        return np.dtype(model.array_dtype(model.dtype_name(self.dtype, self.device)))
 
-    def _network(self, X: Array, random: Any) -> model.Sequential:
+    def _network(self, X: Any, random: Any) -> model.Sequential:
         """A network with the first weights that scikit-learn would draw."""
         hidden = self.hidden_layer_sizes
         sizes = [X.shape[1], *(hidden if np.iterable(hidden) else [hidden]), self.n_outputs_]
@@ -246,31 +309,52 @@ class _MLP(MultiOutputMixin, BaseEstimator):
             sizes, activation, dropout=self.dropout, init="zeros",
             dtype=X.dtype if self.dtype is None else self.dtype, device=self.device,
         )  # fmt: skip
+        if len(net.state_dict()) != 2 * len(sizes) - 2:
+            raise ValueError(
+                f"[{type(self).__name__}] activation must have no parameters: expected such a layer, "
+                f"got {short(activation)}"
+            )
+        factor = 2 if activation == "sigmoid" or isinstance(activation, layers.Sigmoid) else 6
         drawn: list[Array] = []
         for inputs, outputs in pairwise(sizes):
-            bound = math.sqrt((2 if activation == "sigmoid" else 6) / (inputs + outputs))
+            bound = math.sqrt(factor / (inputs + outputs))
             drawn.append(random.uniform(-bound, bound, (inputs, outputs)).T)
             drawn.append(random.uniform(-bound, bound, outputs))
         net.load_state_dict(dict(zip(net.state_dict(), drawn, strict=True)))
         return net
 
+    # scikit-learn's gradients are of sums over outputs; but for squares, our losses are means. So that the
+    # arguments mean the same, the rate counts n times for those, and epsilon, tol and alpha 1/n.
+
+    def _averaged(self) -> int:
+        """Over how many outputs our loss is a mean."""
+        summed = isinstance(self._loss(), (losses.LeastSquares, losses.CrossEntropy, losses.CustomLoss))
+        return 1 if summed else self.n_outputs_
+
+    def _scale(self) -> float:
+        """`loss_` for a loss of 1 of ours."""
+        raise NotImplementedError
+
+    def _rate(self) -> float:
+        """The first learning rate of solver="sgd"."""
+        return float(self.learning_rate_init * self._averaged())
+
     def _solver(self) -> optim.Optimizer:
-        rate = self.learning_rate_init
         if isinstance(self.solver, optim.Optimizer):
             return copy(self.solver)  # which starts afresh
         if self.solver == "lbfgs":
-            return optim.LBFGS(tolerance_grad=self.tol)
+            return optim.LBFGS(tolerance_grad=self.tol / self._averaged())
         if self.solver == "adam":
-            return optim.Adam(rate, (self.beta_1, self.beta_2), self.epsilon)
-        return optim.SGD(rate, self.momentum, nesterov=self.nesterovs_momentum and self.momentum > 0)
+            epsilon = self.epsilon / self._averaged()
+            return optim.Adam(self.learning_rate_init, (self.beta_1, self.beta_2), epsilon)
+        return optim.SGD(self._rate(), self.momentum, nesterov=self.nesterovs_momentum and self.momentum > 0)
 
-    def _batches(self, rows: _Rows, optimizer: optim.Optimizer) -> dict[str, Any]:
+    def _batches(self, rows: _Rows) -> dict[str, Any]:
         """Rows per step, and alpha/(2 n) Σw² beside a mean over n rows, or over their weights."""
         batch = len(rows.X)
-        if not optimizer.whole_batch:
+        if not self._optimizer.whole_batch:
             batch = min(batch, 200 if self.batch_size == "auto" else self.batch_size)
-        total = batch * (1.0 if rows.weight is None else float(np.mean(rows.weight)))
-        total *= self.n_outputs_ if isinstance(self._loss(), losses.Logistic) else 1  # a mean over labels
+        total = batch * (1.0 if rows.weight is None else float(np.mean(rows.weight))) * self._averaged()
         return {"batch_size": batch, "shuffle": self.shuffle, "l2": self.alpha / total}
 
     def _hold_out(self, rows: _Rows, random: Any) -> tuple[_Rows, _Rows]:
@@ -281,12 +365,12 @@ class _MLP(MultiOutputMixin, BaseEstimator):
             random_state=random, test_size=self.validation_fraction, stratify=two,
         )  # fmt: skip
         train, held_out = _Rows(*parts[::2]), _Rows(*parts[1::2])
-        if len(held_out.X) < 2:
+        if held_out.X.shape[0] < 2:
             raise ValueError(
                 f"[{type(self).__name__}] early_stopping must have rows to look at: expected at least 2, "
-                f"got {len(held_out.X)}; raise validation_fraction, or pass X_val and y_val"
+                f"got {held_out.X.shape[0]}; raise validation_fraction, or pass X_val and y_val"
             )
-        return train, held_out
+        return train, held_out.dense()
 
     # ------------------------------------------------------------ what is fitted
 
@@ -303,12 +387,12 @@ class _MLP(MultiOutputMixin, BaseEstimator):
     @property
     def coefs_(self) -> list[Array]:
         """The weights of each layer, (inputs, outputs): the transposes of the network's."""
-        return [w.T for name, w in self._parameters() if name.endswith("weight")]
+        return [_read_only(w.T) for name, w in self._parameters() if name.endswith("weight")]
 
     @property
     def intercepts_(self) -> list[Array]:
         """The biases of each layer."""
-        return [b for name, b in self._parameters() if name.endswith("bias")]
+        return [_read_only(b) for name, b in self._parameters() if name.endswith("bias")]
 
     @property
     def n_layers_(self) -> int:
@@ -342,7 +426,7 @@ class _MLP(MultiOutputMixin, BaseEstimator):
         """y as the network's loss takes it; what it is like is kept the first time."""
         raise NotImplementedError
 
-    def _weight(self, y: Array, sample_weight: Any) -> Any:
+    def _weight(self, y: Array, sample_weight: Any, training: bool) -> Any:
         """The weights of the rows."""
         return losses.weights(type(self).__name__, sample_weight, len(y), "float64")
 
@@ -352,6 +436,11 @@ class _MLP(MultiOutputMixin, BaseEstimator):
     def _score(self, f: Array, y: Array, weight: Any) -> float:
         """How good outputs f are."""
         raise NotImplementedError
+
+
+def _read_only(array: Array) -> Array:
+    array.setflags(write=False)
+    return array
 
 
 def _by_batches(estimator: _MLP) -> bool:
@@ -368,11 +457,11 @@ class MLPClassifier(ClassifierMixin, _MLP):
 
     L = mean of log losses + alpha/(2 batch) Σw²; softmax over three classes or more, σ for two and for labels
 
-    The arguments are those of sklearn.neural_network.MLPClassifier but max_fun, and five more:
+    The arguments are those of sklearn.neural_network.MLPClassifier but max_fun, and more:
 
         activation     "gelu", "silu", "elu", "leaky_relu", "softplus", … as well, or a layer
-        solver         an optimizer, cr.AdamW(lr=1e-3) or another, as well
-        class_weight   {class: weight} or "balanced"
+        solver         an optimizer, cr.AdamW(lr=1e-3) or another, as well, whose own arguments then count
+        class_weight   {class: weight}, 1 for those left out, or "balanced"
         dropout        share of the hidden activations to drop in training
         dtype          of the network, "float32", "float64", … ; None is float32 for float32 X, else float64
         device         "cpu", "cuda", "auto"
@@ -421,21 +510,20 @@ class MLPClassifier(ClassifierMixin, _MLP):
     def predict_proba(self, X: Any) -> Array:
         """The probability of each class (n, classes), in the order of `classes_`, or of each label."""
         f = self._outputs(X)
-        if self.out_activation_ == "softmax":
-            return np.asarray(softmax(f, axis=1))
-        return np.asarray(expit(f if self._labels else np.hstack([-f, f])))
+        return np.asarray(expit(f) if self._labels else softmax(self._logits(f), axis=1))
 
     def predict_log_proba(self, X: Any) -> Array:
         """The logarithms of the probabilities, exact where those round to 0."""
         f = self._outputs(X)
-        if self.out_activation_ == "softmax":
-            return np.asarray(log_softmax(f, axis=1))
-        return np.asarray(log_expit(f if self._labels else np.hstack([-f, f])))
+        return np.asarray(log_expit(f) if self._labels else log_softmax(self._logits(f), axis=1))
 
-    @property
-    def out_activation_(self) -> str:
-        """What makes probabilities of the network's outputs."""
-        return "softmax" if len(self.classes_) > 2 and not self._labels else "logistic"
+    def _logits(self, f: Array) -> Array:
+        """One for each class, from outputs f."""
+        return np.hstack([np.zeros_like(f), f]) if len(self.classes_) == 2 else f
+
+    def _places(self, f: Array) -> Array:
+        """`_targets` that outputs f are most like."""
+        return (f > 0).astype(int) if self._labels else np.asarray(self._logits(f).argmax(axis=1))
 
     def _targets(self, y: Any, classes: Any, first: bool) -> Array:
         """Places in `classes_`; a 0 or 1 for each of several labels."""
@@ -445,35 +533,41 @@ class MLPClassifier(ClassifierMixin, _MLP):
         if first:
             self._labels, self.classes_ = labels, unique_labels(y if labels or classes is None else classes)
             self.n_outputs_ = len(self.classes_) if labels or len(self.classes_) > 2 else 1
-        if len(self.classes_) < 2 and not labels:
-            raise ValueError(f"[fit] y must have at least two classes: got one class, {self.classes_[0]!r}")
+            self.out_activation_ = "softmax" if self.n_outputs_ > 1 and not labels else "logistic"
         if classes is not None and not np.array_equal(unique_labels(classes), self.classes_):
             raise ValueError(
                 f"[partial_fit] classes must stay the same: expected {self.classes_}, got {short(classes)}"
             )
-        if labels != self._labels:
-            was, now = (("one class a row", "0s and 1s")[kind] for kind in (self._labels, labels))
-            raise ValueError(f"[fit] y must be as it was: expected {was}, got {now}")
+        if labels != self._labels or (labels and y.shape[1] != self.n_outputs_):
+            columns = self.n_outputs_ if self._labels else "no"
+            raise ValueError(
+                f"[fit] y must be as it was: expected {columns} columns of 0 and 1, got shape {y.shape}"
+            )
+        if labels and not np.isin(y, (0, 1)).all():
+            raise ValueError(f"[fit] labels must be 0 or 1: got {short(np.unique(y).tolist())}")
         return np.asarray(y if labels else LabelEncoder().fit(self.classes_).transform(y))
 
-    def _weight(self, y: Array, sample_weight: Any) -> Any:
-        weight = super()._weight(y, sample_weight)
+    def _weight(self, y: Array, sample_weight: Any, training: bool) -> Any:
+        weight = super()._weight(y, sample_weight, training)
         if self.class_weight is None:
             return weight
-        by_class = compute_sample_weight(self.class_weight, y if self._labels else self.classes_[y])
+        if self._labels:
+            by_class = compute_sample_weight(self.class_weight, y)
+        else:
+            if training:  # "balanced" is by the rows to train on
+                which = {"classes": self.classes_, "y": self.classes_[y]}
+                self._class_weights = compute_class_weight(self.class_weight, **which)
+            by_class = self._class_weights[y]
         return by_class if weight is None else weight * by_class
 
     def _loss(self) -> losses.Loss:
         return losses.CrossEntropy() if self.out_activation_ == "softmax" else losses.Logistic()
 
+    def _scale(self) -> float:
+        return self._averaged()  # a sum over labels
+
     def _score(self, f: Array, y: Array, weight: Any) -> float:
         return float(accuracy_score(y, self._places(f), sample_weight=weight))
-
-    def _places(self, f: Array) -> Array:
-        """`_targets` that outputs f are most like."""
-        if self.out_activation_ == "softmax":
-            return np.asarray(f.argmax(axis=1))
-        return (f > 0).astype(int) if self._labels else (f[:, 0] > 0).astype(int)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -492,7 +586,7 @@ class MLPRegressor(RegressorMixin, _MLP):
 
     L = mean of losses + alpha/(2 batch) Σw², a loss being ½ (y − f)² if nothing else is said
 
-    The arguments are those of sklearn.neural_network.MLPRegressor but max_fun, and five more:
+    The arguments are those of sklearn.neural_network.MLPRegressor but max_fun, and more:
 
         loss           "absolute_error", "huber", "pinball", … as well, cr.Pinball(0.9), or a callable, as in
                        Sequential.fit; with "poisson" predictions are e^f, with all others f
@@ -528,21 +622,24 @@ class MLPRegressor(RegressorMixin, _MLP):
         return self._expected(self._outputs(X))
 
     def _targets(self, y: Any, classes: Any, first: bool) -> Array:
-        y = y if y.ndim == 2 and y.shape[1] > 1 else column_or_1d(y, warn=True)[:, None]
+        y = y if y.ndim == 2 and y.shape[1] > 1 else column_or_1d(y, warn=True)
         if first:
-            self.n_outputs_ = y.shape[1]
+            self.n_outputs_ = 1 if y.ndim == 1 else y.shape[1]
         self.out_activation_ = "exp" if isinstance(self._loss(), losses.Poisson) else "identity"
-        return np.asarray(y)
+        return np.asarray(y if y.dtype.kind == "f" else y.astype(float))
 
     def _loss(self) -> losses.Loss:
         loss = _LOSSES.get(self.loss, self.loss) if isinstance(self.loss, str) else self.loss
         rule = losses.resolve("MLPRegressor", loss)
-        if isinstance(rule, (losses.CrossEntropy, losses.GaussianNLL)):
+        if isinstance(rule, (losses.CrossEntropy, losses.GaussianNLL)) or rule.reduction != "mean":
             raise ValueError(
-                "[MLPRegressor] loss must be of one output for each number: expected 'squared_error' or "
-                f"another such, got {short(self.loss)}"
+                "[MLPRegressor] loss must have one output for each number, and be a mean over rows: expected "
+                f"'squared_error' or another such, got {short(self.loss)}"
             )
         return rule
+
+    def _scale(self) -> float:
+        return self._averaged() / self.n_outputs_  # a mean over outputs
 
     def _score(self, f: Array, y: Array, weight: Any) -> float:
         return float(r2_score(y, self._expected(f), sample_weight=weight))
