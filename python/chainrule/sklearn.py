@@ -74,10 +74,8 @@ class _Before:
         if self.network is not None:
             self.weights = self.network._core.snapshot()
         if self.optimizer is not None:
-            self.moments, self.lr = (
-                self.optimizer.state_dict(self.network),
-                getattr(self.optimizer, "lr", None),
-            )
+            self.moments = self.optimizer.state_dict(self.network)
+            self.lr = getattr(self.optimizer, "lr", None)  # LevenbergMarquardt has none
 
     def put_back(self, estimator: _MLP) -> None:
         if self.network is not None:
@@ -93,16 +91,14 @@ class _Before:
 class _Watch:
     """scikit-learn's rule of stopping and of the learning rate, asked after every epoch."""
 
-    def __init__(
-        self, estimator: _MLP, rows: int, validation: _Rows | None, best: float, waited: int
-    ) -> None:
+    def __init__(self, estimator: _MLP, rows: int, validation: _Rows | None, best_loss: float | None) -> None:
         self.estimator, self.optimizer = estimator, estimator._optimizer
         self.rows, self.validation = rows, validation
         self.losses: list[float] = []
         self.scores: list[float] = []
         self.weights: Any = None  # of the best score
-        self.best = best  # score, or negative loss
-        self.waited = waited  # epochs for something better than the best by tol
+        self.best = -math.inf if best_loss is None or validation else -best_loss  # score, or negative loss
+        self.waited = 0  # epochs for something better than the best by tol
 
     def on_train_begin(self, net: Any) -> None:
         self.net = net
@@ -145,6 +141,7 @@ class _MLP(MultiOutputMixin, BaseEstimator):
 
     network_: model.Sequential
     loss_curve_: list[float]
+    best_loss_: float | None
     n_outputs_: int
     t_: int
     _optimizer: optim.Optimizer
@@ -194,11 +191,8 @@ class _MLP(MultiOutputMixin, BaseEstimator):
                 validation = self._checked(validation).dense()
             elif self.early_stopping:
                 rows, validation = self._hold_out(rows, random)
-            best = -math.inf
-            if goes_on and validation is None and self.best_loss_ is not None:
-                best = -self.best_loss_
-            waited = self._waited if goes_on and incremental else 0
-            watch = _Watch(self, rows.X.shape[0], validation, best, waited)
+            watch = _Watch(self, rows.X.shape[0], validation, self.best_loss_ if goes_on else None)
+            watch.waited = self._waited if goes_on and incremental else 0
             most = None if incremental else self.max_iter
             warning = self._epochs(most, rows.dense(), watch, callbacks, random)
         except BaseException:
