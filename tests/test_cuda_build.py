@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
 """The GPU engine without a GPU: nvcc takes it for every target, and its hot kernels spill no register."""
 
+import functools
+import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,20 +25,40 @@ HOT = r"multiply<|train_resident|predict_resident|finish_product|over_elements|o
 MOST_REGISTERS = 255
 
 
+def asked(option):
+    return subprocess.run([NVCC, option], capture_output=True, text=True, check=True).stdout
+
+
 def newest():
-    known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    return max(re.findall(r"compute_(\d+)", known), key=int)
+    return max(re.findall(r"compute_(\d+)", asked("--list-gpu-arch")), key=int)
 
 
-@pytest.fixture(scope="module", params=["80", "90a", "newest"])
-def kernels(request, tmp_path_factory):
+TARGETS = ["80", "90a", "newest"]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What nvcc says to each target, all of them at once."""
+    folder = tmp_path_factory.mktemp("cuda")
+    release = re.search(r"release (\d+)\.(\d+)", asked("--version")).groups()
+    split = ["--split-compile=0"] if tuple(map(int, release)) >= (12, 4) else []  # as in CMakeLists.txt
+
+    def compile_for(target):
+        # One object: the host's pass reads the same source in its own way, and may refuse it.
+        kind = "-c" if target == TARGETS[0] else "-cubin"
+        arch = f"-arch=sm_{newest() if target == 'newest' else target}"
+        command = [NVCC, "-std=c++17", arch, "-fmad=false", kind, "-Werror=all-warnings", *split]
+        command += ["--ptxas-options=-v", f"-I{CPP}", "-o", str(folder / target), str(CPP / "cuda.cu")]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(TARGETS, pool.map(compile_for, TARGETS), strict=True))
+
+
+@pytest.fixture(params=TARGETS)
+def kernels(request, compiled):
     """{kernel: (bytes of stack, bytes of spills, registers)}, as ptxas reports it for one target."""
-    target = newest() if request.param == "newest" else request.param
-    made = tmp_path_factory.mktemp("cuda") / "cuda.o"
-    # An object, not a cubin: the host's pass reads the same source in its own way, and may refuse it.
-    command = [NVCC, "-std=c++17", f"-arch=sm_{target}", "-fmad=false", "-c", "-Werror=all-warnings"]
-    command += ["--ptxas-options=-v", f"-I{CPP}", "-o", str(made), str(CPP / "cuda.cu")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = compiled[request.param]
     assert done.returncode == 0, done.stderr
     pattern = (
         r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?"
@@ -46,6 +69,7 @@ def kernels(request, tmp_path_factory):
     return {demangled(name): tuple(map(int, numbers)) for name, *numbers in found}
 
 
+@functools.cache
 def demangled(name):
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     return subprocess.run([tool, name], capture_output=True, text=True, check=True).stdout if tool else name
