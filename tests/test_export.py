@@ -52,6 +52,9 @@ def test_any_number_of_rows_and_texts_of_ones_own(tmp_path):
     assert {p.key: p.value for p in model.metadata_props} == {"unit": "metres"}
     assert model.producer_name == "chainrule" and model.producer_version == cr.__version__
     assert [w.name for w in model.graph.initializer] == list(net.state_dict())
+    ends = [*model.graph.input, *model.graph.output]
+    shapes = [[d.dim_param or d.dim_value for d in end.type.tensor_type.shape.dim] for end in ends]
+    assert shapes == [["rows", 4], ["rows", 3]] and model.ir_version == 9
 
 
 def test_mixed_precision_is_written_as_float32(tmp_path):

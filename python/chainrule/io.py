@@ -63,7 +63,8 @@ def save(net: Sequential, path: Path, extra: Mapping[str, str] | None = None) ->
 
     Args:
         net: the network.
-        path: where to; the suffix says in which format. `load` reads `.safetensors`.
+        path: where to; the suffix says in which format. `load` reads `.safetensors`. Of `.onnx` in float64,
+            onnxruntime lacks GELU, ELU, LeakyReLU and Softplus: it wants float32 networks for those.
         extra: texts of your own to travel in the metadata.
 
     Raises:

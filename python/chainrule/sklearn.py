@@ -5,7 +5,9 @@ Arguments, defaults, penalty, stopping, first weights and the rows held out are 
 `random_state`; so are the losses, to rounding, where nothing is shuffled. Different on purpose:
 
 - Rows are shuffled by our generator, and alpha counts alike in every batch, the smaller last one included.
-- `loss_` for "poisson" lacks a constant, e^f − y f; of weighted rows it is the mean by weight.
+- `loss_` for "poisson" lacks a constant, e^f − y f; of weighted rows it is the mean by weight; over several
+  outputs it is a mean of the penalty, too.
+- A warm fit with early_stopping begins anew with its best score.
 - With momentum, a learning rate that falls counts for all of the velocity at once.
 - solver="lbfgs" is our L-BFGS: no max_fun, a loss_curve_, and early_stopping works with it, too.
 - Sparse rows are made dense: all of them to train, in pieces to predict.
@@ -108,7 +110,7 @@ class _Watch:
         value = -self.losses[-1]
         if self.validation is not None:
             f = self.net.predict(self.validation.X)
-            value = self.estimator._score(f, *self.validation[1:]) if np.isfinite(f).all() else math.nan
+            value = self.estimator._score(f, *self.validation[1:])
             self.scores.append(value)
         self.waited = 0 if value >= self.best + self.estimator.tol else self.waited + 1
         if value > self.best:
@@ -145,6 +147,7 @@ class _MLP(MultiOutputMixin, BaseEstimator):
     n_outputs_: int
     t_: int
     _optimizer: optim.Optimizer
+    _asked: str  # the solver that it was made for
 
     def _keep(self, arguments: dict[str, Any]) -> None:
         """The constructor's arguments, untouched until `fit`, as scikit-learn wants it."""
@@ -204,8 +207,7 @@ class _MLP(MultiOutputMixin, BaseEstimator):
 
     def _begin(self, rows: _Rows, random: Any, goes_on: bool, incremental: bool) -> None:
         """Network and optimizer: new ones, or those there are."""
-        names = ("hidden_layer_sizes", "activation", "dropout", "dtype", "device")
-        form = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        form = self._form_asked()
         if not goes_on:
             self.network_, self.t_, self.loss_curve_, self._form = self._network(rows.X, random), 0, [], form
         elif form != self._form:
@@ -213,9 +215,18 @@ class _MLP(MultiOutputMixin, BaseEstimator):
                 f"[{type(self).__name__}] a network that is trained further keeps its form: "
                 f"expected {self._form}, got {form}; or fit without warm_start"
             )
-        solver = self._solver()
-        if not (goes_on and incremental and type(solver) is type(self._optimizer)):
-            self._optimizer = solver
+        if not (goes_on and incremental and repr(self.solver) == self._asked):
+            self._optimizer, self._asked = self._solver(), repr(self.solver)
+
+    def _form_asked(self) -> str:
+        """What makes the form of the network, in words that are the same for the same form."""
+        hidden = [int(size) for size in np.atleast_1d(np.asarray(self.hidden_layer_sizes, dtype=int))]
+        activation = "sigmoid" if self.activation == "logistic" else self.activation
+        dtype = self.dtype if self.dtype is None else model.dtype_name(self.dtype, self.device)
+        return (
+            f"hidden_layer_sizes={hidden}, activation={activation!r}, dropout={self.dropout!r}, "
+            f"dtype={dtype!r}, device={self.device!r}"
+        )
 
     def _epochs(
         self, most: int | None, rows: _Rows, watch: _Watch, callbacks: Any, random: Any
@@ -432,6 +443,10 @@ class _MLP(MultiOutputMixin, BaseEstimator):
         raise NotImplementedError
 
 
+def _finite(array: Array) -> bool:
+    return bool(np.isfinite(array).all())
+
+
 def _read_only(array: Array) -> Array:
     array.setflags(write=False)
     return array
@@ -539,6 +554,8 @@ class MLPClassifier(ClassifierMixin, _MLP):
             )
         if labels and not np.isin(y, (0, 1)).all():
             raise ValueError(f"[fit] labels must be 0 or 1: got {short(np.unique(y).tolist())}")
+        if not labels and len(unique_labels(self.classes_, y)) > len(self.classes_):
+            raise ValueError(f"[fit] y has unseen labels: expected some of {short(self.classes_.tolist())}")
         return np.asarray(y if labels else LabelEncoder().fit(self.classes_).transform(y))
 
     def _weight(self, y: Array, sample_weight: Any, training: bool) -> Any:
@@ -552,7 +569,8 @@ class MLPClassifier(ClassifierMixin, _MLP):
                 which = {"classes": self.classes_, "y": self.classes_[y]}
                 self._class_weights = compute_class_weight(self.class_weight, **which)
             by_class = self._class_weights[y]
-        return by_class if weight is None else weight * by_class
+        weight = by_class if weight is None else weight * by_class
+        return losses.weights(type(self).__name__, weight, len(y), "float64", "class_weight · sample_weight")
 
     def _loss(self) -> losses.Loss:
         return losses.CrossEntropy() if self.out_activation_ == "softmax" else losses.Logistic()
@@ -561,7 +579,7 @@ class MLPClassifier(ClassifierMixin, _MLP):
         return self._averaged()  # a sum over labels
 
     def _score(self, f: Array, y: Array, weight: Any) -> float:
-        return float(accuracy_score(y, self._places(f), sample_weight=weight))
+        return float(accuracy_score(y, self._places(f), sample_weight=weight)) if _finite(f) else math.nan
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -617,8 +635,13 @@ class MLPRegressor(RegressorMixin, _MLP):
 
     def _targets(self, y: Any, classes: Any, first: bool) -> Array:
         y = y if y.ndim == 2 and y.shape[1] > 1 else column_or_1d(y, warn=True)
+        columns = 1 if y.ndim == 1 else y.shape[1]
         if first:
-            self.n_outputs_ = 1 if y.ndim == 1 else y.shape[1]
+            self.n_outputs_ = columns
+        if columns != self.n_outputs_:
+            raise ValueError(
+                f"[fit] y must have as many columns as before: expected {self.n_outputs_}, got {columns}"
+            )
         self.out_activation_ = "exp" if isinstance(self._loss(), losses.Poisson) else "identity"
         return np.asarray(y if y.dtype.kind == "f" else y.astype(float))
 
@@ -633,11 +656,17 @@ class MLPRegressor(RegressorMixin, _MLP):
         return rule
 
     def _scale(self) -> float:
-        return self._averaged() / self.n_outputs_  # a mean over outputs
+        """scikit-learn's squares are a mean over outputs, "poisson" a sum; a callable's value is its own."""
+        rule = self._loss()
+        if isinstance(rule, (losses.Poisson, losses.CustomLoss)):
+            return self._averaged()
+        return self._averaged() / self.n_outputs_
 
     def _score(self, f: Array, y: Array, weight: Any) -> float:
-        return float(r2_score(y, self._expected(f), sample_weight=weight))
+        f = self._expected(f)
+        return float(r2_score(y, f, sample_weight=weight)) if _finite(f) else math.nan
 
     def _expected(self, f: Array) -> Array:
-        f = np.exp(f) if self.out_activation_ == "exp" else f
+        with np.errstate(over="ignore"):  # infinity says it
+            f = np.exp(f) if self.out_activation_ == "exp" else f
         return np.asarray(f[:, 0] if f.shape[1] == 1 else f)
