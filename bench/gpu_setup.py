@@ -29,6 +29,7 @@ ROOT = HERE.parent
 # that do so at once would disturb each other.
 COMPILING = (("jax_gpu", "jax_scan_gpu"), ("torch_compiled_gpu",), ("torch_compiled_graph_gpu",))
 LEAST_WARMING = 90.0  # seconds it may take at any rate: a cold compiler would cost a rival its place
+LAST_WORDS = 5.0  # seconds for what is late to say where it was
 MORE_WARMING = 5.0  # seconds after a build that took longer
 
 
@@ -52,11 +53,19 @@ def group(call: list[str], **how: Any) -> Iterator[subprocess.Popen[bytes]]:
         child.wait()
 
 
-def run(call: list[str], seconds: float, cwd: Path = ROOT) -> tuple[int | None, str]:
-    """Exit status, None where it took too long, and all it said; in a file, for a pipe can be held open."""
+def run(call: list[str], seconds: float, cwd: Path = ROOT, **more: str) -> tuple[int | None, str]:
+    """Exit status, None where it took too long, and all it said; in a file, for a pipe can be held open.
+
+    What is late is interrupted first, so that it can say where it was. `more` is for its environment.
+    """
     with tempfile.TemporaryFile() as log:
-        with group(call, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=cwd) as child:
+        how: dict[str, Any] = {"stdout": log, "stderr": log, "cwd": cwd, "env": os.environ | more}
+        with group(call, stdin=subprocess.DEVNULL, **how) as child:
             code = waited(child, seconds)
+            if code is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGINT)
+                waited(child, LAST_WORDS)
         log.seek(0)
         return code, log.read().decode(errors="replace").strip()
 
@@ -132,19 +141,23 @@ def build(seconds: float) -> str:
     code, text = run(call, seconds)
     if code == 0:
         return ""
-    words = "\n".join(text.splitlines()[-30:])
+    words = "\n".join(text.splitlines()[-200:])
     return words if code is not None else f"pip took more than {seconds:.0f} s; its last words: {words}"
 
 
 def check(seconds: float) -> str:
-    """The GPU's tests; their last words."""
-    options = ["-q", "-m", "gpu and not slow", "--maxfail=30", "--tb=line"]
-    files = sorted(map(str, ROOT.glob("tests/test_cuda*.py")))
-    code, text = run([sys.executable, "-m", "pytest", *options, *files], seconds)
-    if code is None:
-        return f"not through in {seconds:.0f} s; the last words: {text[-300:]}"
-    lines = text.splitlines()
-    return "\n".join([line for line in lines if line.startswith("FAILED")] + lines[-1:])
+    """The GPU's tests, a process for each file, for a kernel's fault stays with its process; what they say.
+
+    The package's own names come first: they say most in the least time.
+    """
+    options = ["-q", "-m", "gpu and not slow", "--maxfail=30", "--tb=short", "-W", "default"]
+    end, said = time.monotonic() + seconds, []
+    for name in ("test_cuda_package.py", "test_cuda.py"):
+        call = [sys.executable, "-m", "pytest", *options, str(ROOT / "tests" / name)]
+        code, text = run(call, end - time.monotonic(), COLUMNS="300", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+        late = f"not through in {seconds:.0f} s: " if code is None else ""
+        said.append(f"{name}: {late}{text.splitlines()[-1:] if code == 0 else text[-20_000:]}")
+    return "\n".join(said)
 
 
 def measured_gpu(seconds: float) -> Gpu:

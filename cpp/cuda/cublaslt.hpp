@@ -12,6 +12,7 @@ namespace lt {
 
 constexpr int kReal32 = 0, kReal64 = 1, kBfloat16 = 14;                           // cudaDataType
 constexpr int kCompute32 = 68, kComputeTf32 = 77, kCompute64 = 70;                // cublasComputeType_t
+constexpr int kNotSupported = 15;                                                 // cublasStatus_t
 constexpr std::int32_t kPlain = 0, kTransposed = 1;                               // cublasOperation_t
 constexpr int kTransposeA = 3, kTransposeB = 4, kEpilogue = 7, kBiasPointer = 8;  // cublasLtMatmulDescAttributes_t
 constexpr std::uint32_t kNoEpilogue = 1, kBias = 4;                               // cublasLtEpilogue_t

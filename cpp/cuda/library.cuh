@@ -207,7 +207,8 @@ class Library {
     struct Plan {
         void *product = nullptr, *a = nullptr, *b = nullptr, *c = nullptr;
         lt::Algorithm algorithm{};
-        bool found = false;  // an algorithm
+        bool found = false;     // an algorithm
+        bool answered = false;  // whether the library has said so
     };
     static Index padded(Index cols) { return round_up(cols, 8); }
     static Index packed_stride(Index cols) { return round_up(cols + 1, 64); }
@@ -318,7 +319,10 @@ class Library {
 
     const Plan& plan_of(const Shape& shape) {
         auto found = plans_.find(shape);
-        if (found != plans_.end()) return found->second;
+        if (found != plans_.end()) {
+            if (!found->second.answered) choose(found->second, std::get<9>(shape));
+            return found->second;
+        }
         Plan plan;
         try {
             describe(shape, plan);
@@ -370,12 +374,15 @@ class Library {
                 status = lt_.MatmulPreferenceSetAttribute(preference, operand, &alignment, sizeof alignment);
         lt::Heuristic best{};
         int count = 0;
+        int answer = status;
+        const std::lock_guard<std::recursive_mutex> lock(graph_in_making());  // it may not know what to say meanwhile
         if (status == 0)
-            plan.found = lt_.MatmulAlgoGetHeuristic(handle_, plan.product, plan.a, plan.b, plan.c, plan.c, preference,
-                                                    1, &best, &count) == 0 &&
-                         count > 0;
+            answer = lt_.MatmulAlgoGetHeuristic(handle_, plan.product, plan.a, plan.b, plan.c, plan.c, preference, 1,
+                                                &best, &count);
         (void)lt_.MatmulPreferenceDestroy(preference);
         check_library(status, "choosing an algorithm");
+        plan.answered = answer == 0 || answer == lt::kNotSupported;  // else it is asked again
+        plan.found = answer == 0 && count > 0 && best.state == 0;
         plan.algorithm = best.algorithm;
     }
     void run(const Plan& plan, const void* a, const void* b, const T* bias, void* c, const Room& room,

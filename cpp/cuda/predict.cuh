@@ -286,6 +286,9 @@ class ResidentPrediction {
             int room = 0;
             check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&room, predict_resident<Tile>, Tile::threads, bytes()),
                   "asking for room");
+            if (room < 1)
+                throw std::runtime_error(
+                    "[cuda] predictions must fit a processor: expected room for a block, got none");
             const Index blocks = std::min(tiles_across(rows, Tile::rows), Index{room} * net_.runtime().how.processors);
             launch(predict_resident<Tile>, dim3(static_cast<unsigned>(blocks)), Tile::threads, bytes(),
                    net_.runtime().stream, program_, net_.theta(), rows, x, f);

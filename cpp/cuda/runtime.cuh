@@ -50,8 +50,11 @@ class OnDevice {
     explicit OnDevice(int device) : device_(device) {
         check(cudaGetDevice(&before_), "asking for the device");
         if (before_ != device) check(cudaSetDevice(device), "choosing the device");
+        // Asking for memory would otherwise fail while another thread makes a graph, and end that: PyTorch's is a global one.
+        check(cudaThreadExchangeStreamCaptureMode(&capture_), "looking at other threads' graphs");
     }
     ~OnDevice() {
+        (void)cudaThreadExchangeStreamCaptureMode(&capture_);
         if (before_ != device_ && is_in_use(before_)) (void)cudaSetDevice(before_);
     }
     OnDevice(const OnDevice&) = delete;
@@ -60,6 +63,7 @@ class OnDevice {
    private:
     const int device_;
     int before_ = 0;
+    cudaStreamCaptureMode capture_ = cudaStreamCaptureModeRelaxed;
 };
 
 // Held while a graph is made, and by whatever waits for a whole device: CUDA refuses that while anybody makes a graph, and ends

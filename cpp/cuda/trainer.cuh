@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <map>
+#include <set>
 #include <thread>
 
 #include "../random.hpp"
@@ -147,6 +148,7 @@ struct Trainer<T>::Work {
     Buffer<Hyper<T>> hyper;
     Flight<T> flights[kFlights];
     std::map<std::pair<Index, Index>, Graph> graphs;  // by rows and steps
+    std::set<Index> begun;                            // rows of steps that have been taken
     Index planned = batch();                          // rows of a step that the schedule is for, at most
     Schedule schedule = Schedule::fused;
     std::unique_ptr<Library<T>> library;
@@ -202,6 +204,7 @@ template <class T>
 void Trainer<T>::Work::make_room(Index count) {
     if (count <= step.capacity) return;
     graphs.clear();
+    begun.clear();
     step.capacity = 0;  // also if there is no room for the library
     planned = count;
     choose();
@@ -300,9 +303,11 @@ void Trainer<T>::Work::prepare_resident(Flight<T>& flight, const Job<T>& job) {
     upload(jobs.data(), flight.job.data(), 1, net.runtime().stream);
 }
 
-// So many steps as a graph; null if that was lost, for now.
+// So many steps as a graph; null if that was lost, for now. The first steps of a size go without one where they go through the
+// library: some versions find no algorithm while a graph is made, and what is loaded on first use is loaded then.
 template <class T>
 const Graph* Trainer<T>::Work::graph_of(Index count, Index times) {
+    if (schedule == Schedule::library && begun.insert(count).second) return nullptr;
     auto found = graphs.find({count, times});
     if (found == graphs.end()) try {
             Graph graph(net.runtime().stream, [&] { enqueue(source, count, times); });

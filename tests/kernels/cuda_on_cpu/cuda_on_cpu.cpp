@@ -580,6 +580,15 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     capture = stream->capturing;
     return cudaSuccess;
 }
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+    thread_local cudaStreamCaptureMode now = cudaStreamCaptureModeGlobal;
+    return std::swap(now, *mode), cudaSuccess;
+}
+bool cuda_on_cpu::makes_a_graph() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto graph = capture.lock();
+    return graph && graph->open;
+}
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
     const std::lock_guard<std::mutex> lock(mutex);
     stream->capturing->open = false;
