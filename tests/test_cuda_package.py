@@ -293,6 +293,19 @@ class Full:
 
 
 @emulated
+def test_graphs_have_the_librarys_products():
+    """It finds no algorithm while a graph is made, here as in some of its versions: it is asked before."""
+    count = ctypes.c_long.in_dll(ctypes.CDLL(CUDA_MODULE), "chainrule_products_in_graphs")
+    before = count.value
+    cuda.force_schedule("library")
+    try:
+        networks("cuda", 1)[0].fit(X, Y, loss="mse", epochs=4, batch_size=25)
+    finally:
+        cuda.force_schedule("")
+    assert count.value > before
+
+
+@emulated
 @pytest.mark.parametrize("more", [{}, {"validation_split": 0.25}, {"clip_norm": 1.0}], ids=str)
 def test_what_has_begun_to_train_wants_no_more_memory(more, schedule, monkeypatch):
     nets = networks("cuda", 2)
