@@ -156,7 +156,7 @@ def check(seconds: float) -> str:
         call = [sys.executable, "-m", "pytest", *options, str(ROOT / "tests" / name)]
         code, text = run(call, end - time.monotonic(), COLUMNS="300", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
         late = f"not through in {seconds:.0f} s: " if code is None else ""
-        said.append(f"{name}: {late}{text.splitlines()[-1:] if code == 0 else text[-20_000:]}")
+        said.append(f"{name}: {late}" + (text.rpartition("\n")[2] if code == 0 else text[-20_000:]))
     return "\n".join(said)
 
 
