@@ -145,11 +145,16 @@ def test_an_array_there_and_back(dtype, rng):
     assert_same_bits(np.asarray(again), again.numpy())
 
 
-def address(capsule):
-    """Where a DLPack capsule's numbers lie: its structure begins with that."""
+def structure(capsule):
+    """Where a DLPack capsule's structure lies."""
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    return ctypes.c_void_p.from_address(pointer(capsule, b"dltensor")).value
+    return pointer(capsule, b"dltensor")
+
+
+def address(capsule):
+    """Where its numbers lie: the structure begins with that."""
+    return ctypes.c_void_p.from_address(structure(capsule)).value
 
 
 class Alien:
@@ -163,9 +168,7 @@ class Alien:
 
     def __dlpack__(self, **kw):
         capsule = self.array.__dlpack__()
-        pointer = ctypes.pythonapi.PyCapsule_GetPointer
-        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-        ctypes.memmove(pointer(capsule, b"dltensor") + 20, bytes(self.kind), 2)
+        ctypes.memmove(structure(capsule) + 20, bytes(self.kind), 2)
         return capsule
 
 

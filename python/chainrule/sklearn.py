@@ -566,8 +566,10 @@ class MLPClassifier(ClassifierMixin, _MLP):
             by_class = compute_sample_weight(self.class_weight, y)
         else:
             if training:  # "balanced" is by the rows to train on
-                which = {"classes": self.classes_, "y": self.classes_[y]}
-                self._class_weights = compute_class_weight(self.class_weight, **which)
+                labelled = self.classes_[y]
+                self._class_weights = compute_class_weight(
+                    self.class_weight, classes=self.classes_, y=labelled
+                )
             by_class = self._class_weights[y]
         weight = by_class if weight is None else weight * by_class
         return losses.weights(type(self).__name__, weight, len(y), "float64", "class_weight · sample_weight")
