@@ -25,12 +25,9 @@ HOT = r"multiply<|train_resident|predict_resident|finish_product|over_elements|o
 MOST_REGISTERS = 255
 
 
-def asked(option):
-    return subprocess.run([NVCC, option], capture_output=True, text=True, check=True).stdout
-
-
 def newest():
-    return max(re.findall(r"compute_(\d+)", asked("--list-gpu-arch")), key=int)
+    known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    return max(re.findall(r"compute_(\d+)", known), key=int)
 
 
 TARGETS = ["80", "90a", "newest"]
@@ -40,14 +37,12 @@ TARGETS = ["80", "90a", "newest"]
 def compiled(tmp_path_factory):
     """What nvcc says to each target, all of them at once."""
     folder = tmp_path_factory.mktemp("cuda")
-    release = re.search(r"release (\d+)\.(\d+)", asked("--version")).groups()
-    split = ["--split-compile=0"] if tuple(map(int, release)) >= (12, 4) else []  # as in CMakeLists.txt
 
     def compile_for(target):
         # One object: the host's pass reads the same source in its own way, and may refuse it.
         kind = "-c" if target == TARGETS[0] else "-cubin"
         arch = f"-arch=sm_{newest() if target == 'newest' else target}"
-        command = [NVCC, "-std=c++17", arch, "-fmad=false", kind, "-Werror=all-warnings", *split]
+        command = [NVCC, "-std=c++17", arch, "-fmad=false", kind, "-Werror=all-warnings"]
         command += ["--ptxas-options=-v", f"-I{CPP}", "-o", str(folder / target), str(CPP / "cuda.cu")]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
