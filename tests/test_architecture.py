@@ -89,6 +89,7 @@ PYTHON_LEVELS = {
     "many": 6,
     "sklearn": 6,
     "tables": 6,
+    "checkpoint": 7,
     "data": 7,
     "explanation": 7,
     "gradient_check": 7,
@@ -96,8 +97,8 @@ PYTHON_LEVELS = {
     "cli": 8,
     "__main__": 9,
 }
-# One call goes up and imports what it calls only then: net.save(path) writes a file.
-UPWARD_CALLS = {("model", "io")}
+# These go up and import what they call only then: net.save(path) and net.fit(checkpoint=path) write files.
+UPWARD_CALLS = {("model", "io"), ("model", "checkpoint")}
 
 MAX_FILE_LINES = 900
 MAX_FUNCTION_LINES = 60  # a screen; docstrings and comments do not count

@@ -73,6 +73,20 @@ def read_csv(text):
 # ------------------------------------------------------------ train and predict
 
 
+def test_training_goes_on_from_its_checkpoint(flowers, capsys):
+    """The same model as from a run that was not cut; not with other rows."""
+    command = ["train", "flowers.csv", "--target", "kind"]
+    assert run(capsys, *command, "--epochs", 4, "--checkpoint", "run.safetensors")[0] == 0
+    assert run(capsys, *command, "--epochs", 9, "--checkpoint", "run.safetensors")[0] == 0
+    content = Path("model.safetensors").read_bytes()
+    assert run(capsys, *command, "--epochs", 9)[0] == 0
+    assert Path("model.safetensors").read_bytes() == content
+    write_csv("flowers.csv", seed=5)
+    code, out, err = run(capsys, *command, "--epochs", 9, "--checkpoint", "run.safetensors")
+    assert code == 1, (code, out)
+    assert "checkpoint 'run.safetensors' must be of this fit: expected data" in err
+
+
 def test_classification_from_table_to_answers(flowers, capsys):
     code, out, err = run(capsys, "train", "flowers.csv", "--target", "kind", "--ignore", "price")
     assert (code, err) == (0, "")
@@ -320,6 +334,11 @@ def test_quiet_prints_the_scores_only(flowers, capsys):
             "x,y\n" + "1,a\n1,\n2,b\n" * 9 + "inf,a\n",
             ["--target", "y"],
             "column 'x': expected finite numbers, got inf in row 28",
+        ),
+        (
+            "x,y\n" + "1,a\n2,b\n" * 9,
+            ["--target", "y", "--output", "m.safetensors", "--checkpoint", "./m.safetensors"],
+            "[train] --checkpoint: expected another file than --output",
         ),
         (
             "x,y\n" + "1,a\n2,b\n" * 9,

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import chainrule as cr
+from chainrule import checkpoint
 from conftest import CUDA_MODULE, assert_same_bits
 from test_cuda import PRECISIONS, close, cuda
 
@@ -46,6 +47,28 @@ def test_fit_is_the_cpus(optimizer):
         close(histories[1][name], histories[0][name], 1e-7, name)
     close(nets[1].predict(X), nets[0].predict(X), 1e-7)
     assert nets[1].evaluate(X, Y, loss="mse") == pytest.approx(nets[0].evaluate(X, Y, loss="mse"), rel=1e-6)
+
+
+def test_fit_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    """Optimizer's state, dropout and best weights come back: the bits of a fit that nothing cut off."""
+    monkeypatch.setattr(checkpoint, "PAUSE", 0.0)
+    monkeypatch.setattr(checkpoint, "SHARE", np.inf)
+
+    def fit(path, *callbacks):
+        net = cr.Sequential(cr.Linear(3, 16), cr.Dropout(0.2), cr.Linear(16, 1), seed=1, device="cuda")
+        stop = cr.EarlyStopping("val_loss", patience=2)
+        history = net.fit(X, Y, loss="mse", optimizer=cr.Adam(0.3), epochs=9, validation_split=0.2,
+                          callbacks=[stop, *callbacks], checkpoint=path)  # fmt: skip
+        return [*net.state_dict().values(), *history["loss"], *history["val_loss"]]
+
+    def cut(epoch, logs):
+        if epoch == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "run.safetensors", cut)
+    for got, expected in zip(fit(tmp_path / "run.safetensors"), fit(None), strict=True):
+        assert_same_bits(got, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -155,6 +155,8 @@ def _train_options(train: argparse.ArgumentParser) -> None:
     add("--test-size", type=_real(0, 1), default=0.2, metavar="SHARE", help="rows held out for the scores")
     add("--validation-size", type=_real(0, 1), default=0.15, metavar="SHARE",
         help="of the other rows, those that early stopping watches")  # fmt: skip
+    add("--checkpoint", metavar="FILE",
+        help="keep what training has come to in FILE; if it is there, go on from it")  # fmt: skip
     _common_options(train)
     known = [action.dest for action in train._actions if action.option_strings]
     train.set_defaults(known=[name for name in known if name not in {"help", "config"}])

@@ -60,6 +60,10 @@ def train(args: Namespace) -> None:
     """Train on a table, measure on rows held out, write one model file."""
     screen = Screen(None if args.quiet else sys.stdout)
     _check_output(args.output)
+    if args.checkpoint and os.path.realpath(args.checkpoint) == os.path.realpath(args.output):
+        raise ValueError(
+            f"[train] --checkpoint: expected another file than --output, got {args.output!r} for both"
+        )
     if args.threads:
         set_num_threads(args.threads)
     table = read_table(args.data)
@@ -194,6 +198,7 @@ def _fit(args: Namespace, model: TableModel, training: Part, validation: Part) -
         callbacks=[EarlyStopping(patience=args.patience)] if stopping else [],
         l2=args.l2,
         verbose=0 if args.quiet else "auto",
+        checkpoint=args.checkpoint,
     )
     seconds = time.perf_counter() - start
     epochs = len(history["loss"])

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 FORMAT = 1  # of the JSON under ARCHITECTURE; a reader refuses larger numbers
 ARCHITECTURE = "chainrule"
+RUN = "chainrule.run"  # in the checkpoint of a fit; its arrays have names that begin with "run."
 CHECKSUM = "chainrule.sha256"
 MAX_HEADER = 100_000_000  # the safetensors rule
 MAX_DIMENSIONS = 32  # what every supported NumPy can hold
@@ -89,13 +90,14 @@ def save(net: Sequential, path: Path, extra: Mapping[str, str] | None = None) ->
         _check_texts(metadata)
         _write_atomically(path, [onnx_bytes(net, metadata)])
         return
-    if ARCHITECTURE in metadata:
-        raise ValueError(f"[save] extra: expected your own keys, got {ARCHITECTURE!r}, the architecture's")
-    metadata[ARCHITECTURE] = _architecture_text(net)
+    if reserved := metadata.keys() & {ARCHITECTURE, RUN}:
+        raise ValueError(f"[save] extra: expected your own keys, got {min(reserved)!r}, one of chainrule's")
+    metadata[ARCHITECTURE] = architecture_text(net)
     write_safetensors(path, net.state_dict(), metadata)
 
 
-def _architecture_text(net: Sequential) -> str:
+def architecture_text(net: Sequential) -> str:
+    """The JSON under ARCHITECTURE; TypeError for a layer of the user's own that cannot be described."""
     config = net.config()
     try:
         return _dump({"format": FORMAT, "network": config})
@@ -108,6 +110,8 @@ def _architecture_text(net: Sequential) -> str:
 
 def load(path: Path, device: str = "cpu") -> Sequential:
     """Read a network that `save` wrote, to a device; no code in the file is run, whoever made it.
+
+    Of the checkpoint of a `fit`, the network as of the last epoch in it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -136,6 +140,8 @@ def load_with_metadata(path: Path, device: str = "cpu") -> tuple[Sequential, dic
         raise _bad(
             path, "checksum", f"the key {CHECKSUM!r} beside the architecture", "none", "the file was changed"
         )
+    if metadata.pop(RUN, None) is not None:
+        arrays = {name: array for name, array in arrays.items() if not name.startswith("run.")}
     config = _architecture(path, metadata.pop(ARCHITECTURE))
     _check_sizes(path, config, arrays)
     try:

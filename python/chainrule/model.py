@@ -179,6 +179,7 @@ class Sequential:
         clip_example_norm: float | None = None,
         dy: Any = None,
         dy_weight: float = 1.0,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> training.History:
         """Train the network on rows X (n, I) and targets y.
 
@@ -213,6 +214,10 @@ class Sequential:
                 own without vjp_jvp, second derivatives are differences. history["loss"] counts this part,
                 history["val_loss"] is the plain loss. Czarnecki et al., "Sobolev Training", NIPS 2017.
             dy_weight: ≥ 0, how much the slopes count beside the values.
+            checkpoint: a `.safetensors` file to keep what training has come to, written between epochs, every
+                second or in 5 % of the time, and at the end. If it is there already, `fit` goes on from it,
+                to the bits of a fit that nothing interrupted: give it the same data and arguments again, or
+                more epochs. `cr.load` reads the network in it. Callbacks of your own see the new epochs only.
 
         Returns: a History of "loss" (mean over the epoch's batches as they come, or for reduction="sum" their
             sum, penalties with each; of LBFGS and LevenbergMarquardt after each step), "val_loss" and "lr".
@@ -236,7 +241,12 @@ class Sequential:
             schedule=schedule, l1=l1, l2=l2, clip_value=clip_value, clip_norm=clip_norm,
             clip_example_norm=clip_example_norm, dy=dy, dy_weight=dy_weight,
         )  # fmt: skip
-        return wholebatch.RUNS.get(type(plan.optimizer), training.EngineRun)(self, plan).run()
+        run = wholebatch.RUNS.get(type(plan.optimizer), training.EngineRun)(self, plan)
+        if checkpoint is not None:
+            from .checkpoint import Checkpoint
+
+            run.keeper = Checkpoint(checkpoint, self, run)
+        return run.run()
 
     def train_step(
         self, X: Any, y: Any, *, loss: Any, optimizer: Optimizer, sample_weight: Any = None

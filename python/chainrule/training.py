@@ -304,6 +304,8 @@ class EarlyStopping(Description):
     restore_best: bool
     best: float
     best_epoch: int | None
+    waited: int
+    weights: Any  # the network's snapshot of that epoch, while a fit is watched
 
     def __init__(
         self,
@@ -322,6 +324,8 @@ class EarlyStopping(Description):
             restore_best=flag(op, "restore_best", restore_best),
             best=math.inf if mode == "min" else -math.inf,
             best_epoch=None,
+            waited=0,
+            weights=None,
         )
 
     def on_train_begin(self, net: Any) -> None:
@@ -335,20 +339,33 @@ class EarlyStopping(Description):
         self._set(best=math.inf if self.mode == "min" else -math.inf)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> bool:
-        state, value = vars(self), logs[self.monitor]
-        gain = self.best - value if self.mode == "min" else value - self.best
-        if gain > self.min_delta:  # false for NaN
-            weights = self._watched()._core.snapshot() if self.restore_best else None
-            self._set(best=value, best_epoch=epoch, weights=weights, waited=0)
+        self._see(epoch, logs[self.monitor])
+        if self.best_epoch == epoch:
+            self._keep()
             return False
-        self._set(waited=state["waited"] + 1)
-        return bool(state["waited"] >= self.patience)
+        return self.waited >= self.patience
 
     def on_train_end(self, net: Any) -> None:
-        weights = vars(self)["weights"]
-        if weights is not None:
-            net._core.restore(weights)
+        if self.weights is not None:
+            net._core.restore(self.weights)
         self.let_go(net)
+
+    def resume(self, values: Iterable[float]) -> None:
+        """Go on after epochs with these values; the network holds the best weights of them."""
+        for epoch, value in enumerate(values):
+            self._see(epoch, value)
+        if self.best_epoch is not None:
+            self._keep()
+
+    def _see(self, epoch: int, value: float) -> None:
+        gain = self.best - value if self.mode == "min" else value - self.best
+        if gain > self.min_delta:  # false for NaN
+            self._set(best=value, best_epoch=epoch, waited=0)
+        else:
+            self._set(waited=self.waited + 1)
+
+    def _keep(self) -> None:
+        self._set(weights=self._watched()._core.snapshot() if self.restore_best else None)
 
     def let_go(self, net: Any) -> None:
         """A fit of this network is over, whichever way."""
@@ -638,6 +655,7 @@ class Run(ABC):
     remedy = "Lower lr, scale X and y to about unit size, or set clip_norm=1.0"  # against divergence
     converged = False  # whether more epochs would change nothing
     together = 1  # how many fits have their rates at once
+    keeper: Any = None  # the Checkpoint, if there is to be one
 
     def __init__(self, net: Network, plan: Plan) -> None:
         self.net, self.plan = net, plan
@@ -649,6 +667,17 @@ class Run(ABC):
         steps = self.engine.step_count
         self.state = (steps, self.engine.get_state()) if steps else None
         self.history = History(plan.measured)
+        self.plateau: optim.Plateau | None = None
+        if isinstance(plan.schedule, optim.ReduceLROnPlateau):
+            self.plateau = plan.schedule.start(plan.optimizer.lr)
+
+    def go_on(self, history: dict[str, list[float]], stopped_epoch: int | None) -> None:
+        """After epochs that another fit has trained; weights and optimizer are as they left them."""
+        self.history.history.update(history)
+        self.history.stopped_epoch = stopped_epoch
+        if self.plateau is not None:
+            for value in self.history[self.plateau.rule.monitor]:
+                self.plateau.see(value)
 
     @abstractmethod
     def train(self, rates: Array) -> tuple[Array, Array]:
@@ -659,14 +688,21 @@ class Run(ABC):
         progress = _Progress(plan.verbose, plan.epochs)
         try:
             plan.callbacks.begin(self.net)
+            if self.keeper is not None:
+                self.keeper.begin(self)
+            if history.epochs:
+                progress.show(history.epochs, history.logs())
             for rates in self.chunks():
                 self.record(*self.train(rates))
                 logs = history.logs()
                 progress.show(history.epochs, logs)
                 if plan.callbacks.epoch(history.epochs - 1, logs) or self.converged:
                     history.stopped_epoch = history.epochs - 1
-                    break
+                elif self.keeper is not None:
+                    self.keeper.epoch(self)
             self.check_parameters()
+            if self.keeper is not None:
+                self.keeper.write(self)
             plan.callbacks.end(self.net)
         finally:
             plan.callbacks.let_go(self.net)
@@ -675,28 +711,26 @@ class Run(ABC):
 
     def chunks(self) -> Iterator[Array]:
         """Rates for the epochs of the next engine call: many, 0.1 s of them, or one, as they are watched."""
-        plan, history = self.plan, self.history
+        plan, history, plateau = self.plan, self.history, self.plateau
         watched = plan.callbacks.all or plan.validation is not None or plan.verbose == 2
-        plateau = None
-        if isinstance(plan.schedule, optim.ReduceLROnPlateau):
-            plateau = plan.schedule.start(plan.optimizer.lr)
-        count = 1 if watched or plateau or plan.verbose else 1 << 16  # there is an array of that many rates
+        glanced_at = bool(plan.verbose) or self.keeper is not None
+        count = 1 if watched or plateau or glanced_at else 1 << 16  # there is an array of that many rates
         if plan.schedule is not None:  # which may be as many for each epoch as it has steps
             steps = -(-len(plan.data.X) // plan.batch_size)
             count = max(1, min(count, (1 << 22) // (steps * self.together)))
-        while history.epochs < plan.epochs:
+        while history.epochs < plan.epochs and history.stopped_epoch is None:
             start, done = time.perf_counter(), history.epochs
-            yield self._rates(plateau, min(count, plan.epochs - done))
+            yield self._rates(min(count, plan.epochs - done))
             if plateau is not None:
-                plateau.see(history[plan.schedule.monitor][-1])
-            elif plan.verbose and not watched:
+                plateau.see(history[plateau.rule.monitor][-1])
+            elif glanced_at and not watched:
                 seconds = (time.perf_counter() - start) / (history.epochs - done)
                 count = max(1, min(10 * count, int(0.1 / max(seconds, 1e-9))))
 
-    def _rates(self, plateau: optim.Plateau | None, epochs: int) -> Array:
+    def _rates(self, epochs: int) -> Array:
         plan = self.plan
-        if plan.schedule is None or plateau is not None:
-            return np.full(epochs, plateau.lr if plateau else plan.optimizer.lr)
+        if plan.schedule is None or self.plateau is not None:
+            return np.full(epochs, self.plateau.lr if self.plateau else plan.optimizer.lr)
         steps = -(-len(plan.data.X) // plan.batch_size)
         answer = plan.schedule.rates(plan.optimizer.lr, self.history.epochs, epochs, steps)
         op = f"rates of {type(plan.schedule).__name__}"

@@ -256,7 +256,7 @@ class LevenbergMarquardtRun(_WholeBatchRun):
                 f"{unknowns:,}; use LBFGS"
             )
 
-    def _rates(self, plateau: Any, epochs: int) -> Array:
+    def _rates(self, epochs: int) -> Array:
         return np.array([self.engine.value])
 
     def _epoch(self, rate: float) -> tuple[float, float]:
