@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Networks for other runtimes: an ONNX graph of the forward pass, made with the onnx package."""
+"""Networks where there is no chainrule: the forward pass as an ONNX graph, or as a C header."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from string import Template
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,10 @@ from ._core import __version__
 from .checks import short
 from .layers import ELU, LeakyReLU, Linear, SiLU, _BuiltIn
 
+# ------------------------------------------------------------ ONNX
+
 OPSET = 20  # the first that has Gelu
+_WITH_PARAMETER = (LeakyReLU, ELU)
 
 
 def onnx_bytes(net: Any, texts: Mapping[str, str]) -> bytes:
@@ -50,16 +56,152 @@ def onnx_bytes(net: Any, texts: Mapping[str, str]) -> bytes:
 
 def _nodes(layer: Any, index: int, x: str, y: str) -> list[tuple[str, list[str], str, dict[str, Any]]]:
     """What makes y of x: operators, each with inputs, output and attributes."""
-    if not isinstance(layer, _BuiltIn):
-        raise TypeError(
-            f"[save] layers in .onnx files must be built-in ones: expected such, got {short(layer)} as layer "
-            f"{index}, which no other runtime knows"
-        )
+    _require_built_in(layer, index)
     if isinstance(layer, Linear):
         parameters = [f"{index}.{name}" for name in ("weight", "bias")[: 1 + layer.bias]]
         return [("Gemm", [x, *parameters], y, {"transB": 1})]
     if isinstance(layer, SiLU):
         return [("Sigmoid", [x], f"{y}.gate", {}), ("Mul", [x, f"{y}.gate"], y, {})]
-    attributes = {"alpha": layer._param} if isinstance(layer, (LeakyReLU, ELU)) else {}
+    attributes = {"alpha": layer._param} if isinstance(layer, _WITH_PARAMETER) else {}
     operator = "identity" if layer.op == "dropout" else layer.op  # log_softmax is their LogSoftmax
     return [("".join(word.capitalize() for word in operator.split("_")), [x], y, attributes)]
+
+
+def _require_built_in(layer: Any, index: int) -> None:
+    if not isinstance(layer, _BuiltIn):
+        raise TypeError(
+            f"[save] layers must be built-in ones for other runtimes: expected such, got {short(layer)} as "
+            f"layer {index}, which none of them knows"
+        )
+
+
+# ------------------------------------------------------------ C
+
+# y[i] after an elementwise layer; $f is the suffix of float's functions and numbers.
+_ELEMENTS = {
+    "sigmoid": "1.0$f / (1.0$f + exp$f(-y[i]))",
+    "tanh": "tanh$f(y[i])",
+    "relu": "y[i] < 0.0$f ? 0.0$f : y[i]",
+    "leaky_relu": "y[i] > 0.0$f ? y[i] : p * y[i]",
+    "elu": "y[i] > 0.0$f ? y[i] : p * expm1$f(y[i])",
+    "gelu": "${name}_share(0.5$f * erfc$f(-0.70710678118654752440$f * y[i]), y[i])",
+    "silu": "${name}_share(1.0$f / (1.0$f + exp$f(-y[i])), y[i])",
+    "softplus": "(y[i] < 0.0$f ? 0.0$f : y[i]) + log1p$f(exp$f(-fabs$f(y[i])))",
+}
+_SHARE = """
+static inline $real ${name}_share($real share, $real y) { return share == 0.0$f ? 0.0$f : share * y; }
+"""
+_ELEMENTWISE = """
+static inline void ${name}_OP(int n, $real *y) {
+    for (int i = 0; i < n; i++) y[i] = ELEMENT;
+}
+"""
+_BY_ROW = """
+static inline void ${name}_OP(int n, $real *y) {
+    $real largest = y[0], sum = 0.0$f;
+    for (int i = 1; i < n; i++) largest = y[i] > largest ? y[i] : largest;
+    for (int i = 0; i < n; i++) sum += exp$f(y[i] - largest);
+    for (int i = 0; i < n; i++) y[i] = ELEMENT;
+}
+"""
+_ROWS = {"softmax": "exp$f(y[i] - largest) / sum", "log_softmax": "y[i] - largest - log$f(sum)"}
+
+_HEADER = """\
+/* $introduction
+
+       $real x[${NAME}_INPUTS] = {0}, f[${NAME}_OUTPUTS];
+       ${name}_predict(x, f);
+*/
+#ifndef ${NAME}_H
+#define ${NAME}_H
+
+#include <math.h>
+
+#define ${NAME}_INPUTS $inputs
+#define ${NAME}_OUTPUTS $outputs
+$weights
+/* y = x W + b: the rows of w are those of W, then b. */
+static inline void ${name}_linear(int inputs, int outputs, const $real *w, const $real *x, $real *y) {
+    for (int o = 0; o < outputs; o++) y[o] = w[inputs * outputs + o];
+    for (int i = 0; i < inputs; i++)
+        for (int o = 0; o < outputs; o++) y[o] += x[i] * w[i * outputs + o];
+}
+FUNCTIONS
+
+/* The outputs f of one row x. */
+static inline void ${name}_predict(const $real *x, $real *f) {
+    $real a[$widest], b[$widest];
+    for (int i = 0; i < $inputs; i++) a[i] = x[i];
+    $calls
+}
+
+#endif
+"""
+
+
+def c_header(net: Any, texts: Mapping[str, str], name: str) -> bytes:
+    """The network as C99 that needs <math.h> alone: a header with `<name>_predict(x, f)` for one row.
+
+    Numbers are double where the network's are float64, else float; dropout is off.
+
+    Raises: TypeError for layers of the user's own.
+    """
+    for index, layer in enumerate(net.layers):
+        _require_built_in(layer, index)
+    name = re.sub(r"[^0-9A-Za-z_]", "_", name)
+    name = name if name[:1].isalpha() else f"net_{name}"
+    ops = sorted({layer.op for layer in net.layers})
+    functions = [_SHARE] if {"gelu", "silu"} & set(ops) else []
+    for frame, elements in ((_ELEMENTWISE, _ELEMENTS), (_BY_ROW, _ROWS)):
+        functions += [
+            frame.replace("OP", op).replace("ELEMENT", elements[op]) for op in ops if op in elements
+        ]
+    functions = [text.replace("*y) {", "*y, $real p) {") if "p * " in text else text for text in functions]
+    real, f = ("double", "") if net.array_dtype == "float64" else ("float", "f")
+    text = Template(_HEADER.replace("FUNCTIONS\n", "".join(functions))).substitute(
+        name=name, NAME=name.upper(), real=real, f=f, inputs=net.in_features, outputs=net.out_features,
+        introduction=_introduction(net, texts), weights="".join(_c_weights(net, name, real, f)),
+        widest=max(net._widths), calls="\n    ".join(_c_calls(net, name, f)),
+    )  # fmt: skip
+    return text.encode()
+
+
+def _introduction(net: Any, texts: Mapping[str, str]) -> str:
+    lines = [
+        f"{net!r}, by chainrule {__version__}.",
+        *(f"{key}: {text}" for key, text in sorted(texts.items())),
+    ]
+    lines = [part for line in lines for part in wrap(" ".join(line.split()), 110)]
+    return "\n   ".join(lines).replace("*/", "* /")
+
+
+def _c_weights(net: Any, name: str, real: str, f: str) -> Iterator[str]:
+    """Each Linear layer's Wᵀ, a row for each input, and its biases below."""
+    state = net.state_dict()
+    for index, layer in enumerate(net.layers):
+        if isinstance(layer, Linear):
+            weight = state[f"{index}.weight"].T
+            rows = np.vstack([weight, state.get(f"{index}.bias", np.zeros_like(weight[0]))])
+            numbers = [_c_number(value, f) for value in rows.ravel()]
+            lines = (", ".join(numbers[k : k + 6]) for k in range(0, len(numbers), 6))
+            inside = ",\n    ".join(lines)
+            yield f"\nstatic const {real} {name}_{index}[{rows.size}] = {{\n    {inside}\n}};\n"
+
+
+def _c_number(value: Any, f: str) -> str:
+    """The shortest decimal that is exactly this number again."""
+    text = str(value)
+    return {"nan": "NAN", "inf": "INFINITY", "-inf": "-INFINITY"}.get(text, text + f)
+
+
+def _c_calls(net: Any, name: str, f: str) -> Iterator[str]:
+    """The layers, from x in a: a Linear one leads from one of two arrays to the other; the last is f."""
+    here, there, width = "a", "b", net.in_features
+    for index, layer in enumerate(net.layers):
+        if isinstance(layer, Linear):
+            yield f"{name}_linear({width}, {layer.out_features}, {name}_{index}, {here}, {there});"
+            here, there, width = there, here, layer.out_features
+        elif layer.op in _ELEMENTS or layer.op in _ROWS:  # Identity and Dropout are not
+            p = f", {_c_number(layer._param, f)}" if isinstance(layer, _WITH_PARAMETER) else ""
+            yield f"{name}_{layer.op}({width}, {here}{p});"
+    yield f"for (int i = 0; i < {width}; i++) f[i] = {here}[i];"

@@ -57,7 +57,7 @@ _NAMES = {text: name for name, text in _DTYPES.items()}
 
 
 def save(net: Sequential, path: Path, extra: Mapping[str, str] | None = None) -> None:
-    """Write a network, weights and architecture, to one `.safetensors` file, or `.onnx` for other runtimes.
+    """Write a network to one `.safetensors` file; or to `.onnx` for other runtimes, or as C, to a `.h`.
 
     The file appears whole or not at all: it is written beside its final name, forced to disk, then renamed. A
     file that was there before keeps its permissions; a symbolic link is followed.
@@ -65,12 +65,14 @@ def save(net: Sequential, path: Path, extra: Mapping[str, str] | None = None) ->
     Args:
         net: the network.
         path: where to; the suffix says in which format. `load` reads `.safetensors`. Of `.onnx` in float64,
-            onnxruntime lacks GELU, ELU, LeakyReLU and Softplus: it wants float32 networks for those.
+            onnxruntime lacks GELU, ELU, LeakyReLU and Softplus: it wants float32 networks for those. `net.h`
+            has a C99 function net_predict(x, f) for one row, which needs <math.h> alone.
         extra: texts of your own to travel in the metadata.
 
     Raises:
         ValueError: another suffix, or a reserved key in `extra`.
-        TypeError: `extra` holds something that is not text, or a layer of your own that no file can describe.
+        TypeError: `extra` holds something that is not text, or a layer of your own that no file can describe;
+            in `.onnx` and `.h` any layer of your own.
         ImportError: `.onnx` without the onnx package.
         OSError: the disk says no; what was there before is untouched.
 
@@ -84,11 +86,14 @@ def save(net: Sequential, path: Path, extra: Mapping[str, str] | None = None) ->
         ({'note': 'first try'}, True)
     """
     metadata = dict(extra or {})
-    if require_suffix("save", path, SUFFIX, ".onnx") == ".onnx":
-        from .export import onnx_bytes
+    suffix = require_suffix("save", path, SUFFIX, ".onnx", ".h")
+    if suffix != SUFFIX:
+        from .export import c_header, onnx_bytes
 
         _check_texts(metadata)
-        _write_atomically(path, [onnx_bytes(net, metadata)])
+        stem = os.path.splitext(os.path.basename(os.fsdecode(path)))[0]
+        content = onnx_bytes(net, metadata) if suffix == ".onnx" else c_header(net, metadata, stem)
+        _write_atomically(path, [content])
         return
     if reserved := metadata.keys() & {ARCHITECTURE, RUN}:
         raise ValueError(f"[save] extra: expected your own keys, got {min(reserved)!r}, one of chainrule's")

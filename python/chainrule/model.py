@@ -433,12 +433,13 @@ class Sequential:
         """Write weights and architecture to a `.safetensors` file, whole or not at all; `cr.load` reads it.
 
         A name that ends in `.onnx` gives an ONNX model instead, for other runtimes: input "x", output "f".
+        One that ends in `.h` gives a C99 header that needs <math.h> alone: net_predict(x, f) for one row.
 
         Args:
             extra: texts of your own to travel along.
 
         Raises: ValueError for another suffix; TypeError for a layer of your own without config(), or in
-            ONNX; ImportError for ONNX without the onnx package; OSError.
+            ONNX or C; ImportError for ONNX without the onnx package; OSError.
 
         Example:
             >>> import chainrule as cr, tempfile
