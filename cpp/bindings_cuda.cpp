@@ -145,9 +145,11 @@ void bind_cuda(py::module_& m, const std::string& bits) {
              py::arg("layers"), py::arg("precision"), py::arg("device"))
         .def("predict_array", &predict_array<T>, py::arg("X"));
     m.def("run_many", &run_many<T>, py::arg("trainers"), py::arg("first_epoch"), py::arg("lr"));
-    bind_training<E>(m, bits).def_property_readonly("schedule", [](PyTrainer<E>& self) {
-        return schedule_names[static_cast<std::size_t>(self.trainer().schedule())];
-    });
+    bind_training<E>(m, bits)
+        .def_property_readonly(
+            "schedule",
+            [](PyTrainer<E>& self) { return schedule_names[static_cast<std::size_t>(self.trainer().schedule())]; })
+        .def_property_readonly("library_shapes", [](PyTrainer<E>& self) { return self.trainer().library_shapes(); });
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/memory.hpp"
@@ -133,6 +134,7 @@ class Trainer {
                             const std::function<void()>& poll);
     double step(const Dataset<T>& batch, double lr);
     Schedule schedule() const;
+    std::pair<int, int> library_shapes() const;  // of its products: those that cuBLASLt makes, and all given to it
 
     struct Work;
     Work& work() const { return *work_; }

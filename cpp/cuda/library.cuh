@@ -5,8 +5,10 @@
 // pass over its result. Each shape's algorithm is chosen once, among those that sum in a fixed order.
 #pragma once
 
+#include <algorithm>
 #include <map>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cublaslt.hpp"
@@ -136,6 +138,12 @@ class Library {
 
     // Matrices have changed, but for the weights that an update has packed for the step to come.
     void begin_step() { ++step_; }
+
+    // Shapes of products met so far: those that it has an algorithm for, and all.
+    std::pair<int, int> shapes() const {
+        const auto found = [](const auto& plan) { return plan.second.found; };
+        return {static_cast<int>(std::count_if(plans_.begin(), plans_.end(), found)), static_cast<int>(plans_.size())};
+    }
 
     // Whether it could: for some shapes the library may have no algorithm.
     template <bool ADownK, bool BDownK, class Epilogue>

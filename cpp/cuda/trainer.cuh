@@ -394,6 +394,10 @@ template <class T>
 Schedule Trainer<T>::schedule() const {
     return work_->schedule;
 }
+template <class T>
+std::pair<int, int> Trainer<T>::library_shapes() const {
+    return work_->library ? work_->library->shapes() : std::pair<int, int>{};
+}
 
 template <class T>
 std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const double* lr, Index lr_stride,
