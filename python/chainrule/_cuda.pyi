@@ -89,7 +89,7 @@ class _Trainer(_core._Trainer):
     @property
     def schedule(self) -> str: ...  # the one that its size, or force_schedule, has chosen
     @property
-    def library_shapes(self) -> tuple[int, int]: ...  # of products: that cuBLASLt has an algorithm for, and all
+    def library_shapes(self) -> tuple[int, int]: ...  # of products: that cuBLASLt makes, and all
 
 class Trainer32(_Trainer): ...
 class Trainer64(_Trainer): ...
