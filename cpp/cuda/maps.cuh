@@ -224,12 +224,15 @@ struct NotFinite {
 // ---- the loss and the book-keeping of a step --------------------------------------------------------------------------
 
 // What a run keeps on the device; the host reads it once an epoch.
-struct Control {
-    std::int64_t step = 0, first = 0;  // of the epoch; the first row of its batch
-    std::int64_t drawn = 0;            // steps that the optimizer has taken, for dropout's masks
-    double total = 0, weight = 0;      // of the epoch so far
+struct Progress {
+    std::int64_t first = 0;        // row of the next batch
+    double total = 0, weight = 0;  // of the epoch so far
+    double value = 0;              // of the last step
+};
+struct Control : Progress {
+    std::int64_t step = 0;   // of the epoch
+    std::int64_t drawn = 0;  // steps that the optimizer has taken, for dropout's masks
     double batch_weight = 0, penalty = 0, slopes = 0, scale = 1, clip = 1;
-    double value = 0;  // of the last step
 };
 
 template <class T>

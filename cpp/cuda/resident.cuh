@@ -93,12 +93,14 @@ struct Block {
     const Program& p;
     const Job<T>& job;
     T* memory;
-    int rank;                  // in its cluster
-    Source<T> data = {};       // from the first of the block's rows on
-    int batch = 0;             // rows of the step
-    int before = 0, rows = 0;  // those of the blocks before this one, and its own
-    Index left = 0;            // rows of the epoch after this batch
-    std::int64_t own_row = 0;  // where the data have the row of the batch that this thread takes first
+    int rank;                             // in its cluster
+    Source<T> data = {};                  // from the first of the block's rows on
+    int batch = 0;                        // rows of the step
+    int before = 0, rows = 0;             // those of the blocks before this one, and its own
+    Index left = 0;                       // rows of the epoch after this batch
+    std::int64_t own_row = 0;             // where the data have the row of the batch that this thread takes first
+    int taken = 0;                        // steps of this launch
+    const Hyper<T>* of_launch = nullptr;  // if it is one of several: hyper_of_launch()
 
     __device__ int ranks() const { return Shares ? p.ranks : 1; }
     __device__ T* at(int place) const { return memory + place; }
@@ -272,7 +274,7 @@ struct Block {
                    [&](int i) { prefetch(order + i * places); });
     }
 
-    __device__ void forward(const Program::Step& g, std::uint64_t drawn) const {
+    __device__ void forward(const Program::Step& g) const {
         const int x_stride = stride_of(g.inputs), y_stride = stride_of(g.outputs);
         const T* x = at(g.x);
         T* y = at(g.y);
@@ -303,11 +305,12 @@ struct Block {
             case Program::Step::Kind::rowwise:
                 block_each(rows, [&](int i) { row_forward(g.op, g.outputs, x + i * y_stride, y + i * y_stride); });
                 return;
-            case Program::Step::Kind::dropout: drop(g, x, y, drawn);
+            case Program::Step::Kind::dropout: drop(g, x, y);
         }
     }
-    __device__ void drop(const Program::Step& g, const T* from, T* to, std::uint64_t drawn) const {
+    __device__ void drop(const Program::Step& g, const T* from, T* to) const {
         const DropoutScale<T> scale(g.param);
+        const std::uint64_t drawn = static_cast<std::uint64_t>(job.control->drawn + taken);
         const std::uint64_t key = dropout_key(job.seed, g.number);
         const int stride = stride_of(g.outputs);
         block_over(rows, g.outputs, [&](int i, int j) {
@@ -322,7 +325,7 @@ struct Block {
         return block_sum(mine, sums());
     }
     // The sum of weighted losses of this thread's rows, and ∂L/∂f.
-    __device__ double loss(double scale) const {
+    __device__ double loss(T scale) const {
         const int stride = stride_of(p.outputs);
         double mine = 0;
         block_each(rows, [&](int i) {
@@ -330,14 +333,14 @@ struct Block {
             const Targets<T> y = {data.labels ? data.labels + row : nullptr,
                                   data.labels ? nullptr : data.y + row * data.target_cols, data.target_cols};
             const T* weight = data.weight ? data.weight + row : nullptr;
-            const T value = row_loss(job.loss, p.outputs, at(p.f) + i * stride, y, weight, static_cast<T>(scale),
-                                     at(p.df) + i * stride, job.loss_param);
+            const T value = row_loss(job.loss, p.outputs, at(p.f) + i * stride, y, weight, scale, at(p.df) + i * stride,
+                                     job.loss_param);
             mine += static_cast<double>(value) * (weight ? static_cast<double>(*weight) : 1.0);
         });
         return mine;
     }
 
-    __device__ void backward(const Program::Step& g, std::uint64_t drawn) const {
+    __device__ void backward(const Program::Step& g) const {
         if (!g.pulls) return;
         const int x_stride = stride_of(g.inputs), y_stride = stride_of(g.outputs);
         const T* dy = at(g.dy);
@@ -363,7 +366,7 @@ struct Block {
                     row_vjp(g.op, g.outputs, dy + i * y_stride, at(g.saved) + i * y_stride, dx + i * y_stride);
                 });
                 return;
-            case Program::Step::Kind::dropout: drop(g, dy, dx, drawn);
+            case Program::Step::Kind::dropout: drop(g, dy, dx);
         }
     }
     __device__ void differentiate(Op op, double param, const Program::Step& g, const T* dy, T* dx) const {
@@ -388,9 +391,11 @@ struct Block {
                           [&](int o, auto& sum) { take(g.weights + g.inputs * stride + o, sum, 1, false); });
     }
 
-    __device__ Rule<T> rule(const Hyper<T>* hyper) const {
-        Rule<T> rule = {job.rule, memory, {},     Shares ? rates() : in_global(hyper),
-                        nullptr,  job.l1, job.l2, job.clip_value};
+    // Of the step. Alone it is looked up when it is wanted, for registers are scarce; a cluster would wait for it.
+    __device__ const Hyper<T>* hyper() const { return (Shares ? of_launch : hyper_of_launch()) + taken; }
+    __device__ const Hyper<T>* hyper_of_launch() const { return in_global(job.hyper) + job.control->step; }
+    __device__ Rule<T> rule() const {
+        Rule<T> rule = {job.rule, memory, {}, Shares ? rates() : hyper(), nullptr, job.l1, job.l2, job.clip_value};
         const int first = own_parameters().begin;
         for (int slot = 0; slot < kSlots; ++slot)
             rule.slots[slot] = p.slots[slot] >= 0 ? at(p.slots[slot]) - first : nullptr;
@@ -495,25 +500,24 @@ struct Block {
 // One step, from one depart to the next: while the others still update, a block gathers its rows. All threads count alike; of the
 // losses, each has its own part.
 template <class T, bool Shares>
-static __device__ __forceinline__ void resident_step(Block<T, Shares>& block, Control& control, const Hyper<T>* hyper) {
+static __device__ __forceinline__ void resident_step(Block<T, Shares>& block, Progress& progress) {
     using Kind = Program::Step::Kind;
     const Program& p = block.p;
-    block.begin_batch(control.first);
+    block.begin_batch(progress.first);
     block.gather();
     if constexpr (!Shares) block.prefetch_next();
     const double weight = block.weight_of_batch();
-    const double scale = static_cast<double>(static_cast<T>(!block.job.mean ? 1.0 : (weight > 0 ? 1 / weight : 0.0)));
-    const std::uint64_t drawn = static_cast<std::uint64_t>(control.drawn);
+    const T scale = static_cast<T>(!block.job.mean ? 1.0 : (weight > 0 ? 1 / weight : 0.0));
     block.rejoin();
     if constexpr (Shares) {
-        block_copy(block.rates(), hyper);
+        block_copy(block.rates(), block.hyper());
         block.prefetch_targets();
     }
     for (int s = 0; s < p.count; ++s) {
-        block.forward(p.steps[s], drawn);
+        block.forward(p.steps[s]);
         __syncthreads();
     }
-    const double value = block.loss(scale) * scale;
+    const double value = block.loss(scale) * static_cast<double>(scale);
     __syncthreads();
     for (int s = p.count; s-- > 0;) {
         const Program::Step& g = p.steps[s];
@@ -521,18 +525,17 @@ static __device__ __forceinline__ void resident_step(Block<T, Shares>& block, Co
             block.differentiate(g.fused, g.fused_param, g, block.at(g.dy), block.at(g.dy));
             __syncthreads();
         }
-        block.backward(g, drawn);
+        block.backward(g);
         __syncthreads();
     }
-    const double penalty = block.update(block.rule(hyper));
+    const double penalty = block.update(block.rule());
     block.depart();
     const double share = block.job.mean ? weight : 1.0;
-    control.value = value + penalty;
-    control.total += control.value * share;
-    control.weight += share;
-    ++control.step;
-    ++control.drawn;
-    control.first += block.batch;
+    progress.value = value + penalty;
+    progress.total += progress.value * share;
+    progress.weight += share;
+    progress.first += block.batch;
+    ++block.taken;
 }
 
 // `steps` steps of each job's network, or as many as its epoch still has, by the blocks of a cluster.
@@ -554,16 +557,20 @@ __global__ void __launch_bounds__(kResidentThreads, sizeof(T) == 4 && !Shares ? 
     const Job<T>& job = *job_here;
     Block<T, Shares> block = {program, job, memory, Shares ? number - network * program.ranks : 0};
     const bool counts = threadIdx.x == 0 && block.rank == 0;
-    Control control = *job.control;
-    if (!counts) control.value = control.total = 0;
+    Progress progress = *job.control;  // the rest of it would be in registers, too, all the way to the end
+    if (!counts) progress.value = progress.total = 0;
     block.each_parameter(block.all_parameters(), [](T& there, T& here) { here = there; });
     block.depart();
-    for (int n = 0; n < steps && control.first < job.rows; ++n) resident_step(block, control, job.hyper + control.step);
+    if (Shares) block.of_launch = block.hyper_of_launch();
+    while (block.taken < steps && progress.first < job.rows) resident_step(block, progress);
     block.rejoin();
     block.each_parameter(block.own_parameters(), [](T& there, T& here) { there = here; });
-    control.value = block.sum_of_all(control.value);
-    control.total = block.sum_of_all(control.total);
-    if (counts) *job.control = control;
+    progress.value = block.sum_of_all(progress.value);
+    progress.total = block.sum_of_all(progress.total);
+    if (!counts) return;
+    static_cast<Progress&>(*job.control) = progress;
+    job.control->step += block.taken;
+    job.control->drawn += block.taken;
 }
 
 }  // namespace cuda
