@@ -78,6 +78,61 @@ def test_what_overflows_and_what_is_no_number(tmp_path):
         np.testing.assert_allclose(got, expected, rtol=2e-6, err_msg=repr(layer))
 
 
+def test_weights_are_short(tmp_path):
+    net = cr.Sequential(cr.Linear(1, 1))
+    net.load_state_dict({"0.weight": [[0.1]], "0.bias": [-2.5e-9]})
+    net.save(tmp_path / "net.h")
+    assert "    0.1f, -2.5e-09f\n" in (tmp_path / "net.h").read_text()
+
+
+@pytest.mark.parametrize("value", [-np.inf, np.inf, np.nan])
+def test_weights_that_are_no_numbers(value, tmp_path):
+    net = cr.Sequential(cr.Linear(1, 1))
+    net.load_state_dict({"0.weight": [[value]], "0.bias": [0.0]})
+    net.save(tmp_path / "net.h")
+    got = outputs(compiled(tmp_path, "net", "float"), net, np.ones((1, 1), np.float32))
+    np.testing.assert_array_equal(got, [[value]])
+
+
+@pytest.mark.parametrize(
+    ("layer", "values"),
+    [
+        (cr.ELU(), -(10.0 ** -np.arange(1, 7))),
+        (cr.Softplus(), -np.arange(5.0, 40, 5)),
+        (cr.LeakyReLU(0.0), np.array([-np.inf, -1, 0, 2])),
+        (cr.LeakyReLU(1e300), np.array([-1.0, 2])),
+        (cr.ELU(1e39), np.array([1.0, 2])),
+    ],
+    ids=repr,
+)
+def test_small_numbers_keep_their_digits(layer, values, tmp_path):
+    """expm1 and log1p; and parameters that are too large for a float, or 0."""
+    net = cr.Sequential(cr.Linear(1, 1), layer)
+    net.load_state_dict({"0.weight": [[1.0]], "0.bias": [0.0]})
+    net.save(tmp_path / "net.h")
+    X = values[:, None].astype(np.float32)
+    got, expected = outputs(compiled(tmp_path, "net", "float"), net, X), net._core.predict(X)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert (np.signbit(got) == np.signbit(expected)).all()
+
+
+def test_two_files_of_one_program(tmp_path):
+    """Networks whose names differ in capitals only, and one of them in two files."""
+    for name in ("net", "Net"):
+        cr.mlp([2, 1], seed=len(name)).save(tmp_path / f"{name}.h")
+    (tmp_path / "other.c").write_text(
+        '#include "net.h"\nvoid other(float *f);\nvoid other(float *f) { net_predict(f, f); }\n'
+    )
+    (tmp_path / "main.c").write_text(
+        '#include "net.h"\n#include "Net.h"\n#include "net.h"\nvoid other(float *f);\n'
+        "int main(void) { float a[2] = {1, 2}, b[2] = {1, 2}, c[2] = {1, 2};\n"
+        "    net_predict(a, a); Net_predict(b, b); other(c);\n    return a[0] != c[0]; }\n"
+    )
+    command = [CC, "-std=c99", *STRICT, "main.c", "other.c", "-o", "main", "-lm"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+    subprocess.run([tmp_path / "main"], check=True, timeout=60)
+
+
 def test_weights_come_back_bit_for_bit(tmp_path, rng):
     """Through decimal digits: a Linear layer without sums, on rows that pick one weight each."""
     for dtype, real in (("float32", "float"), ("float64", "double")):
@@ -99,12 +154,16 @@ def test_weights_come_back_bit_for_bit(tmp_path, rng):
             np.testing.assert_array_equal(one, net.state_dict()["0.weight"][:, k])
 
 
-@pytest.mark.parametrize("sizes", [[1, 1], [1, 40, 1], [33, 5, 17, 64, 3], [8, 64, 64, 1]], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [[1, 1], [1, 40, 1], [33, 5, 17, 64, 3], [8, 64, 64, 1], [900, 5, 3]], ids=str
+)
 def test_widths(sizes, tmp_path, rng):
+    """The widest of them before, between and after the layers; nothing is written beyond it."""
     net = cr.mlp(sizes, activation="tanh", output_activation="softmax", dropout=0.5, seed=2)
     net.save(tmp_path / "wide.h")
     X = rng.standard_normal((9, sizes[0])).astype(np.float32)
-    got = outputs(compiled(tmp_path, "wide", "float", "-std=c99", "-O2"), net, X)
+    options = ("-std=c99", "-O2", "-fsanitize=address,undefined", "-fno-sanitize-recover")
+    got = outputs(compiled(tmp_path, "wide", "float", *options), net, X)
     np.testing.assert_allclose(got, net(X), rtol=1e-5, atol=1e-6)
 
 
@@ -135,10 +194,16 @@ def test_names_are_made_of_the_file_s(file, name, tmp_path):
 
 def test_texts_of_ones_own_end_no_comment(tmp_path):
     net = cr.mlp([2, 1], seed=0)
-    net.save(tmp_path / "net.h", {"unit": "m */ s\n#error", "note": "$NAME ${name} /* " + "long " * 60})
+    texts = {
+        "unit": "m */ s\n#error",
+        "note": "$NAME ${name} /*/ ??/ \u202e \ud800 " + "long " * 60,
+        "a": "b",
+    }
+    net.save(tmp_path / "net.h", texts)
     text = (tmp_path / "net.h").read_text()
-    assert "unit: m * / s #error" in text and "note: $NAME ${name}" in text
-    compiled(tmp_path, "net", "float", "-std=c99", "-Wno-comment")
+    assert "unit: m * / s #error" in text and "note: $NAME ${name} / * / ? ? / ? ? long" in text
+    assert text.index("a: b") < text.index("note:") < text.index("unit:")
+    compiled(tmp_path, "net", "float", "-std=c99")
     assert max(map(len, text.splitlines())) <= 120
     net.save(tmp_path / "again.h")
     assert "unit" not in (tmp_path / "again.h").read_text()

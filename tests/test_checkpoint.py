@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Checkpoints: a fit that is cut off and goes on has the bits of one that nobody touched, in each kind."""
 
+import io as text
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 import chainrule as cr
-from chainrule import checkpoint, io
+from chainrule import checkpoint, io, training
 from conftest import assert_same_bits
 from test_own_parts import OwnTanh
 
@@ -109,6 +111,24 @@ KINDS = {
         make(),
         False,
         {"optimizer": cr.Adam(lr=0.2), "validation_split": 0.3, "callbacks": [cr.EarlyStopping(patience=4)]},
+    ),
+    "plateau of another loss": lambda: (
+        make(),
+        False,
+        {
+            "optimizer": cr.Adam(lr=0.9),
+            "schedule": cr.ReduceLROnPlateau("val_loss", 0.5, patience=0),
+            "validation_split": 0.3,
+        },
+    ),
+    "two that restore": lambda: (
+        make(),
+        False,
+        {
+            "optimizer": cr.Adam(lr=0.2),
+            "validation_split": 0.3,
+            "callbacks": [cr.EarlyStopping("loss", mode="max", patience=50), cr.EarlyStopping(patience=50)],
+        },
     ),
     "two that stop": lambda: (
         make(),
@@ -229,6 +249,15 @@ def test_the_network_in_it(tmp_path):
     assert_same_bits(loaded.predict(problem()[0]), net.predict(problem()[0]))
 
 
+def test_a_fit_that_goes_on_writes_too(tmp_path):
+    """After each epoch, not only at the end."""
+    path = tmp_path / "run.safetensors"
+    for epoch in (2, 5):
+        with pytest.raises(Cut):
+            fit("adam", path, cut=epoch)
+        assert len(io.read_safetensors(path)[0]["run.history.loss"]) == epoch
+
+
 def test_progress_begins_where_it_goes_on(tmp_path, capsys):
     path = tmp_path / "run.safetensors"
     fit("adam", path, epochs=4)
@@ -237,6 +266,23 @@ def test_progress_begins_where_it_goes_on(tmp_path, capsys):
         X, y, loss="mse", optimizer=cr.Adam(lr=0.01), batch_size=8, epochs=6, verbose=2, checkpoint=path
     )
     assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["4/6", "5/6", "6/6"]
+
+
+def test_the_bar_knows_what_took_no_time(tmp_path, monkeypatch):
+    """Epochs of another process are none of this one's rate."""
+    tqdm, bars = pytest.importorskip("tqdm"), []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *arguments, **more):
+            super().__init__(*arguments, **{**more, "file": text.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr(training, "_is_terminal", lambda: True)
+    path, (X, y) = tmp_path / "run.safetensors", problem()
+    for epochs in (4, 6):
+        make().fit(X, y, loss="mse", epochs=epochs, verbose=1, checkpoint=path)
+    assert [(bar.initial, bar.n) for bar in bars] == [(0, 4), (4, 6)]
 
 
 def test_divergence_gives_back_what_the_caller_had(tmp_path):
@@ -320,12 +366,14 @@ def test_killed_at_any_moment(rng, tmp_path):
 
 CHANGES = {
     "loss": {"loss": "mae"},
-    "optimizer": {"optimizer": cr.Adam(lr=0.02)},
+    "optimizer": {"optimizer": cr.Adam(lr=0.01, betas=(0.8, 0.9))},
+    "optimizer .*RMSprop": {"optimizer": cr.RMSprop(lr=0.01)},
+    "lr 0.02": {"optimizer": cr.Adam(lr=0.02)},
     "schedule": {"schedule": cr.StepLR(3)},
     "batch_size": {"batch_size": 9},
     "shuffle": {"shuffle": False},
     "seed": {"seed": 1},
-    "clip_norm": {"l2": 0.5},
+    "l2": {"l2": 0.5},
     "EarlyStopping": {"callbacks": [cr.EarlyStopping("loss")]},
     "data": {"sample_weight": np.arange(41.0)},
     "validation": {"validation_data": problem()},
@@ -372,17 +420,110 @@ def test_what_the_same_numbers_are_for(tmp_path):
         cr.mlp([1, 1]).fit(column[:, None], column, loss="mse", dy=column[:, None], checkpoint=path)
 
 
-def test_own_functions_are_known_by_name(tmp_path):
-    """Their addresses differ from process to process."""
+def times(factor, power=2):
+    def loss(f, y, exponent=power):
+        d = f - y
+        return (factor * d**2).mean(), 2 * factor * d / d.size
+
+    return loss
+
+
+class Times:
+    def __init__(self, factor):
+        self.factor = np.full(2, factor)
+
+    def __call__(self, f, y):
+        return times(self.factor[0])(f, y)
+
+
+class Rates(cr.Schedule):
+    def __init__(self, k):
+        self.k = k
+
+    def rates(self, lr, epoch, epochs, steps):
+        return lr / (1 + self.k * np.arange(epoch, epoch + epochs))
+
+
+OWN = {
+    "another name": ({"loss": times(1)}, {"loss": log_cosh}),
+    "what it takes along": ({"loss": times(1)}, {"loss": times(2)}),
+    "a default": ({"loss": times(1)}, {"loss": times(1, power=3)}),
+    "an object's attribute": ({"loss": Times(1)}, {"loss": Times(2)}),
+    "a lambda's text": ({"loss": lambda f, y: times(1)(f, y)}, {"loss": lambda f, y: times(2)(f, y)}),
+    "a loss's argument": ({"loss": cr.losses.Huber(1.0)}, {"loss": cr.losses.Huber(2.0)}),
+    "a schedule's attribute": ({"schedule": Rates(1)}, {"schedule": Rates(2)}),
+    "a schedule in another": (
+        {"schedule": cr.WarmupLR(1, after=Rates(1))},
+        {"schedule": cr.WarmupLR(1, after=Rates(2))},
+    ),
+    "a penalty": (
+        {"dy": np.zeros((41, 3, 5)), "dy_weight": 1.0},
+        {"dy": np.zeros((41, 3, 5)), "dy_weight": 2.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OWN)
+def test_parts_of_ones_own_are_more_than_their_names(what, tmp_path):
     path = tmp_path / "run.safetensors"
-    fit("own parts", path)
-    assert "0x" not in io.read_safetensors(path)[1][io.RUN]
+    first, other = OWN[what]
+    fit("by name", path, epochs=2, **first)
+    fit("by name", path, epochs=3, **first)
+    with pytest.raises(ValueError, match=r"must be of this fit: expected (loss|schedule|dy_weight) "):
+        fit("by name", path, **other)
 
-    def another(f, y):
-        return log_cosh(f, y)
 
-    with pytest.raises(ValueError, match=r"expected loss .*another"):
-        fit("own parts", path, loss=another)
+def test_parts_of_ones_own_are_the_same_in_every_process(tmp_path):
+    """No addresses, no order of sets."""
+    program = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from chainrule.checkpoint import described
+from test_checkpoint import OWN
+print([described(value) for one, two in OWN.values() for value in (*one.values(), *two.values())])
+"""
+    command = [sys.executable, "-c", program, os.path.dirname(__file__)]
+    texts = {subprocess.check_output(command, text=True, timeout=120) for _ in range(2)}
+    assert len(texts) == 1
+    assert "0x" not in texts.pop()
+
+
+def test_a_rate_that_a_callback_has_changed_is_no_other_fit(tmp_path):
+    """In a notebook: the same objects again, for more epochs or after Ctrl-C."""
+    path, (X, y) = tmp_path / "run.safetensors", problem()
+    expected = fit("a callback that sets lr", None)
+    net, _, arguments = KINDS["a callback that sets lr"]()
+    for epochs in (5, EPOCHS):
+        net.fit(X, y, loss="mse", batch_size=8, epochs=epochs, checkpoint=path, **arguments)
+    assert_same_bits(net.predict(X), expected[0].predict(X))
+    assert arguments["optimizer"].lr == expected[2].lr
+
+
+def test_a_rate_that_a_callback_changes_beside_a_schedule(tmp_path):
+    """The schedule begins with the rate that the fit began with."""
+
+    def run(path, net, optimizer, epochs):
+        options = {
+            "schedule": cr.ReduceLROnPlateau("loss", 0.5, patience=0),
+            "callbacks": [SlowerByHand(optimizer)],
+        }
+        X, y = problem()
+        return net.fit(
+            X, y, loss="mse", optimizer=optimizer, batch_size=8, epochs=epochs, checkpoint=path, **options
+        )
+
+    path, net, optimizer = tmp_path / "run.safetensors", make(), cr.Adam(lr=0.9)
+    run(path, net, optimizer, 5)
+    got, expected = run(path, net, optimizer, EPOCHS), run(None, make(), cr.Adam(lr=0.9), EPOCHS)
+    assert got.history == expected.history
+
+
+def test_where_long_texts_differ_is_shown(tmp_path):
+    path, (X, y) = tmp_path / "run.safetensors", problem()
+    sizes = [5, 7, 7, 7, 7, 3]
+    cr.mlp(sizes, seed=0).fit(X, y, loss="mse", checkpoint=path)
+    with pytest.raises(ValueError, match=r'expected network ….*"seed":1\}.*got ….*"seed":0\}'):
+        cr.mlp(sizes, seed=1).fit(X, y, loss="mse", checkpoint=path)
 
 
 def test_a_file_of_something_else(tmp_path):
@@ -392,8 +533,8 @@ def test_a_file_of_something_else(tmp_path):
         fit("adam", path)
     with pytest.raises(ValueError, match=r"\[fit\] file name .*run.ckpt'?: expected the suffix .safetensors"):
         fit("adam", tmp_path / "run.ckpt")
-    with pytest.raises(ValueError, match=r"a regular file"):
-        (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"^\[fit\] checkpoint: expected the name of a file"):
         fit("adam", tmp_path / "folder.safetensors")
 
 
@@ -404,7 +545,7 @@ def test_a_damaged_file(where, tmp_path):
     content = bytearray(path.read_bytes())
     content[int(where * len(content))] ^= 4
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"^\[load\] "):
+    with pytest.raises(ValueError, match=r"^\[load\] .*; give fit another checkpoint, or delete the file"):
         fit("adam", path)
 
 
@@ -428,6 +569,11 @@ def changed(path, arrays=None, **fields):
         {"lr": -1.0},
         {"step": -1},
         {"stopped": 1.5},
+        {"stopped": 2},
+        {"stopped": True},
+        {"step": True},
+        {"step": 2**63},
+        {"lr": None},
         {"arrays": {"run.history.loss": None}},
         {"arrays": {"run.history.loss": np.zeros(3)}},
         {"arrays": {"run.history.lr": np.zeros((4, 1))}},
@@ -455,12 +601,102 @@ def test_a_file_made_by_hand(wrong, tmp_path):
     assert optimizer.lr == 0.01 and optimizer.state_dict(net)["step"] == 0
 
 
-def test_best_weights_are_all_there_or_none(tmp_path):
+def test_best_weights_are_there_where_there_must_be_some(tmp_path):
     path = tmp_path / "run.safetensors"
-    fit("early stopping", path, epochs=3)
-    changed(path, {"run.best.0.2.bias": None})
-    with pytest.raises(ValueError, match=r"expected array run.best.0.2.bias"):
-        fit("early stopping", path)
+    net, _, _ = fit("early stopping", path, epochs=3)
+    for missing in ({"2.bias"}, set(net.state_dict())):
+        changed(path, {f"run.best.0.{name}": None for name in missing})
+        with pytest.raises(ValueError, match=r"expected array run.best.0"):
+            fit("early stopping", path)
+
+
+def test_nothing_is_best_where_nothing_was_a_number(tmp_path):
+    """A validation loss that never is one: no weights are kept, before and after."""
+    path, X = tmp_path / "run.safetensors", problem()[0]
+    infinite = (np.zeros((2, 5)), np.full((2, 3), 1e30))
+    for epochs in (2, 4):
+        got = fit("adam", path, epochs=epochs, validation_data=infinite, callbacks=[cr.EarlyStopping()])
+    assert not np.isfinite(got[1]["val_loss"]).any()
+    expected = fit("adam", None, epochs=4, validation_data=infinite, callbacks=[cr.EarlyStopping()])
+    assert_same_bits(got[0].predict(X), expected[0].predict(X))
+
+
+def test_an_early_stopping_is_listed_once(tmp_path):
+    stop = cr.EarlyStopping("loss")
+    with pytest.raises(ValueError, match=r"expected each EarlyStopping once, got .* twice; make two"):
+        make().fit(*problem(), loss="mse", callbacks=[stop, stop])
+
+
+@pytest.mark.parametrize("path", [True, 3, ["a.safetensors"]])
+def test_what_is_no_path(path):
+    with pytest.raises(TypeError, match=r"^\[fit\] checkpoint must be a path: expected"):
+        make().fit(*problem(), loss="mse", checkpoint=path)
+
+
+# ------------------------------------------------------------ files
+
+
+def test_a_callback_that_changes_the_folder(tmp_path, monkeypatch):
+    """The file stays where it was when the fit began."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    fit("adam", "run.safetensors", callbacks=[lambda epoch, logs: os.chdir(tmp_path / "sub")])
+    assert not list((tmp_path / "sub").iterdir())
+    assert len(io.read_safetensors(tmp_path / "run.safetensors")[0]["run.history.loss"]) == EPOCHS
+
+
+def test_leftovers_of_killed_processes_go(tmp_path):
+    path, others = (
+        tmp_path / "run.safetensors",
+        [".run.safetensors.x.tmp", ".run.safetensors.0123456789abcdef"],
+    )
+    (tmp_path / ".run.safetensors.0123456789abcdef.tmp").touch()
+    for name in others:
+        (tmp_path / name).touch()
+    fit("adam", path)
+    assert sorted(os.listdir(tmp_path)) == sorted(["run.safetensors", *others])
+
+
+def test_names_that_are_long_in_bytes(tmp_path):
+    fit("adam", tmp_path / ("𝔸" * 58 + ".safetensors"))
+    assert len(os.listdir(tmp_path)) == 1
+
+
+def test_a_link_to_nothing_yet(tmp_path):
+    (tmp_path / "run.safetensors").symlink_to("far.safetensors")
+    with pytest.raises(Cut):
+        fit("adam", tmp_path / "run.safetensors", cut=3)
+    assert (tmp_path / "run.safetensors").is_symlink() and (tmp_path / "far.safetensors").is_file()
+    assert_same_fit(fit("adam", tmp_path / "run.safetensors"), fit("adam", None))
+
+
+def test_a_layer_that_has_learnt_something_beside_its_parameters(tmp_path):
+    """What config() says at that moment is in the file, as `save` would write it."""
+    path, layer = tmp_path / "run.safetensors", Counting()
+    net = cr.Sequential(cr.Linear(5, 3), layer)
+    net.fit(*problem(), loss="mse", epochs=3, checkpoint=path)
+    net.save(tmp_path / "net.safetensors")
+    assert (
+        cr.load(path).layers[1].calls
+        == cr.load(tmp_path / "net.safetensors").layers[1].calls
+        == layer.calls
+        > 0
+    )
+
+
+class Counting(cr.Layer):
+    def __init__(self, calls=0):
+        self.calls = calls
+
+    def forward(self, x):
+        self.calls += 1
+        return x
+
+    def vjp(self, x, y, dy):
+        return dy
+
+    def config(self):
+        return {"calls": self.calls}
 
 
 # ------------------------------------------------------------ what the disk refuses
@@ -470,8 +706,17 @@ def test_a_folder_that_is_not_there(tmp_path):
     """Before the first epoch, with nothing changed."""
     net, (X, y) = make(), problem()
     before = net.state_dict()
-    with pytest.raises(FileNotFoundError):
-        net.fit(X, y, loss="mse", checkpoint=tmp_path / "none" / "run.safetensors")
+    begun = []
+
+    class Begins:
+        def on_train_begin(self, net):
+            begun.append(net)
+
+    with pytest.raises(
+        FileNotFoundError, match=r"\[fit\] checkpoint: expected a folder .*none'; make it first"
+    ):
+        net.fit(X, y, loss="mse", checkpoint=tmp_path / "none" / "run.safetensors", callbacks=[Begins()])
+    assert not begun
     for name, array in net.state_dict().items():
         assert_same_bits(array, before[name])
 
@@ -489,31 +734,66 @@ def test_a_full_disk(error, tmp_path, monkeypatch):
     monkeypatch.setattr(io, "write_safetensors", failing)
     with (
         pytest.warns(
-            RuntimeWarning, match=r"\[fit\] checkpoint .* after epoch [456]: .*training goes on"
+            RuntimeWarning, match=r"\[fit\] checkpoint .* after epoch 4: .*training goes on"
         ) as record,
         pytest.raises(Cut),
     ):
         fit("adam", path, cut=6)
-    assert len(record) == 3
-    assert record[0].filename == __file__
+    assert len(record) == 1  # not three lines for one disk
+    assert_warned_in_fit(record[0])
     assert len(io.read_safetensors(path)[0]["run.history.loss"]) == 3
     assert_same_fit(fit("adam", path), fit("adam", None))
 
 
+def assert_warned_in_fit(warning):
+    """Where the user calls it, in `fit` above."""
+    first = fit.__code__.co_firstlineno
+    assert warning.filename == __file__ and first < warning.lineno < first + 20
+
+
+def test_each_time_that_a_disk_fills_up(tmp_path, monkeypatch):
+    """And at the very end."""
+    write, count = io.write_safetensors, iter(range(100))
+
+    def failing(*arguments):
+        if next(count) in (2, 3, 5, EPOCHS, EPOCHS + 1):
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(io, "write_safetensors", failing)
+    with pytest.warns(RuntimeWarning, match="training goes on") as record:
+        got = fit("adam", tmp_path / "run.safetensors", callbacks=[lambda epoch, logs: None])
+    assert [re.search(r"after epoch (\d+)", str(one.message))[1] for one in record] == ["2", "5", "9"]
+    for one in record:
+        assert_warned_in_fit(one)
+    assert_same_fit(got, fit("adam", None))
+
+
+def test_weights_that_have_diverged_after_the_last_loss_are_not_kept(tmp_path):
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(FloatingPointError):
+        fit("sgd", path, epochs=1, optimizer=cr.SGD(lr=1e300), batch_size=41)
+    assert all(np.isfinite(array).all() for array in io.read_safetensors(path)[0].values())
+
+
 def test_an_error_while_best_weights_are_read(tmp_path, monkeypatch):
     """They are in the network for a moment; the ones of training come back."""
-    expected = fit("early stopping", None)
-    path, count, read = tmp_path / "run.safetensors", iter(range(10_000)), cr.Sequential.state_dict
+    expected = fit("two that stop", None)
+    read, best = cr.Sequential.state_dict, checkpoint.Checkpoint._best
 
     def failing(net):
-        if next(count) % 3 == 2:
-            raise MemoryError
-        return read(net)
+        raise MemoryError
 
+    def without_memory(self):
+        cr.Sequential.state_dict = failing
+        try:
+            return best(self)
+        finally:
+            cr.Sequential.state_dict = read
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "_best", without_memory)
     with pytest.warns(RuntimeWarning, match="training goes on"):
-        monkeypatch.setattr(cr.Sequential, "state_dict", failing)
-        got = fit("early stopping", path)
-    monkeypatch.undo()
+        got = fit("two that stop", tmp_path / "run.safetensors")
     assert_same_fit(got, expected)
 
 

@@ -32,11 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone: nobody is left to be told
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go()
         return 1
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except OSError as error:
+        _let_go()
         named = error.filename and error.strerror
         return _fail(f"{error.filename}: {error.strerror}" if named else str(error))
     except (ValueError, ImportError, FloatingPointError, MemoryError) as error:
@@ -56,6 +57,15 @@ def _read(arguments: list[str]) -> argparse.Namespace:
     if args.target is None:
         parser.error("the following option is required: --target COLUMN")
     return args
+
+
+def _let_go() -> None:
+    """What stdout does not take goes nowhere; Python would try again at its end, and exit with 120."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int = 1) -> int:

@@ -15,12 +15,14 @@ import os
 import re
 import time
 import warnings
+from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import devices, io
-from .training import Data, EarlyStopping, Plan, Run
+from .checks import Description, short
+from .training import PENALTIES, Data, EarlyStopping, Plan, Run
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,7 +32,13 @@ if TYPE_CHECKING:
     Arrays = dict[str, NDArray[Any]]
 
 FORMAT = 1  # of the JSON, whose fields are these
-FIELDS = {"format": int, "terms": dict, "step": int, "lr": float | None, "stopped": int | None}
+FIELDS = {
+    "format": (int,),
+    "terms": (dict,),
+    "step": (int,),
+    "lr": (float, type(None)),
+    "stopped": (int, type(None)),
+}
 PAUSE = 1.0  # seconds from one file to the next, at least
 SHARE = 0.05  # of the time may go into writing them
 
@@ -38,99 +46,122 @@ SHARE = 0.05  # of the time may go into writing them
 class Checkpoint:
     """The file of one fit: read at its beginning if there is one, written between its epochs.
 
-    Raises, before anything is changed: ValueError for a file that is damaged, or of another fit; TypeError
-        for a layer of your own without config(); OSError.
+    Raises, before anything is changed: TypeError for what is no path, and for a layer of your own without
+        config(); ValueError for a file that is damaged, or of another fit; OSError.
     """
 
     def __init__(self, path: Any, net: Sequential, run: Run) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"[fit] checkpoint must be a path: expected text or a Path, got {short(path)}")
         io.require_suffix("fit", path)
-        self.path, self.due = os.fsdecode(path), 0.0
-        self.net, self.network = net, io.architecture_text(net)
-        self.terms = _terms(run.plan)
+        self.name = os.fsdecode(path)
+        self.path = os.path.abspath(self.name)  # for callbacks may change the folder
+        self.net, self.due, self.fails = net, 0.0, False
+        io.require_place("[fit] checkpoint", self.path)
         self.stops = [stop for stop in run.plan.callbacks.all if isinstance(stop, EarlyStopping)]
-        self.found = self._read(run) if os.path.exists(path) else None
+        self.terms = {"network": io.architecture_text(net), **_terms(run.plan, self.stops)}
+        self.found = self._read(run) if os.path.exists(self.path) else None
+        io.remove_leftovers(self.path)
 
     # -------------------------------------------------------- going on
 
     def begin(self, run: Run) -> None:
         """Put the fit to where its file says; write a first file where there is none."""
         if self.found is None:
-            self._write(run)  # now: a folder that cannot be written to is no surprise for the end of an hour
+            self._write(run)
             return
-        arrays, document = self.found
-        if document["lr"] is not None:
-            run.plan.optimizer.lr = document["lr"]
+        (arrays, document), optimizer = self.found, run.plan.optimizer
         history = {name: arrays[f"run.history.{name}"].tolist() for name in run.history}
         for k, stop in enumerate(self.stops):
             _put(self.net, arrays, f"run.best.{k}.")
             stop.resume(history[stop.monitor])
         _put(self.net, arrays, "")
         slots = [arrays[name] for name in _slots(run)]
-        run.plan.optimizer.load_state_dict(self.net, {"step": document["step"], "slots": slots})
+        optimizer.load_state_dict(self.net, {"step": document["step"], "slots": slots})
+        if document["lr"] is not None:
+            optimizer.lr = float(self.terms["lr"])  # which a schedule begins with
         run.go_on(history, document["stopped"])
+        if document["lr"] is not None:
+            optimizer.lr = document["lr"]
         self.found = None
 
     def _read(self, run: Run) -> tuple[Arrays, dict[str, Any]]:
-        arrays, texts = io.read_safetensors(self.path)
+        try:
+            arrays, texts = io.read_safetensors(self.path)
+            document = io.parse_json(self.path, texts.get(io.RUN, "{}"), "checkpoint", floats=True)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; give fit another checkpoint, or delete the file to begin anew"
+            ) from error
         if io.RUN not in texts:
             raise self._wrong("file", f"a checkpoint, with the key {io.RUN!r}", "something else")
-        document = io.parse_json(self.path, texts[io.RUN], "checkpoint", floats=True)
-        for name, kind in FIELDS.items():
-            if not isinstance(document.get(name), kind):
-                raise self._wrong(f"{name} of", kind, repr(document.get(name)))
+        for name, kinds in FIELDS.items():
+            if type(document.get(name)) not in kinds:
+                raise self._wrong(f"{name} of", kinds[0].__name__, repr(document.get(name)))
         if document["format"] != FORMAT:
             raise self._wrong("format", FORMAT, document["format"])
-        if document["step"] < 0:
-            raise self._wrong("step", "at least 0", document["step"])
-        theirs = {"network": texts.get(io.ARCHITECTURE), **document["terms"]}
-        for name, mine in {"network": self.network, **self.terms}.items():
-            if theirs.get(name) != mine:
-                raise self._wrong(name, mine, theirs.get(name))
-        self._check(arrays, run)
-        done = len(arrays["run.history.loss"])
-        if done > run.plan.epochs:
-            raise self._wrong("epochs", f"at most {run.plan.epochs}", done)
+        self._compare(document, run.plan)
+        self._check(arrays, document, run)
         return arrays, document
 
-    def _check(self, arrays: Arrays, run: Run) -> None:
-        """Names, shapes and dtypes: all that is needed is there, and nothing else."""
+    def _compare(self, document: dict[str, Any], plan: Plan) -> None:
+        """Whether the file's terms are those of this fit, which then go on from one file to the next."""
+        theirs = document["terms"]
+        for name, mine in self.terms.items():
+            changed = name == "lr" and mine == repr(document["lr"])  # by a callback of this very process
+            if theirs.get(name) != mine and not changed:
+                raise self._wrong(name, mine, theirs.get(name))
+        self.terms = theirs
+        if (document["lr"] is None) != (plan.optimizer.pace != "lr") or (document["lr"] or 0) < 0:
+            raise self._wrong("lr", "that of the optimizer", document["lr"])
+
+    def _check(self, arrays: Arrays, document: dict[str, Any], run: Run) -> None:
+        """All arrays that are needed are there, and nothing else; numbers are such as can be."""
         weights = self.net.state_dict()
         needed = {**weights, **_slots(run)}
         epochs = np.empty(arrays.get("run.history.loss", np.empty(0)).size)
         needed |= {f"run.history.{name}": epochs for name in run.history}
-        for k, _ in enumerate(self.stops):  # which had no best weights to keep, or has them all
-            best = {f"run.best.{k}.{name}": array for name, array in weights.items()}
-            needed |= best if best.keys() & arrays.keys() else {}
+        for k, stop in enumerate(self.stops):
+            if stop.kept_some(arrays.get(f"run.history.{stop.monitor}", np.empty(0)).ravel().tolist()):
+                needed |= {f"run.best.{k}.{name}": array for name, array in weights.items()}
         expected = {name: (array.shape, array.dtype) for name, array in needed.items()}
         got = {name: (array.shape, array.dtype) for name, array in arrays.items()}
         for name in sorted(expected.keys() | got.keys()):
             if expected.get(name) != got.get(name):
                 raise self._wrong(f"array {name}", expected.get(name), got.get(name))
+        if len(epochs) > run.plan.epochs:
+            raise self._wrong("epochs", f"at most {run.plan.epochs}", len(epochs))
+        if not 0 <= document["step"] < 2**63:
+            raise self._wrong("step", "0 to 2⁶³ − 1", document["step"])
+        if document["stopped"] not in (None, len(epochs) - 1):
+            raise self._wrong("stopped", f"None or {len(epochs) - 1}", document["stopped"])
 
     def _wrong(self, what: str, expected: object, got: object) -> ValueError:
+        expected, got = _around_difference(str(expected), str(got))
         return ValueError(
-            f"[fit] checkpoint {self.path!r} must be of this fit: expected {what} {_brief(expected)}, got "
-            f"{_brief(got)}; give another name, or delete the file to begin anew"
+            f"[fit] checkpoint {self.name!r} must be of this fit: expected {what} {expected}, got {got}; "
+            "give another name, or delete the file to begin anew"
         )
 
     # -------------------------------------------------------- writing
 
-    def epoch(self, run: Run) -> None:
-        """An epoch has ended: write, unless the last file is young."""
-        if time.monotonic() >= self.due:
-            self.write(run)
-
-    def write(self, run: Run) -> None:
-        """Write; what the disk refuses costs the file, not the training."""
+    def epoch(self, run: Run, *, last: bool = False) -> None:
+        """An epoch has ended: write, unless the last file is young; what the disk refuses costs only that."""
+        if not (last or time.monotonic() >= self.due) or not self.net._core.all_finite():
+            return  # of weights that have diverged, the next loss will say so
         try:
             self._write(run)
+            self.fails = False
         except (OSError, MemoryError) as error:
             self.due = time.monotonic() + PAUSE
+            if self.fails:
+                return
+            self.fails = True
             warnings.warn(
-                f"[fit] checkpoint {self.path!r} must be written after epoch {run.history.epochs}: expected "
-                f"no error, got {error!r}; training goes on, with the file from before",
+                f"[fit] checkpoint {self.name!r} must be written after epoch {run.history.epochs}: expected "
+                f"no error, got {error!r}; training goes on, and tries again, with the file from before",
                 RuntimeWarning,
-                stacklevel=5,  # of who called fit
+                stacklevel=4,  # of who called fit
             )
 
     def _write(self, run: Run) -> None:
@@ -141,7 +172,7 @@ class Checkpoint:
         }  # fmt: skip
         arrays = {**self.net.state_dict(), **_slots(run), **self._best()}
         arrays |= {f"run.history.{name}": np.array(run.history[name]) for name in run.history}
-        texts = {io.ARCHITECTURE: self.network, io.RUN: json.dumps(document)}
+        texts = {io.ARCHITECTURE: io.architecture_text(self.net), io.RUN: json.dumps(document)}
         io.write_safetensors(self.path, arrays, texts)
         now = time.monotonic()
         self.due = now + max(PAUSE, (now - began) / SHARE)
@@ -174,20 +205,52 @@ def _slots(run: Run) -> Arrays:
     return {f"run.optimizer.{k}": slot for k, slot in enumerate(run.engine.get_state())}
 
 
-def _terms(plan: Plan) -> dict[str, str]:
+# ------------------------------------------------------------ which fit it is
+
+
+def _terms(plan: Plan, stops: list[EarlyStopping]) -> dict[str, str]:
     """What must be the same for a fit to be the same, as text; the number of epochs may grow."""
-    stops = [callback for callback in plan.callbacks.all if isinstance(callback, EarlyStopping)]
+    name, optimizer = type(plan.optimizer).__name__, plan.optimizer.config()
     parts = {
-        "loss": plan.loss, "optimizer": plan.optimizer, "schedule": plan.schedule, "EarlyStopping": stops,
-        "batch_size": plan.batch_size, "shuffle": plan.shuffle, "seed": plan.seed,
-        "(l1, l2, clip_value, clip_norm, clip_example_norm)": plan.penalties, "dy_weight": plan.dy_weight,
+        "loss": plan.loss, "lr": optimizer.pop("lr", None), "optimizer": [name, optimizer],
+        "schedule": plan.schedule, "EarlyStopping": stops, "batch_size": plan.batch_size,
+        "shuffle": plan.shuffle, "seed": plan.seed, "dy_weight": plan.dy_weight,
+        **dict(zip(PENALTIES, plan.penalties, strict=True)),
     }  # fmt: skip
-    terms = {name: re.sub(r" at 0x[0-9a-fA-F]+", "", repr(part)) for name, part in parts.items()}
+    terms = {name: described(part) for name, part in parts.items()}
     return {
         **terms,
         "data with SHA-256": _digest(plan.data),
-        "validation with SHA-256": _digest(plan.validation),
+        "validation data with SHA-256": _digest(plan.validation),
     }
+
+
+def described(part: Any, depth: int = 6) -> str:
+    """What it is and holds, the same in every process: of the user's own functions and objects, too."""
+    if isinstance(part, Description):
+        return f"{type(part).__name__}({described(part.config(), depth)[1:-1]})"
+    if isinstance(part, (list, tuple)):
+        return f"[{', '.join(described(item, depth) for item in part)}]"
+    if isinstance(part, dict):
+        return f"{{{', '.join(f'{name}={described(value, depth)}' for name, value in part.items())}}}"
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(part))
+    held = _held(part) if depth else None
+    if not held:
+        return text
+    inside = held if isinstance(held, bytes) else described(held, depth - 1).encode(errors="replace")
+    return f"{text} with SHA-256 {hashlib.sha256(inside).hexdigest()}"
+
+
+def _held(part: Any) -> Any:
+    """What makes a function or an object another one than its name says; none of numbers and texts."""
+    if isinstance(part, np.ndarray):
+        return part.tobytes()
+    if isinstance(part, CodeType):
+        return [part.co_code, part.co_names, part.co_consts]
+    if isinstance(part, FunctionType):
+        cells = [cell.cell_contents for cell in part.__closure__ or ()]
+        return [part.__code__, part.__defaults__, part.__kwdefaults__, cells]
+    return getattr(part, "__dict__", None) if not isinstance(part, (type, ModuleType)) else None
 
 
 def _digest(data: Data | None) -> str:
@@ -200,6 +263,13 @@ def _digest(data: Data | None) -> str:
     return digest.hexdigest()
 
 
-def _brief(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:197]}…"
+def _around_difference(a: str, b: str) -> tuple[str, str]:
+    """Of long texts, where they begin to differ."""
+    if max(len(a), len(b)) <= 200:
+        return a, b
+    place = next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    first = max(0, place - 60)
+    cut = [
+        f"{'…' * (first > 0)}{text[first : place + 100]}{'…' * (place + 100 < len(text))}" for text in (a, b)
+    ]
+    return cut[0], cut[1]

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from . import _core, devices, explanation, metrics, plot
 from .data import Preprocessor, TableModel, class_labels, infer_task, outputs_for, require_finite, split_rows
-from .io import load, require_suffix
+from .io import load, require_place, require_suffix
 from .losses import LOSSES
 from .model import array_dtype, mlp, set_num_threads
 from .optim import GD, OPTIMIZERS
@@ -59,11 +59,12 @@ class Part:
 def train(args: Namespace) -> None:
     """Train on a table, measure on rows held out, write one model file."""
     screen = Screen(None if args.quiet else sys.stdout)
-    _check_output(args.output)
+    for option, path in (("--output", args.output), ("--checkpoint", args.checkpoint)):
+        if path is not None:
+            require_suffix("save", path)
+            require_place(f"[save] {option}", path)
     if args.checkpoint and os.path.realpath(args.checkpoint) == os.path.realpath(args.output):
-        raise ValueError(
-            f"[train] --checkpoint: expected another file than --output, got {args.output!r} for both"
-        )
+        raise ValueError(f"[train] --checkpoint: expected a file beside --output, got {args.output!r} twice")
     if args.threads:
         set_num_threads(args.threads)
     table = read_table(args.data)
@@ -88,20 +89,6 @@ def train(args: Namespace) -> None:
         _show_scores(model, test, Screen(sys.stdout))
     screen.heading(f"Saved as {args.output}. To use it:")
     _show_usage(args, screen)
-
-
-def _check_output(path: str) -> None:
-    """Before training, not after it."""
-    require_suffix("save", path)
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
-        raise ValueError(f"[save] --output: expected a folder that exists, got {folder!r}; make it first")
-    if os.path.isdir(path):
-        raise ValueError(f"[save] --output: expected the name of a file, got the folder {path!r}")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(
-            f"[save] --output: expected a folder to write to, got {folder!r}, which is read-only"
-        )
 
 
 def _refuse_infinity(table: Table, ignored: Sequence[str]) -> None:

@@ -112,8 +112,8 @@ _HEADER = """\
        $real x[${NAME}_INPUTS] = {0}, f[${NAME}_OUTPUTS];
        ${name}_predict(x, f);
 */
-#ifndef ${NAME}_H
-#define ${NAME}_H
+#ifndef CHAINRULE_${name}_H
+#define CHAINRULE_${name}_H
 
 #include <math.h>
 
@@ -150,7 +150,7 @@ def c_header(net: Any, texts: Mapping[str, str], name: str) -> bytes:
         _require_built_in(layer, index)
     name = re.sub(r"[^0-9A-Za-z_]", "_", name)
     name = name if name[:1].isalpha() else f"net_{name}"
-    ops = sorted({layer.op for layer in net.layers})
+    ops = sorted({_c_op(layer) for layer in net.layers})
     functions = [_SHARE] if {"gelu", "silu"} & set(ops) else []
     for frame, elements in ((_ELEMENTWISE, _ELEMENTS), (_BY_ROW, _ROWS)):
         functions += [
@@ -172,7 +172,12 @@ def _introduction(net: Any, texts: Mapping[str, str]) -> str:
         *(f"{key}: {text}" for key, text in sorted(texts.items())),
     ]
     lines = [part for line in lines for part in wrap(" ".join(line.split()), 110)]
-    return "\n   ".join(lines).replace("*/", "* /")
+    text = "".join(
+        letter if letter.isprintable() or letter == "\n" else "?" for letter in "\n   ".join(lines)
+    )
+    for special in ("*/", "/*", "??/"):  # the last is a backslash in C99
+        text = text.replace(special, " ".join(special))
+    return text
 
 
 def _c_weights(net: Any, name: str, real: str, f: str) -> Iterator[str]:
@@ -188,6 +193,11 @@ def _c_weights(net: Any, name: str, real: str, f: str) -> Iterator[str]:
             yield f"\nstatic const {real} {name}_{index}[{rows.size}] = {{\n    {inside}\n}};\n"
 
 
+def _c_op(layer: Any) -> str:
+    """0 · ∞ is NaN: a slope of 0 is not to be multiplied with."""
+    return "relu" if layer.op == "leaky_relu" and layer._param == 0 else str(layer.op)
+
+
 def _c_number(value: Any, f: str) -> str:
     """The shortest decimal that is exactly this number again."""
     text = str(value)
@@ -201,7 +211,9 @@ def _c_calls(net: Any, name: str, f: str) -> Iterator[str]:
         if isinstance(layer, Linear):
             yield f"{name}_linear({width}, {layer.out_features}, {name}_{index}, {here}, {there});"
             here, there, width = there, here, layer.out_features
-        elif layer.op in _ELEMENTS or layer.op in _ROWS:  # Identity and Dropout are not
-            p = f", {_c_number(layer._param, f)}" if isinstance(layer, _WITH_PARAMETER) else ""
-            yield f"{name}_{layer.op}({width}, {here}{p});"
+        elif (op := _c_op(layer)) in _ELEMENTS or op in _ROWS:  # Identity and Dropout are not
+            with np.errstate(over="ignore"):
+                number = np.dtype(net.array_dtype).type(layer._param)
+            p = f", {_c_number(number, f)}" if op in ("leaky_relu", "elu") else ""
+            yield f"{name}_{op}({width}, {here}{p});"
     yield f"for (int i = 0; i < {width}; i++) f[i] = {here}[i];"

@@ -16,6 +16,7 @@ gives equal bytes.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -275,13 +276,13 @@ def _header(data: Arrays, order: list[str], metadata: dict[str, str]) -> bytes:
 def _write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """A reader sees the old file or the new one, at every moment, through every crash."""
     target = os.path.realpath(path)  # a link keeps pointing where it did, and its target is replaced
-    folder, name = os.path.split(target)
-    temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(8)}.tmp")
+    folder, _ = os.path.split(target)
+    temporary = _beside(target) + secrets.token_hex(8) + ".tmp"
     mode = _mode(target)
-    descriptor = os.open(
-        temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode & 0o777
-    )
     try:
+        descriptor = os.open(
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode & 0o777
+        )
         with os.fdopen(descriptor, "wb") as file:
             if mode is not None:
                 os.chmod(temporary, mode)
@@ -295,6 +296,20 @@ def _write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             os.unlink(temporary)
         raise
     _sync_folder(folder)
+
+
+def _beside(target: str) -> str:
+    """What the names of a file's temporary ones begin with; short in bytes, too."""
+    folder, name = os.path.split(target)
+    return os.path.join(folder, f".{name[:40]}.")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Temporary files of processes that were killed while they wrote this file; nobody else writes it now."""
+    target = os.path.realpath(path)
+    for name in glob.glob(glob.escape(_beside(target)) + "[0-9a-f]" * 16 + ".tmp"):
+        with contextlib.suppress(OSError):
+            os.unlink(name)
 
 
 def _mode(target: str) -> int | None:
@@ -501,3 +516,14 @@ def require_suffix(operation: str, path: Path, *known: str) -> str:
         expected, got = " or ".join(known), repr(suffix) if suffix else "none"
         raise ValueError(f"[{operation}] file name {path!r}: expected the suffix {expected}, got {got}")
     return suffix.lower()
+
+
+def require_place(rule: str, path: str) -> None:
+    """That a file can be put there, before the work whose result it is to hold."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{rule}: expected a folder that exists, got {folder!r}; make it first")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{rule}: expected the name of a file, got the folder {path!r}")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{rule}: expected a folder to write to, got {folder!r}, which is read-only")

@@ -215,16 +215,19 @@ class Sequential:
                 history["val_loss"] is the plain loss. Czarnecki et al., "Sobolev Training", NIPS 2017.
             dy_weight: ≥ 0, how much the slopes count beside the values.
             checkpoint: a `.safetensors` file to keep what training has come to, written between epochs, every
-                second or in 5 % of the time, and at the end. If it is there already, `fit` goes on from it,
-                to the bits of a fit that nothing interrupted: give it the same data and arguments again, or
-                more epochs. `cr.load` reads the network in it. Callbacks of your own see the new epochs only.
+                second, or rarer so that it takes 5 % of the time, and at the end. If it is there already,
+                `fit` goes on from it, to the bits of a fit that nothing interrupted: give it the same data
+                and arguments, or more epochs; one that a callback has stopped has ended. A second fit wants a
+                file of its own. `cr.load` reads the network in it, as of the last epoch. Callbacks of your
+                own see the new epochs only; what a layer of your own keeps beside its params begins anew.
 
         Returns: a History of "loss" (mean over the epoch's batches as they come, or for reduction="sum" their
             sum, penalties with each; of LBFGS and LevenbergMarquardt after each step), "val_loss" and "lr".
 
         Raises: TypeError or ValueError for bad arguments, before anything changes; FloatingPointError if the
             loss does not stay finite, with the weights put back. Ctrl-C and the errors of callbacks, and of
-            layers and losses of your own, come through and leave the weights as trained so far.
+            layers and losses of your own, come through and leave the weights as trained so far. OSError for a
+            checkpoint's folder; a disk that refuses a later file is a RuntimeWarning, and training goes on.
 
         Example:
             >>> import numpy as np, chainrule as cr

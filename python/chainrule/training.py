@@ -357,6 +357,13 @@ class EarlyStopping(Description):
         if self.best_epoch is not None:
             self._keep()
 
+    def kept_some(self, values: Iterable[float]) -> bool:
+        """Whether it would hold best weights after epochs with these values."""
+        fresh = EarlyStopping(**self.config())
+        for epoch, value in enumerate(values):
+            fresh._see(epoch, value)
+        return fresh.restore_best and fresh.best_epoch is not None
+
     def _see(self, epoch: int, value: float) -> None:
         gain = self.best - value if self.mode == "min" else value - self.best
         if gain > self.min_delta:  # false for NaN
@@ -401,6 +408,10 @@ class _Callbacks:
                     f"expected f(epoch, logs), got {short(callback)}"
                 )
             _check_monitor(callback, measured)
+            if isinstance(callback, EarlyStopping) and sum(other is callback for other in callbacks) > 1:
+                raise ValueError(
+                    f"[fit] callbacks: expected each EarlyStopping once, got {callback!r} twice; make two"
+                )
         self.all = tuple(callbacks)
         self.begun: list[Any] = []
 
@@ -470,6 +481,12 @@ class _Progress:
         except (ImportError, KeyError):  # KeyError: older than 4.45, without nrows
             return None
 
+    def go_on(self, done: int, logs: dict[str, float]) -> None:
+        """After epochs of another process, which took no time in this one."""
+        if self.bar is not None:
+            self.bar.initial = self.bar.n = self.shown = done
+        self.show(done, logs)
+
     def show(self, done: int, logs: dict[str, float]) -> None:
         if not self.verbose or sys.stderr is None:
             return
@@ -517,6 +534,9 @@ def _columns() -> int:
 DEFAULT_BATCH_SIZE = 32
 
 
+PENALTIES = ("l1", "l2", "clip_value", "clip_norm", "clip_example_norm")
+
+
 class Plan(NamedTuple):
     """A checked `fit`: all that the loop needs."""
 
@@ -532,9 +552,7 @@ class Plan(NamedTuple):
     seed: int
     verbose: int
     dy_weight: float
-    penalties: tuple[
-        float, float, float, float, float
-    ]  # l1, l2, clip_value, clip_norm, clip_example_norm; 0 is off
+    penalties: tuple[float, float, float, float, float]  # PENALTIES; 0 is off
     measured: tuple[str, ...]  # what the history will hold
 
 
@@ -675,8 +693,9 @@ class Run(ABC):
         """After epochs that another fit has trained; weights and optimizer are as they left them."""
         self.history.history.update(history)
         self.history.stopped_epoch = stopped_epoch
-        if self.plateau is not None:
-            for value in self.history[self.plateau.rule.monitor]:
+        if isinstance(self.plan.schedule, optim.ReduceLROnPlateau):
+            self.plateau = self.plan.schedule.start(self.plan.optimizer.lr)
+            for value in self.history[self.plan.schedule.monitor]:
                 self.plateau.see(value)
 
     @abstractmethod
@@ -691,7 +710,7 @@ class Run(ABC):
             if self.keeper is not None:
                 self.keeper.begin(self)
             if history.epochs:
-                progress.show(history.epochs, history.logs())
+                progress.go_on(history.epochs, history.logs())
             for rates in self.chunks():
                 self.record(*self.train(rates))
                 logs = history.logs()
@@ -702,7 +721,7 @@ class Run(ABC):
                     self.keeper.epoch(self)
             self.check_parameters()
             if self.keeper is not None:
-                self.keeper.write(self)
+                self.keeper.epoch(self, last=True)
             plan.callbacks.end(self.net)
         finally:
             plan.callbacks.let_go(self.net)
