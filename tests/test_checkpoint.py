@@ -15,6 +15,7 @@ import pytest
 
 import chainrule as cr
 from chainrule import checkpoint, io, training
+from chainrule.checkpoint import described
 from conftest import assert_same_bits
 from test_own_parts import OwnTanh
 
@@ -478,14 +479,27 @@ def test_parts_of_ones_own_are_the_same_in_every_process(tmp_path):
     program = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from chainrule.checkpoint import described
-from test_checkpoint import OWN
+from test_checkpoint import OWN, described
 print([described(value) for one, two in OWN.values() for value in (*one.values(), *two.values())])
 """
     command = [sys.executable, "-c", program, os.path.dirname(__file__)]
     texts = {subprocess.check_output(command, text=True, timeout=120) for _ in range(2)}
     assert len(texts) == 1
     assert "0x" not in texts.pop()
+
+
+def test_parts_of_ones_own_that_hold_themselves():
+    """Descriptions end."""
+    circle = []
+    circle.append(circle)
+    knot = Times(1)
+    knot.self = knot
+
+    def recursive(f, y):
+        return recursive, circle, knot
+
+    for part in (circle, knot, recursive):
+        assert len(described(part)) < 10_000
 
 
 def test_a_rate_that_a_callback_has_changed_is_no_other_fit(tmp_path):
@@ -574,6 +588,8 @@ def changed(path, arrays=None, **fields):
         {"step": True},
         {"step": 2**63},
         {"lr": None},
+        {"first_lr": None},
+        {"first_lr": -1.0, "lr": 0.01},
         {"arrays": {"run.history.loss": None}},
         {"arrays": {"run.history.loss": np.zeros(3)}},
         {"arrays": {"run.history.lr": np.zeros((4, 1))}},

@@ -36,7 +36,8 @@ FIELDS = {
     "format": (int,),
     "terms": (dict,),
     "step": (int,),
-    "lr": (float, type(None)),
+    "first_lr": (float, type(None)),  # None where the optimizer has none
+    "lr": (float, type(None)),  # a callback may have changed it
     "stopped": (int, type(None)),
 }
 PAUSE = 1.0  # seconds from one file to the next, at least
@@ -58,6 +59,7 @@ class Checkpoint:
         self.path = os.path.abspath(self.name)  # for callbacks may change the folder
         self.net, self.due, self.fails = net, 0.0, False
         io.require_place("[fit] checkpoint", self.path)
+        self.first_lr = run.plan.optimizer.lr if run.plan.optimizer.pace == "lr" else None
         self.stops = [stop for stop in run.plan.callbacks.all if isinstance(stop, EarlyStopping)]
         self.terms = {"network": io.architecture_text(net), **_terms(run.plan, self.stops)}
         self.found = self._read(run) if os.path.exists(self.path) else None
@@ -78,10 +80,10 @@ class Checkpoint:
         _put(self.net, arrays, "")
         slots = [arrays[name] for name in _slots(run)]
         optimizer.load_state_dict(self.net, {"step": document["step"], "slots": slots})
-        if document["lr"] is not None:
-            optimizer.lr = float(self.terms["lr"])  # which a schedule begins with
+        if self.first_lr is not None:
+            optimizer.lr = self.first_lr  # which a schedule begins with
         run.go_on(history, document["stopped"])
-        if document["lr"] is not None:
+        if self.first_lr is not None:
             optimizer.lr = document["lr"]
         self.found = None
 
@@ -100,20 +102,24 @@ class Checkpoint:
                 raise self._wrong(f"{name} of", kinds[0].__name__, repr(document.get(name)))
         if document["format"] != FORMAT:
             raise self._wrong("format", FORMAT, document["format"])
-        self._compare(document, run.plan)
+        self._compare(document)
         self._check(arrays, document, run)
         return arrays, document
 
-    def _compare(self, document: dict[str, Any], plan: Plan) -> None:
-        """Whether the file's terms are those of this fit, which then go on from one file to the next."""
-        theirs = document["terms"]
+    def _compare(self, document: dict[str, Any]) -> None:
+        """Whether the file's terms are those of this fit."""
         for name, mine in self.terms.items():
-            changed = name == "lr" and mine == repr(document["lr"])  # by a callback of this very process
-            if theirs.get(name) != mine and not changed:
-                raise self._wrong(name, mine, theirs.get(name))
-        self.terms = theirs
-        if (document["lr"] is None) != (plan.optimizer.pace != "lr") or (document["lr"] or 0) < 0:
-            raise self._wrong("lr", "that of the optimizer", document["lr"])
+            if document["terms"].get(name) != mine:
+                raise self._wrong(name, mine, document["terms"].get(name))
+        first, last = document["first_lr"], document["lr"]
+        # In the very process whose callback has changed the rate, it is the last one.
+        if (
+            self.first_lr not in (first, last)
+            or (first is None) != (last is None)
+            or min(first or 0, last or 0) < 0
+        ):
+            raise self._wrong("lr", self.first_lr, first)
+        self.first_lr = first
 
     def _check(self, arrays: Arrays, document: dict[str, Any], run: Run) -> None:
         """All arrays that are needed are there, and nothing else; numbers are such as can be."""
@@ -167,8 +173,8 @@ class Checkpoint:
     def _write(self, run: Run) -> None:
         began, optimizer = time.monotonic(), run.plan.optimizer
         document = {
-            "format": FORMAT, "terms": self.terms, "step": run.engine.step_count,
-            "lr": optimizer.lr if optimizer.pace == "lr" else None, "stopped": run.history.stopped_epoch,
+            "format": FORMAT, "terms": self.terms, "step": run.engine.step_count, "first_lr": self.first_lr,
+            "lr": None if self.first_lr is None else optimizer.lr, "stopped": run.history.stopped_epoch,
         }  # fmt: skip
         arrays = {**self.net.state_dict(), **_slots(run), **self._best()}
         arrays |= {f"run.history.{name}": np.array(run.history[name]) for name in run.history}
@@ -210,9 +216,9 @@ def _slots(run: Run) -> Arrays:
 
 def _terms(plan: Plan, stops: list[EarlyStopping]) -> dict[str, str]:
     """What must be the same for a fit to be the same, as text; the number of epochs may grow."""
-    name, optimizer = type(plan.optimizer).__name__, plan.optimizer.config()
+    optimizer = {name: value for name, value in plan.optimizer.config().items() if name != "lr"}
     parts = {
-        "loss": plan.loss, "lr": optimizer.pop("lr", None), "optimizer": [name, optimizer],
+        "loss": plan.loss, "optimizer": [type(plan.optimizer).__name__, optimizer],
         "schedule": plan.schedule, "EarlyStopping": stops, "batch_size": plan.batch_size,
         "shuffle": plan.shuffle, "seed": plan.seed, "dy_weight": plan.dy_weight,
         **dict(zip(PENALTIES, plan.penalties, strict=True)),
@@ -225,19 +231,20 @@ def _terms(plan: Plan, stops: list[EarlyStopping]) -> dict[str, str]:
     }
 
 
-def described(part: Any, depth: int = 6) -> str:
+def described(part: Any, depth: int = 9) -> str:
     """What it is and holds, the same in every process: of the user's own functions and objects, too."""
+    deeper = depth - 1
     if isinstance(part, Description):
         return f"{type(part).__name__}({described(part.config(), depth)[1:-1]})"
-    if isinstance(part, (list, tuple)):
-        return f"[{', '.join(described(item, depth) for item in part)}]"
-    if isinstance(part, dict):
-        return f"{{{', '.join(f'{name}={described(value, depth)}' for name, value in part.items())}}}"
+    if depth and isinstance(part, (list, tuple)):
+        return f"[{', '.join(described(item, deeper) for item in part)}]"
+    if depth and isinstance(part, dict):
+        return f"{{{', '.join(f'{name}={described(value, deeper)}' for name, value in part.items())}}}"
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(part))
     held = _held(part) if depth else None
     if not held:
         return text
-    inside = held if isinstance(held, bytes) else described(held, depth - 1).encode(errors="replace")
+    inside = held if isinstance(held, bytes) else described(held, deeper).encode(errors="replace")
     return f"{text} with SHA-256 {hashlib.sha256(inside).hexdigest()}"
 
 
