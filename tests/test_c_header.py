@@ -23,10 +23,10 @@ PROGRAM = """
 #include "{name}.h"
 #include <stdio.h>
 int main(void) {{
-    {real} x[{upper}_INPUTS], f[{upper}_OUTPUTS];
-    while (fread(x, sizeof x[0], {upper}_INPUTS, stdin) == {upper}_INPUTS) {{
+    {real} x[{name}_INPUTS], f[{name}_OUTPUTS];
+    while (fread(x, sizeof x[0], {name}_INPUTS, stdin) == {name}_INPUTS) {{
         {name}_predict(x, f);
-        fwrite(f, sizeof f[0], {upper}_OUTPUTS, stdout);
+        fwrite(f, sizeof f[0], {name}_OUTPUTS, stdout);
     }}
     return 0;
 }}
@@ -34,7 +34,7 @@ int main(void) {{
 
 
 def compiled(folder, name, real, *options):
-    (folder / "main.c").write_text(PROGRAM.format(name=name, upper=name.upper(), real=real))
+    (folder / "main.c").write_text(PROGRAM.format(name=name, real=real))
     command = [CC, *(options or ["-std=c99"]), *STRICT, "main.c", "-o", "main", "-lm"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -118,14 +118,14 @@ def test_small_numbers_keep_their_digits(layer, values, tmp_path):
 
 def test_two_files_of_one_program(tmp_path):
     """Networks whose names differ in capitals only, and one of them in two files."""
-    for name in ("net", "Net"):
-        cr.mlp([2, 1], seed=len(name)).save(tmp_path / f"{name}.h")
+    for name, inputs in (("net", 2), ("Net", 3)):
+        cr.mlp([inputs, 1], seed=inputs).save(tmp_path / f"{name}.h")
     (tmp_path / "other.c").write_text(
         '#include "net.h"\nvoid other(float *f);\nvoid other(float *f) { net_predict(f, f); }\n'
     )
     (tmp_path / "main.c").write_text(
         '#include "net.h"\n#include "Net.h"\n#include "net.h"\nvoid other(float *f);\n'
-        "int main(void) { float a[2] = {1, 2}, b[2] = {1, 2}, c[2] = {1, 2};\n"
+        "int main(void) { float a[2] = {1, 2}, b[3] = {1, 2, 3}, c[2] = {1, 2};\n"
         "    net_predict(a, a); Net_predict(b, b); other(c);\n    return a[0] != c[0]; }\n"
     )
     command = [CC, "-std=c99", *STRICT, "main.c", "other.c", "-o", "main", "-lm"]

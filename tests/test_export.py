@@ -21,9 +21,8 @@ FLOAT32_ONLY = (cr.LeakyReLU, cr.ELU, cr.GELU, cr.Softplus)
 
 
 def run(path, X):
-    options = (
-        onnxruntime.SessionOptions()
-    )  # to 1.23 it joins float64 operators to some that it has in float32 only
+    # to 1.23 it joins float64 operators to some that it has in float32 only
+    options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     assert [i.name for i in session.get_inputs()] == ["x"]

@@ -79,9 +79,8 @@ def test_the_arguments_are_scikit_learns_and_a_few_more(ours):
     assert set(theirs) - set(mine) == {"max_fun"}
     for name in set(theirs) & set(mine) - {"hidden_layer_sizes"}:
         assert mine[name].default == theirs[name].default, name
-    order = [
-        name for name in mine if name != "loss" or name in theirs
-    ]  # which scikit-learn's regressor has from 1.7 on
+    # "loss", which scikit-learn's regressor has from 1.7 on
+    order = [name for name in mine if name != "loss" or name in theirs]
     assert order[: order.index("power_t")] == list(theirs)[: list(theirs).index("power_t")]
     assert set(mine) - set(theirs) <= {"loss", "class_weight", "dropout", "dtype", "device"}
 
@@ -145,11 +144,8 @@ def test_poisson_regression_is_scikit_learns(columns):
 
 
 def test_early_stopping_holds_out_the_rows_that_scikit_learn_does():
-    for target in (
-        "two labels",
-        "labels",
-        "number",
-    ):  # texts stop scikit-learn's own early stopping up to 1.7
+    # texts stop scikit-learn's own early stopping up to 1.7
+    for target in ("two labels", "labels", "number"):
         ours, theirs = both(target, solver="sgd", learning_rate_init=0.02, early_stopping=True, alpha=0.0)
         np.testing.assert_allclose(ours.validation_scores_, theirs.validation_scores_, rtol=1e-9)
         assert ours.best_validation_score_ == pytest.approx(theirs.best_validation_score_, rel=1e-9)

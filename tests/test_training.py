@@ -644,6 +644,18 @@ def test_no_stderr_at_all(monkeypatch):
         fitted(np.eye(4), np.eye(4)[:, :3], verbose=verbose)
 
 
+def test_a_plateau_begins_with_the_rate_that_a_callback_has_set(data):
+    class Sets:
+        def on_train_begin(self, net):
+            sgd.lr = 0.5
+
+    X, y = data
+    for schedule in (None, cr.StepLR(9), cr.ReduceLROnPlateau("loss", patience=99)):
+        sgd = cr.SGD(0.01)
+        history = make().fit(X, y, loss="mse", optimizer=sgd, epochs=2, callbacks=[Sets()], schedule=schedule)
+        assert history["lr"] == [0.5, 0.5]
+
+
 # ---- what goes wrong -----------------------------------------------------------------------------
 
 

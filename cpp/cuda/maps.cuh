@@ -223,12 +223,13 @@ struct NotFinite {
 
 // ---- the loss and the book-keeping of a step --------------------------------------------------------------------------
 
-// What a run keeps on the device; the host reads it once an epoch.
+// Of what a run keeps on the device, that which a resident block carries along in registers.
 struct Progress {
     std::int64_t first = 0;        // row of the next batch
     double total = 0, weight = 0;  // of the epoch so far
     double value = 0;              // of the last step
 };
+// What a run keeps on the device; the host reads it once an epoch.
 struct Control : Progress {
     std::int64_t step = 0;   // of the epoch
     std::int64_t drawn = 0;  // steps that the optimizer has taken, for dropout's masks

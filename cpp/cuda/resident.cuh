@@ -93,14 +93,14 @@ struct Block {
     const Program& p;
     const Job<T>& job;
     T* memory;
-    int rank;                             // in its cluster
-    Source<T> data = {};                  // from the first of the block's rows on
-    int batch = 0;                        // rows of the step
-    int before = 0, rows = 0;             // those of the blocks before this one, and its own
-    Index left = 0;                       // rows of the epoch after this batch
-    std::int64_t own_row = 0;             // where the data have the row of the batch that this thread takes first
-    int taken = 0;                        // steps of this launch
-    const Hyper<T>* of_launch = nullptr;  // if it is one of several: hyper_of_launch()
+    int rank;                                // in its cluster
+    Source<T> data = {};                     // from the first of the block's rows on
+    int batch = 0;                           // rows of the step
+    int before = 0, rows = 0;                // those of the blocks before this one, and its own
+    Index left = 0;                          // rows of the epoch after this batch
+    std::int64_t own_row = 0;                // where the data have the row of the batch that this thread takes first
+    int taken = 0;                           // steps of this launch
+    const Hyper<T>* launch_rates = nullptr;  // the first step's, in a cluster
 
     __device__ int ranks() const { return Shares ? p.ranks : 1; }
     __device__ T* at(int place) const { return memory + place; }
@@ -391,9 +391,10 @@ struct Block {
                           [&](int o, auto& sum) { take(g.weights + g.inputs * stride + o, sum, 1, false); });
     }
 
-    // Of the step. Alone it is looked up when it is wanted, for registers are scarce; a cluster would wait for it.
-    __device__ const Hyper<T>* hyper() const { return (Shares ? of_launch : hyper_of_launch()) + taken; }
-    __device__ const Hyper<T>* hyper_of_launch() const { return in_global(job.hyper) + job.control->step; }
+    // The rates of the step in hand. A block alone looks them up when it wants them, as registers are scarce; in a cluster all would
+    // wait for that.
+    __device__ const Hyper<T>* hyper() const { return (Shares ? launch_rates : first_rates()) + taken; }
+    __device__ const Hyper<T>* first_rates() const { return in_global(job.hyper) + job.control->step; }
     __device__ Rule<T> rule() const {
         Rule<T> rule = {job.rule, memory, {}, Shares ? rates() : hyper(), nullptr, job.l1, job.l2, job.clip_value};
         const int first = own_parameters().begin;
@@ -561,7 +562,7 @@ __global__ void __launch_bounds__(kResidentThreads, sizeof(T) == 4 && !Shares ? 
     if (!counts) progress.value = progress.total = 0;
     block.each_parameter(block.all_parameters(), [](T& there, T& here) { here = there; });
     block.depart();
-    if (Shares) block.of_launch = block.hyper_of_launch();
+    if constexpr (Shares) block.launch_rates = block.first_rates();
     while (block.taken < steps && progress.first < job.rows) resident_step(block, progress);
     block.rejoin();
     block.each_parameter(block.own_parameters(), [](T& there, T& here) { there = here; });

@@ -15,7 +15,8 @@ import os
 import re
 import time
 import warnings
-from types import CodeType, FunctionType, ModuleType
+from functools import partial
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,7 +73,15 @@ class Checkpoint:
         if self.found is None:
             self._write(run)
             return
-        (arrays, document), optimizer = self.found, run.plan.optimizer
+        try:
+            self._go_on(run, *self.found)
+        except BaseException:
+            run.give_back()
+            raise
+        self.found = None
+
+    def _go_on(self, run: Run, arrays: Arrays, document: dict[str, Any]) -> None:
+        optimizer = run.plan.optimizer
         history = {name: arrays[f"run.history.{name}"].tolist() for name in run.history}
         for k, stop in enumerate(self.stops):
             _put(self.net, arrays, f"run.best.{k}.")
@@ -85,7 +94,6 @@ class Checkpoint:
         run.go_on(history, document["stopped"])
         if self.first_lr is not None:
             optimizer.lr = document["lr"]
-        self.found = None
 
     def _read(self, run: Run) -> tuple[Arrays, dict[str, Any]]:
         try:
@@ -99,7 +107,8 @@ class Checkpoint:
             raise self._wrong("file", f"a checkpoint, with the key {io.RUN!r}", "something else")
         for name, kinds in FIELDS.items():
             if type(document.get(name)) not in kinds:
-                raise self._wrong(f"{name} of", kinds[0].__name__, repr(document.get(name)))
+                expected = " or ".join(kind.__name__ for kind in kinds)
+                raise self._wrong(name, expected, repr(document.get(name)))
         if document["format"] != FORMAT:
             raise self._wrong("format", FORMAT, document["format"])
         self._compare(document)
@@ -153,19 +162,23 @@ class Checkpoint:
 
     def epoch(self, run: Run, *, last: bool = False) -> None:
         """An epoch has ended: write, unless the last file is young; what the disk refuses costs only that."""
-        if not (last or time.monotonic() >= self.due) or not self.net._core.all_finite():
-            return  # of weights that have diverged, the next loss will say so
+        young = not last and time.monotonic() < self.due
+        if (
+            young or not self.net._core.all_finite()
+        ):  # of weights that have diverged, the next loss will say so
+            return
         try:
             self._write(run)
             self.fails = False
         except (OSError, MemoryError) as error:
             self.due = time.monotonic() + PAUSE
-            if self.fails:
+            if self.fails and not last:
                 return
             self.fails = True
+            remedy = "make room and call fit again" if last else "training goes on, and tries again"
             warnings.warn(
                 f"[fit] checkpoint {self.name!r} must be written after epoch {run.history.epochs}: expected "
-                f"no error, got {error!r}; training goes on, and tries again, with the file from before",
+                f"no error, got {error!r}; the file is the one from before; {remedy}",
                 RuntimeWarning,
                 stacklevel=4,  # of who called fit
             )
@@ -238,9 +251,12 @@ def described(part: Any, depth: int = 9) -> str:
         return f"{type(part).__name__}({described(part.config(), depth)[1:-1]})"
     if depth and isinstance(part, (list, tuple)):
         return f"[{', '.join(described(item, deeper) for item in part)}]"
+    if depth and isinstance(part, (set, frozenset)):
+        return f"{{{', '.join(sorted(described(item, deeper) for item in part))}}}"
     if depth and isinstance(part, dict):
         return f"{{{', '.join(f'{name}={described(value, deeper)}' for name, value in part.items())}}}"
-    text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(part))
+    # The repr of code says in which file and line it is: of a notebook, in which process.
+    text = part.co_name if isinstance(part, CodeType) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(part))
     held = _held(part) if depth else None
     if not held:
         return text
@@ -251,13 +267,19 @@ def described(part: Any, depth: int = 9) -> str:
 def _held(part: Any) -> Any:
     """What makes a function or an object another one than its name says; none of numbers and texts."""
     if isinstance(part, np.ndarray):
-        return part.tobytes()
+        return part.tolist() if part.dtype.hasobject else part.tobytes()
     if isinstance(part, CodeType):
         return [part.co_code, part.co_names, part.co_consts]
     if isinstance(part, FunctionType):
         cells = [cell.cell_contents for cell in part.__closure__ or ()]
         return [part.__code__, part.__defaults__, part.__kwdefaults__, cells]
-    return getattr(part, "__dict__", None) if not isinstance(part, (type, ModuleType)) else None
+    if isinstance(part, MethodType):
+        return [part.__func__, part.__self__]
+    if isinstance(part, partial):
+        return [part.func, part.args, part.keywords]
+    if isinstance(part, (type, ModuleType)) or hasattr(part, "state_dict"):  # of networks, weights change
+        return None
+    return getattr(part, "__dict__", None)
 
 
 def _digest(data: Data | None) -> str:

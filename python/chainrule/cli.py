@@ -62,9 +62,11 @@ def train(args: Namespace) -> None:
     for option, path in (("--output", args.output), ("--checkpoint", args.checkpoint)):
         if path is not None:
             require_suffix("save", path)
-            require_place(f"[save] {option}", path)
+            require_place(f"[train] {option}", path)
     if args.checkpoint and os.path.realpath(args.checkpoint) == os.path.realpath(args.output):
-        raise ValueError(f"[train] --checkpoint: expected a file beside --output, got {args.output!r} twice")
+        raise ValueError(
+            f"[train] --checkpoint: expected a file beside --output, got {args.output!r} twice; name another"
+        )
     if args.threads:
         set_num_threads(args.threads)
     table = read_table(args.data)

@@ -109,7 +109,7 @@ _ROWS = {"softmax": "exp$f(y[i] - largest) / sum", "log_softmax": "y[i] - larges
 _HEADER = """\
 /* $introduction
 
-       $real x[${NAME}_INPUTS] = {0}, f[${NAME}_OUTPUTS];
+       $real x[${name}_INPUTS] = {0}, f[${name}_OUTPUTS];
        ${name}_predict(x, f);
 */
 #ifndef CHAINRULE_${name}_H
@@ -117,8 +117,8 @@ _HEADER = """\
 
 #include <math.h>
 
-#define ${NAME}_INPUTS $inputs
-#define ${NAME}_OUTPUTS $outputs
+#define ${name}_INPUTS $inputs
+#define ${name}_OUTPUTS $outputs
 $weights
 /* y = x W + b: the rows of w are those of W, then b. */
 static inline void ${name}_linear(int inputs, int outputs, const $real *w, const $real *x, $real *y) {
@@ -159,7 +159,7 @@ def c_header(net: Any, texts: Mapping[str, str], name: str) -> bytes:
     functions = [text.replace("*y) {", "*y, $real p) {") if "p * " in text else text for text in functions]
     real, f = ("double", "") if net.array_dtype == "float64" else ("float", "f")
     text = Template(_HEADER.replace("FUNCTIONS\n", "".join(functions))).substitute(
-        name=name, NAME=name.upper(), real=real, f=f, inputs=net.in_features, outputs=net.out_features,
+        name=name, real=real, f=f, inputs=net.in_features, outputs=net.out_features,
         introduction=_introduction(net, texts), weights="".join(_c_weights(net, name, real, f)),
         widest=max(net._widths), calls="\n    ".join(_c_calls(net, name, f)),
     )  # fmt: skip
@@ -204,6 +204,11 @@ def _c_number(value: Any, f: str) -> str:
     return {"nan": "NAN", "inf": "INFINITY", "-inf": "-INFINITY"}.get(text, text + f)
 
 
+def _c_parameter(net: Any, layer: Any, f: str) -> str:
+    with np.errstate(over="ignore"):  # infinite, as in the engine
+        return _c_number(np.dtype(net.array_dtype).type(layer._param), f)
+
+
 def _c_calls(net: Any, name: str, f: str) -> Iterator[str]:
     """The layers, from x in a: a Linear one leads from one of two arrays to the other; the last is f."""
     here, there, width = "a", "b", net.in_features
@@ -212,8 +217,6 @@ def _c_calls(net: Any, name: str, f: str) -> Iterator[str]:
             yield f"{name}_linear({width}, {layer.out_features}, {name}_{index}, {here}, {there});"
             here, there, width = there, here, layer.out_features
         elif (op := _c_op(layer)) in _ELEMENTS or op in _ROWS:  # Identity and Dropout are not
-            with np.errstate(over="ignore"):
-                number = np.dtype(net.array_dtype).type(layer._param)
-            p = f", {_c_number(number, f)}" if op in ("leaky_relu", "elu") else ""
+            p = f", {_c_parameter(net, layer, f)}" if op in ("leaky_relu", "elu") else ""
             yield f"{name}_{op}({width}, {here}{p});"
     yield f"for (int i = 0; i < {width}; i++) f[i] = {here}[i];"

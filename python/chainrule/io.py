@@ -299,9 +299,11 @@ def _write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 
 def _beside(target: str) -> str:
-    """What the names of a file's temporary ones begin with; short in bytes, too."""
+    """What the names of a file's temporary ones begin with, and those of no other file's."""
     folder, name = os.path.split(target)
-    return os.path.join(folder, f".{name[:40]}.")
+    if len(os.fsencode(name)) > 200:  # 255 bytes are the most, of which we take 22
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return os.path.join(folder, f".{name}.")
 
 
 def remove_leftovers(path: Path) -> None:

@@ -214,12 +214,13 @@ class Sequential:
                 own without vjp_jvp, second derivatives are differences. history["loss"] counts this part,
                 history["val_loss"] is the plain loss. Czarnecki et al., "Sobolev Training", NIPS 2017.
             dy_weight: ≥ 0, how much the slopes count beside the values.
-            checkpoint: a `.safetensors` file to keep what training has come to, written between epochs, every
-                second, or rarer so that it takes 5 % of the time, and at the end. If it is there already,
+            checkpoint: a `.safetensors` file to keep what training has come to, written between epochs, once
+                a second at most and for some 5 % of the time at most, and at the end. If it is there already,
                 `fit` goes on from it, to the bits of a fit that nothing interrupted: give it the same data
-                and arguments, or more epochs; one that a callback has stopped has ended. A second fit wants a
-                file of its own. `cr.load` reads the network in it, as of the last epoch. Callbacks of your
-                own see the new epochs only; what a layer of your own keeps beside its params begins anew.
+                and arguments, or more epochs; one that a callback has stopped, or that has converged, has
+                ended. A second fit wants a file of its own. `cr.load` reads the network in it, as of the last
+                epoch. Callbacks of your own see the new epochs only; what a layer of your own keeps beside
+                its params begins anew.
 
         Returns: a History of "loss" (mean over the epoch's batches as they come, or for reduction="sum" their
             sum, penalties with each; of LBFGS and LevenbergMarquardt after each step), "val_loss" and "lr".

@@ -686,16 +686,19 @@ class Run(ABC):
         self.state = (steps, self.engine.get_state()) if steps else None
         self.history = History(plan.measured)
         self.plateau: optim.Plateau | None = None
-        if isinstance(plan.schedule, optim.ReduceLROnPlateau):
-            self.plateau = plan.schedule.start(plan.optimizer.lr)
 
     def go_on(self, history: dict[str, list[float]], stopped_epoch: int | None) -> None:
         """After epochs that another fit has trained; weights and optimizer are as they left them."""
         self.history.history.update(history)
         self.history.stopped_epoch = stopped_epoch
-        if isinstance(self.plan.schedule, optim.ReduceLROnPlateau):
-            self.plateau = self.plan.schedule.start(self.plan.optimizer.lr)
-            for value in self.history[self.plan.schedule.monitor]:
+        self.begin_schedule()
+
+    def begin_schedule(self) -> None:
+        """ReduceLROnPlateau, from the optimizer's rate and what the epochs so far have measured."""
+        rule = self.plan.schedule
+        if isinstance(rule, optim.ReduceLROnPlateau):
+            self.plateau = rule.start(self.plan.optimizer.lr)
+            for value in self.history[rule.monitor]:
                 self.plateau.see(value)
 
     @abstractmethod
@@ -707,6 +710,7 @@ class Run(ABC):
         progress = _Progress(plan.verbose, plan.epochs)
         try:
             plan.callbacks.begin(self.net)
+            self.begin_schedule()
             if self.keeper is not None:
                 self.keeper.begin(self)
             if history.epochs:
@@ -717,7 +721,7 @@ class Run(ABC):
                 progress.show(history.epochs, logs)
                 if plan.callbacks.epoch(history.epochs - 1, logs) or self.converged:
                     history.stopped_epoch = history.epochs - 1
-                elif self.keeper is not None:
+                elif self.keeper is not None and history.epochs < plan.epochs:  # the last is written below
                     self.keeper.epoch(self)
             self.check_parameters()
             if self.keeper is not None:
@@ -777,14 +781,18 @@ class Run(ABC):
         if not self.net._core.all_finite():
             raise self._diverged("parameters", "NaN or infinity")
 
-    def _diverged(self, what: str, got: str) -> FloatingPointError:
-        """Put network and optimizer back to where they were; the error that says so."""
+    def give_back(self) -> None:
+        """Put network and optimizer back to where they were."""
         self.net._core.restore(self.before)
         if self.state is None:
             self.plan.optimizer.reset(self.net)
         else:
             self.engine.step_count = self.state[0]
             self.engine.set_state(self.state[1])
+
+    def _diverged(self, what: str, got: str) -> FloatingPointError:
+        """The error that says so, with everything put back."""
+        self.give_back()
         pace = self.plan.optimizer.pace
         where = "before the first step"
         if self.history.epochs:
