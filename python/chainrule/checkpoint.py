@@ -255,16 +255,18 @@ def described(part: Any, depth: int = 9) -> str:
         return f"{{{', '.join(sorted(described(item, deeper) for item in part))}}}"
     if depth and isinstance(part, dict):
         return f"{{{', '.join(f'{name}={described(value, deeper)}' for name, value in part.items())}}}"
-    # The repr of code says in which file and line it is: of a notebook, in which process.
-    text = part.co_name if isinstance(part, CodeType) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(part))
-    held = _held(part) if depth else None
+    if isinstance(part, (CodeType, ModuleType)):  # whose repr has a file: of a notebook, one for each process
+        text = part.co_name if isinstance(part, CodeType) else part.__name__
+    else:
+        text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(part))
+    held = _held(part, depth) if depth else None
     if not held:
         return text
     inside = held if isinstance(held, bytes) else described(held, deeper).encode(errors="replace")
     return f"{text} with SHA-256 {hashlib.sha256(inside).hexdigest()}"
 
 
-def _held(part: Any) -> Any:
+def _held(part: Any, depth: int) -> Any:
     """What makes a function or an object another one than its name says; none of numbers and texts."""
     if isinstance(part, np.ndarray):
         return part.tolist() if part.dtype.hasobject else part.tobytes()
@@ -272,7 +274,11 @@ def _held(part: Any) -> Any:
         return [part.co_code, part.co_names, part.co_consts]
     if isinstance(part, FunctionType):
         cells = [cell.cell_contents for cell in part.__closure__ or ()]
-        return [part.__code__, part.__defaults__, part.__kwdefaults__, cells]
+        names = (
+            sorted(_names(part.__code__) & part.__globals__.keys()) if depth > 5 else ()
+        )  # not of all it calls
+        used = {name: part.__globals__[name] for name in names}
+        return [part.__code__, part.__defaults__, part.__kwdefaults__, cells, used]
     if isinstance(part, MethodType):
         return [part.__func__, part.__self__]
     if isinstance(part, partial):
@@ -280,6 +286,12 @@ def _held(part: Any) -> Any:
     if isinstance(part, (type, ModuleType)) or hasattr(part, "state_dict"):  # of networks, weights change
         return None
     return getattr(part, "__dict__", None)
+
+
+def _names(code: CodeType) -> set[str]:
+    """Of what is global to it and to the functions in it; and of attributes, which does no harm."""
+    inner = [_names(part) for part in code.co_consts if isinstance(part, CodeType)]
+    return set(code.co_names).union(*inner)
 
 
 def _digest(data: Data | None) -> str:
