@@ -276,7 +276,6 @@ def _header(data: Arrays, order: list[str], metadata: dict[str, str]) -> bytes:
 def _write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """A reader sees the old file or the new one, at every moment, through every crash."""
     target = os.path.realpath(path)  # a link keeps pointing where it did, and its target is replaced
-    folder, _ = os.path.split(target)
     temporary = _beside(target) + secrets.token_hex(8) + ".tmp"
     mode = _mode(target)
     try:
@@ -295,7 +294,7 @@ def _write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    _sync_folder(folder)
+    _sync_folder(os.path.dirname(target))
 
 
 def _beside(target: str) -> str:

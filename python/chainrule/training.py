@@ -322,11 +322,12 @@ class EarlyStopping(Description):
             min_delta=real(op, "min_delta", min_delta, least=0),
             mode=one_of(op, "mode", mode, ("min", "max")),
             restore_best=flag(op, "restore_best", restore_best),
-            best=math.inf if mode == "min" else -math.inf,
-            best_epoch=None,
-            waited=0,
-            weights=None,
         )
+        self._begin()
+
+    def _begin(self, net: Any = None) -> None:
+        worst = math.inf if self.mode == "min" else -math.inf
+        self._set(net=None if net is None else ref(net), best=worst, best_epoch=None, waited=0, weights=None)
 
     def on_train_begin(self, net: Any) -> None:
         watched = self._watched()
@@ -335,8 +336,7 @@ class EarlyStopping(Description):
                 "[EarlyStopping] one fit at a time: expected an idle one, got one that watches another fit; "
                 "make one for each"
             )
-        self._set(net=ref(net), weights=None, waited=0, best_epoch=None)
-        self._set(best=math.inf if self.mode == "min" else -math.inf)
+        self._begin(net)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> bool:
         self._see(epoch, logs[self.monitor])
@@ -532,8 +532,6 @@ def _columns() -> int:
 
 
 DEFAULT_BATCH_SIZE = 32
-
-
 PENALTIES = ("l1", "l2", "clip_value", "clip_norm", "clip_example_norm")
 
 

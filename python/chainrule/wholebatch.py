@@ -15,7 +15,7 @@ import numpy as np
 
 from . import calculus, losses, optim, solvers
 from .layers import Dropout, Linear
-from .training import Plan, Run
+from .training import PENALTIES, Plan, Run
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -87,7 +87,7 @@ class _WholeBatchRun(Run):
         """One step: the loss after it, and the rate or damping."""
 
     def _refuse(self, net: Any, plan: Plan) -> None:
-        kind, (l1, _, *clips) = type(plan.optimizer).__name__, plan.penalties
+        kind = type(plan.optimizer).__name__
         if net.dtype != net.array_dtype:
             raise ValueError(
                 f"[fit] {kind} needs exact derivatives: expected dtype float32 or float64, got {net.dtype}"
@@ -100,9 +100,8 @@ class _WholeBatchRun(Run):
                 )
         if plan.data.dy is not None:
             raise ValueError(f"[fit] {kind} sees values only: expected no dy, got slopes; use Adam or SGD")
-        names = ("l1", "clip_value", "clip_norm", "clip_example_norm")
-        for name, value in zip(names, (l1, *clips), strict=True):
-            if value:
+        for name, value in zip(PENALTIES, plan.penalties, strict=True):
+            if value and name != "l2":
                 why = "a smooth loss" if name == "l1" else "whole gradients"
                 raise ValueError(f"[fit] {kind} needs {why}: expected no {name}, got {name}={value:g}")
 
