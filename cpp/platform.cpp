@@ -12,6 +12,7 @@
 #include <thread>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <xmmintrin.h>
 #endif
 #ifdef __linux__
@@ -32,15 +33,49 @@ const char* name_of(Isa isa) {
     return "baseline";
 }
 
+#if defined(__x86_64__)
+namespace {
+
+struct Processor {
+    bool avx2 = false, avx512 = false, bfloat16_pairs = false;
+};
+
+// Asked of the processor itself: __builtin_cpu_supports needs the compiler's runtime library, which is not linked by every
+// Clang and says no to everything in Zig's. Wide registers also need a system that saves them (XCR0).
+Processor ask_processor() {
+    Processor found;
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE)) return found;
+    const bool fma = ecx & bit_FMA;
+    unsigned saved = 0;
+    asm volatile("xgetbv" : "=a"(saved), "=d"(edx) : "c"(0));
+    const bool saves_avx = (saved & 0x06) == 0x06;
+#ifdef __APPLE__
+    const bool saves_avx512 = saves_avx;  // from a thread's first use on, which these bits do not say before
+#else
+    const bool saves_avx512 = (saved & 0xe6) == 0xe6;
+#endif
+    if (!fma || !saves_avx || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return found;
+    constexpr unsigned wide = bit_AVX512F | bit_AVX512VL | bit_AVX512DQ | bit_AVX512BW;
+    found.avx2 = ebx & bit_AVX2;
+    found.avx512 = saves_avx512 && (ebx & wide) == wide;
+    found.bfloat16_pairs = found.avx512 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & bit_AVX512BF16);
+    return found;
+}
+
+const Processor& processor() {
+    static const Processor found = ask_processor();
+    return found;
+}
+
+}  // namespace
+#endif
+
 bool runs_here(Isa isa) {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
     switch (isa) {
-        case Isa::avx512:
-            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("fma");
-        case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        case Isa::avx512: return processor().avx512;
+        case Isa::avx2: return processor().avx2;
         case Isa::baseline: return true;
         case Isa::neon: return false;
     }
@@ -54,8 +89,7 @@ bool runs_here(Isa isa) {
 
 bool multiplies_pairs() {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    return runs_here(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+    return processor().bfloat16_pairs;
 #else
     return false;
 #endif
@@ -65,8 +99,13 @@ namespace {
 
 // A file's text; empty where it cannot be read.
 std::string contents(const std::string& path) {
+#ifdef __linux__
+    constexpr const char* mode = "re";  // not for programs that another thread starts meanwhile
+#else
+    constexpr const char* mode = "r";
+#endif
     std::string text;
-    if (std::FILE* file = std::fopen(path.c_str(), "re")) {
+    if (std::FILE* file = std::fopen(path.c_str(), mode)) {
         char piece[1024];
         for (std::size_t n; (n = std::fread(piece, 1, sizeof piece, file)) > 0;) text.append(piece, n);
         std::fclose(file);
@@ -127,7 +166,7 @@ int usable_processors() {
 
 namespace {
 
-constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::align_val_t kLineAligned{kLineBytes};
 
 std::size_t whole_units(std::size_t bytes, std::size_t unit) {
     const std::size_t size = (bytes + unit - 1) / unit * unit;
@@ -136,6 +175,8 @@ std::size_t whole_units(std::size_t bytes, std::size_t unit) {
 }
 
 #ifdef __linux__
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
 std::size_t page_bytes() { return static_cast<std::size_t>(sysconf(_SC_PAGESIZE)); }
 
 // Large arenas come straight from the system: their pages are zero already and cost nothing before they are touched, in
@@ -197,8 +238,7 @@ void* allocate_bytes(std::size_t bytes) {
     if (bytes >= kHugePage) return map_arena(whole_units(bytes, page_bytes()));
 #endif
     const std::size_t size = whole_units(bytes, static_cast<std::size_t>(kLineBytes));
-    void* memory = std::aligned_alloc(static_cast<std::size_t>(kLineBytes), size);
-    if (memory == nullptr) throw std::bad_alloc();
+    void* memory = ::operator new(size, kLineAligned);
     std::memset(memory, 0, size);
     return memory;
 }
@@ -212,7 +252,7 @@ void free_bytes(void* memory, std::size_t bytes) {
 #else
     (void)bytes;
 #endif
-    std::free(memory);
+    ::operator delete(memory, kLineAligned);
 }
 
 }  // namespace chainrule

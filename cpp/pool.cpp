@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include "pool.hpp"
 
-#include <pthread.h>
-#include <sched.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -13,6 +10,13 @@
 #include <new>
 #include <thread>
 #include <vector>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
+#ifndef _WIN32
+#include <pthread.h>
+#endif
 
 #include "platform.hpp"
 
@@ -125,7 +129,7 @@ class Pool {
     }
 
     void stop() {
-        while (owned_.exchange(true, std::memory_order_acquire)) sched_yield();
+        while (owned_.exchange(true, std::memory_order_acquire)) std::this_thread::yield();
         const Release release{owned_};
         {
             std::lock_guard<std::mutex> lock(sleep_);
@@ -174,7 +178,7 @@ class Pool {
         publish([](void* context, int part, int count) { static_cast<Ring*>(context)->pass(part, count); }, &ring,
                 parts);
         work_off();
-        while (done_.load(std::memory_order_acquire) != parts) sched_yield();
+        while (done_.load(std::memory_order_acquire) != parts) std::this_thread::yield();
         distance_.store(ring.round_trip(parts) / kNear, std::memory_order_relaxed);
         fresh_until_.store((Clock::now() + kFresh).time_since_epoch().count(), std::memory_order_relaxed);
     }
@@ -187,7 +191,7 @@ class Pool {
         const auto mine = Clock::now();
         for (int spins = 0; done_.load(std::memory_order_acquire) != parts; ++spins) {
             relax();
-            if (spins > 4096) sched_yield();  // a worker lost its core: do not hold this one
+            if (spins > 4096) std::this_thread::yield();  // a worker lost its core: do not hold this one
         }
         const auto end = Clock::now();
         const auto waited = std::min<Clock::duration>(end - mine, kLongestStall);
@@ -310,12 +314,14 @@ Pool& pool() {
     std::lock_guard<std::mutex> lock(pool_creation);
     pool = pool_instance.load();
     if (pool == nullptr) {
+#ifndef _WIN32
         // Threads do not survive fork: the child forgets the pool and makes a new one when it needs it.
         static const int registered = pthread_atfork(nullptr, nullptr, [] {
             pool_instance.store(nullptr);
             new (&pool_creation) std::mutex();
         });
         (void)registered;
+#endif
         pool = new Pool();
         pool_instance.store(pool, std::memory_order_release);
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Tests of the kernels, the thread pool, the generator, CPU quotas, the memory that predictions use and the GPU engine's
+// Tests of the kernels, the thread pool, the generator, the processor, the memory that predictions use and the GPU engine's
 // plans: no Python, no framework.
 //
 //   kernels_test [--quick] [--seed=N] [--without=TEST] [test ...]     all_tests, at the end, lists their names
@@ -52,11 +52,13 @@ constexpr Test all_tests[] = {
     {"loss_limits", loss_limits},
     {"optimizers", optimizers},
     {"penalties", penalties},
-    {"fits", fits},
+    {"fits_float32", fits<float>},
+    {"fits_float64", fits<double>},
     {"generator", generator},
     {"draws", draws},
     {"permutations", permutations},
     {"dropouts", dropouts},
+    {"instruction_sets", instruction_sets},
     {"quota_texts", quota_texts},
     {"quota_paths", quota_paths},
     {"cuda_strides", cuda_strides},
@@ -81,7 +83,7 @@ bool is_among(const Names& names, const Test& test) {
 }
 
 int run_all(const Names& names, const Names& without) {
-    for (const int number : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGALRM}) signal(number, on_signal);
+    for (const int number : kFaults) signal(number, on_signal);
     std::printf("instruction sets:");
     for (const Isa isa : isas_here()) std::printf(" %s", name_of(isa));
     std::printf("\n");
@@ -91,7 +93,7 @@ int run_all(const Names& names, const Names& without) {
         const auto start = std::chrono::steady_clock::now();
         context = {};
         context.op = test.name;
-        alarm(300);  // a hang becomes a failure
+        end_hang_after(300);
         test.run();
         const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
         std::printf("%-18s %9ld checks %6.2f s\n", test.name, passed - before, seconds.count());

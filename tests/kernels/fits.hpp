@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Whole fits, from the first weights to the last: the same bits on every instruction set with FMA. Their digest also
-// depends on the C library's exp, log, sin and pow, which draw the weights and prepare Adam's steps.
+// Whole fits, from the first weights to the last: the same bits on every instruction set with FMA. The C library's log, sin,
+// cos and pow draw the weights and prepare Adam's steps: what the last bit of theirs is shows in float64 alone.
 #pragma once
 
 #include "harness.hpp"
@@ -60,17 +60,15 @@ void fit_case(const OptimizerSettings& settings, double clip_norm, Record<T>& re
     record.same(rows, classes, f.data(), classes);
 }
 
+template <class T>
 void fits() {
-    in_both_types([](auto zero) {
-        using T = decltype(zero);
-        on_each_isa_same_bits<T>([](Record<T>& record) {
-            for (const double clip_norm : {0.0, 0.5}) {
-                fit_case<T>({OptimizerOp::sgd, {0.9, 0, 1, 0.01}}, clip_norm, record);
-                fit_case<T>({OptimizerOp::adam, {0.9, 0.999, 1e-8, 0}}, clip_norm, record);
-                fit_case<T>({OptimizerOp::adamw, {0.9, 0.999, 1e-8, 0.01}}, clip_norm, record);
-                fit_case<T>({OptimizerOp::rmsprop, {0.9, 1e-8, 0, 0.5, 1}}, clip_norm, record);
-            }
-        });
+    on_each_isa_same_bits<T>([](Record<T>& record) {
+        for (const double clip_norm : {0.0, 0.5}) {
+            fit_case<T>({OptimizerOp::sgd, {0.9, 0, 1, 0.01}}, clip_norm, record);
+            fit_case<T>({OptimizerOp::adam, {0.9, 0.999, 1e-8, 0}}, clip_norm, record);
+            fit_case<T>({OptimizerOp::adamw, {0.9, 0.999, 1e-8, 0.01}}, clip_norm, record);
+            fit_case<T>({OptimizerOp::rmsprop, {0.9, 1e-8, 0, 0.5, 1}}, clip_norm, record);
+        }
     });
 }
 

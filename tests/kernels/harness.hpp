@@ -2,11 +2,6 @@
 // Reports, arrays behind guards, comparisons within a bound, and loops over instruction sets.
 #pragma once
 
-#include <signal.h>
-#include <sys/mman.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -26,6 +21,7 @@
 #include "kernels.hpp"
 #include "pool.hpp"
 #include "random.hpp"
+#include "system.hpp"
 
 #if defined(__SANITIZE_THREAD__)
 #define THREAD_SANITIZER 1
@@ -80,10 +76,10 @@ void check(bool ok, const char* rule) {
 
 // A read or write outside of an array ends here, and so does a test that hangs.
 void on_signal(int number) {
-    print_case(number == SIGALRM ? "does not come back" : "touched memory outside of its arrays");
+    print_case(number == kHang ? "does not come back" : "touched memory outside of its arrays");
     std::printf(" (signal %d)\n%ld passed, %ld failed\n", number, passed, failed + 1);
     std::fflush(stdout);
-    _exit(1);
+    std::_Exit(1);
 }
 
 template <class T>
@@ -140,24 +136,6 @@ T poison() {
         static_cast<decltype(bits)>(sizeof(T) == 4 ? 0x7fc5a5a5u : 0x7ff85a5a5a5a5a5au);
     std::memcpy(&value, &bits, sizeof value);
     return value;
-}
-
-struct Mapping {
-    unsigned char* end;  // the unmapped page begins here
-    std::size_t size;    // usable bytes before it
-};
-
-Mapping new_mapping(std::size_t size) {
-    const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-    size = std::max<std::size_t>(size, std::size_t{1} << 16);
-    size = (size + page - 1) / page * page;
-    void* start = mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    unsigned char* end = static_cast<unsigned char*>(start) + size;
-    if (start == MAP_FAILED || mprotect(end, page, PROT_NONE) != 0) {
-        std::perror("mmap");
-        std::exit(2);
-    }
-    return {end, size};
 }
 
 // n elements between 64 guard bytes and an unmapped page, all of them poison.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// CPU quotas: what a cgroup's file says, and which of a tree of cgroups holds.
+// The processor's instruction sets; CPU quotas: what a cgroup's file says, and which of a tree of cgroups holds.
 #pragma once
 
 #include <filesystem>
@@ -9,6 +9,20 @@
 
 namespace chainrule {
 namespace {
+
+// The oracle is the compiler's runtime library, where there is one that knows.
+void instruction_sets() {
+#if defined(__x86_64__) && defined(__linux__)
+    __builtin_cpu_init();
+    const bool fma = __builtin_cpu_supports("fma");
+    const bool avx512 = fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+    check(runs_here(Isa::avx512) == avx512, "AVX-512");
+    check(runs_here(Isa::avx2) == (fma && __builtin_cpu_supports("avx2")), "AVX2 and FMA");
+    check(multiplies_pairs() == (avx512 && __builtin_cpu_supports("avx512bf16")), "AVX512_BF16");
+#endif
+    check(runs_here(Isa::neon) != runs_here(Isa::baseline), "baseline on every x86-64, NEON on every 64-bit ARM");
+}
 
 void quota_texts() {
     context.type = "";
@@ -31,11 +45,7 @@ void quota_texts() {
 // A folder with files in it, gone at the end.
 class Tree {
    public:
-    Tree() {
-        char name[] = "/tmp/chainrule-cgroups-XXXXXX";
-        if (mkdtemp(name) == nullptr) std::perror("mkdtemp");
-        root_ = name;
-    }
+    Tree() = default;
     Tree(const Tree&) = delete;
     Tree& operator=(const Tree&) = delete;
     ~Tree() { std::filesystem::remove_all(root_); }
@@ -44,10 +54,10 @@ class Tree {
         std::filesystem::create_directories(file.parent_path());
         std::ofstream(file) << text;
     }
-    int processors(const char* membership) const { return cgroup_processors(membership, root_.c_str()); }
+    int processors(const char* membership) const { return cgroup_processors(membership, root_.string().c_str()); }
 
    private:
-    std::filesystem::path root_;
+    const std::filesystem::path root_ = new_folder("chainrule-cgroups-");
 };
 
 void quota_paths() {

@@ -2,7 +2,9 @@
 // The thread pool.
 #pragma once
 
+#ifdef __linux__
 #include <sched.h>
+#endif
 
 #include "harness.hpp"
 #include "network.hpp"
@@ -183,7 +185,7 @@ void pool_affinity() {
 void pool_affinity() {}
 #endif
 
-#if !defined(THREAD_SANITIZER)  // it does not follow a process with threads through fork
+#if !defined(THREAD_SANITIZER) && !defined(_WIN32)  // the first does not follow a process with threads through fork
 // Threads do not survive fork: a child that waits for its parent's workers waits for ever.
 int status_of_child() {
     const pid_t child = fork();
