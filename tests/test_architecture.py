@@ -80,6 +80,7 @@ PYTHON_LEVELS = {
     "losses": 1,
     "optim": 1,
     "export": 2,
+    "machine": 2,
     "training": 2,
     "calculus": 3,
     "wholebatch": 4,

@@ -10,6 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from conftest import posix
+
+pytestmark = posix  # rivals run in process groups
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 

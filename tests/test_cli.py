@@ -2,16 +2,12 @@
 """The command line: what it prints, what it writes, and one clear line for each mistake a user may make."""
 
 import csv
-import fcntl
 import importlib
 import io as streams
 import os
-import pty
 import re
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -24,6 +20,7 @@ from chainrule.data import TableModel, split_rows
 from chainrule.io import save
 from chainrule.tables import read_table
 from chainrule.terminal import Screen, confusion_lines, curve, picture
+from conftest import posix
 
 
 @pytest.fixture(autouse=True)
@@ -689,6 +686,7 @@ def test_a_reader_that_goes_away_does_not_take_the_model_along(flowers):
     assert process.returncode == 1 and TableModel.load("model.safetensors").preprocessor.target == "kind"
 
 
+@posix
 def test_a_reader_that_goes_away_ends_it_in_silence(flowers, capsys):
     run(capsys, "train", "flowers.csv", "--target", "kind", "--epochs", 1)
     write_csv("many.csv", rows=20_000)
@@ -697,6 +695,7 @@ def test_a_reader_that_goes_away_ends_it_in_silence(flowers, capsys):
     assert (done.stdout, done.stderr) == ("kind,p_big,p_small\n", "")
 
 
+@posix
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     ("where", "message"), [(">&-", "use --output FILE"), ("> /dev/full", "No space left on device")]
@@ -714,9 +713,11 @@ def test_output_that_cannot_be_written_is_one_line(flowers, capsys, where, messa
     assert done.stderr.count("\n") == 1
 
 
+@posix
 @pytest.mark.parametrize("size", [(24, 80), (0, 0)])  # rows, columns; a new pseudo-terminal says 0 × 0
 def test_on_a_terminal_there_is_progress_and_nothing_is_left_of_it_in_the_output(flowers, size):
     """A real terminal for standard error: the bar goes there, the report stays clean."""
+    fcntl, pty, struct, termios = map(importlib.import_module, ("fcntl", "pty", "struct", "termios"))
     inside, outside = pty.openpty()
     fcntl.ioctl(outside, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     try:

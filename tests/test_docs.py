@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import chainrule
+from conftest import posix
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -70,6 +71,7 @@ def run_python(block, names):
     exec(code, names)
 
 
+@posix
 def test_readme_runs(tmp_path, monkeypatch):
     """One reader from top to bottom: later blocks may use the files and names of earlier ones."""
     monkeypatch.chdir(tmp_path)

@@ -75,7 +75,8 @@ def test_installed_package_is_small():
     files = [p for p in INSTALLED.rglob("*") if p.is_file() and p.parent.name != "__pycache__"]
     files = [p for p in files if not p.name.startswith("_cuda.")]  # the GPU's engine comes when asked for
     size = sum(p.stat().st_size for p in files)
-    assert size < 1.5e6, {p.name: p.stat().st_size for p in files if p.stat().st_size > 50_000}
+    most = 2.3e6 if sys.platform == "win32" else 1.5e6  # there the C++ runtime library is in the module
+    assert size < most, {p.name: p.stat().st_size for p in files if p.stat().st_size > 50_000}
 
 
 def test_types_are_shipped():

@@ -8,10 +8,9 @@ import textwrap
 
 import pytest
 
-from conftest import FREED_IS_FREE
+from conftest import FREED_IS_FREE, posix
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="affinity masks and /proc are Linux's")
-posix = pytest.mark.skipif(os.name != "posix", reason="signals of this kind are POSIX's")
 
 
 def run_python(code, timeout=120, **environment):
@@ -119,13 +118,39 @@ def test_import_brings_in_numpy_alone():
 @pytest.mark.parametrize("name", ["avx512", "avx2", "neon", "baseline", "no such set"])
 def test_the_environment_chooses_the_instruction_set(name):
     """A name that is not honoured, or one that this machine lacks and that is used all the same."""
-    out = run_python(textwrap.dedent(TRAINING) + textwrap.dedent("""
+    out = run_python("""
+        import warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import chainrule as cr
         from chainrule import _core
-        train()
+        cr.mlp([64, 128, 1]).train_step([[1.0] * 64] * 100, [1.0] * 100, loss="mse", optimizer=cr.Adam())
         print(_core.isa(), *_core.isas())
-    """), CHAINRULE_ISA=name)  # fmt: skip
-    active, *available = out.split()
+        for warning in caught:
+            print(warning.category.__name__, warning.filename, warning.message)
+    """, CHAINRULE_ISA=name)  # fmt: skip
+    first, *warned = out.splitlines()
+    active, *available = first.split()
+    message = f"[import] CHAINRULE_ISA: expected one of {', '.join(available)} on this machine, got {name!r}"
     assert active == (name if name in available else available[0])
+    assert warned == ([] if name in available else [f"RuntimeWarning <string> {message}; {active} is used"])
+
+
+@pytest.mark.parametrize("asked", ["3", " 3 ", "", "2.5", "many", "0", "-1"])
+def test_a_number_of_threads_that_is_none_is_warned_of(asked):
+    out = run_python("""
+        import warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import chainrule as cr
+        print(cr.get_num_threads())
+        for warning in caught:
+            print(warning.message)
+    """, CHAINRULE_NUM_THREADS=asked, OMP_NUM_THREADS="7")  # fmt: skip
+    count, *warned = out.splitlines()
+    message = f"expected a whole number of threads from 1, got {asked!r}; {count} are used"
+    assert int(count) == {"3": 3, "2.5": 2}.get(asked.strip(), 7)
+    assert warned == ([] if asked.strip() in ("3", "") else [f"[import] CHAINRULE_NUM_THREADS: {message}"])
 
 
 INTERRUPT = """

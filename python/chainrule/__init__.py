@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import machine as _machine
 from ._core import __version__
 from .calculus import (
     gauss_newton_product,
@@ -56,7 +57,8 @@ from .losses import (
     Pinball,
     Poisson,
 )
-from .model import Sequential, get_num_threads, info, mlp, set_num_threads, threads
+from .machine import get_num_threads, info, set_num_threads, threads
+from .model import Sequential, mlp
 from .optim import (
     GD,
     LBFGS,
@@ -113,3 +115,6 @@ def __getattr__(name: str) -> Any:
     if name in ("data", "io", "reference"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_machine.warn_of_settings()

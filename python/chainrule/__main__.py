@@ -8,6 +8,7 @@ cannot be read; 130 interrupted. `python -m chainrule` is the same program.
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 import sys
@@ -31,15 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.command(args)
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output has gone: nobody is left to be told
-        _let_go()
-        return 1
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except OSError as error:
         _let_go()
-        named = error.filename and error.strerror
-        return _fail(f"{error.filename}: {error.strerror}" if named else str(error))
+        if _reader_has_gone(error):  # nobody is left to be told
+            return 1
+        if error.filename and error.errno:  # in English on every system, unlike error.strerror
+            return _fail(f"{error.filename}: {os.strerror(error.errno)}")
+        return _fail(str(error))
     except (ValueError, ImportError, FloatingPointError, MemoryError) as error:
         return _fail(str(error) or type(error).__name__)
     return 0
@@ -66,6 +67,12 @@ def _let_go() -> None:
             sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _reader_has_gone(error: OSError) -> bool:
+    """On Windows a pipe that nobody reads is called an invalid argument."""
+    nameless = error.errno == errno.EINVAL and error.filename is None
+    return isinstance(error, BrokenPipeError) or (os.name == "nt" and nameless)
 
 
 def _fail(message: str, code: int = 1) -> int:

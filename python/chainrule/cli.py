@@ -26,7 +26,8 @@ from . import _core, devices, explanation, metrics, plot
 from .data import Preprocessor, TableModel, class_labels, infer_task, outputs_for, require_finite, split_rows
 from .io import load, require_place, require_suffix
 from .losses import LOSSES
-from .model import array_dtype, mlp, set_num_threads
+from .machine import set_num_threads
+from .model import array_dtype, mlp
 from .optim import GD, OPTIMIZERS
 from .tables import Table, as_text, is_missing, read_table
 from .terminal import Screen, confusion_lines, curve, duration, enlarged, picture

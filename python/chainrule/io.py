@@ -278,11 +278,9 @@ def _write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     target = os.path.realpath(path)  # a link keeps pointing where it did, and its target is replaced
     temporary = _beside(target) + secrets.token_hex(8) + ".tmp"
     mode = _mode(target)
+    create = 0o666 if mode is None else mode & 0o777
     try:
-        descriptor = os.open(
-            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode & 0o777
-        )
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, create)) as file:
             if mode is not None:
                 os.chmod(temporary, mode)
             for part in parts:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _core, calculus, devices, losses, training, wholebatch
+from . import calculus, devices, losses, training, wholebatch
 from .checks import converted, flag, listed, one_of, real_array, short, whole
 from .display import TextTable, html_table
 from .layers import BUILT_IN, Dropout, Guard, Identity, Layer, Linear, _BuiltIn, initial
@@ -748,60 +748,3 @@ def _own_layers(base: type[Layer]) -> dict[str, type[Layer]]:
         if hasattr(kind, "config") and not issubclass(kind, _BuiltIn):
             found[kind.__name__] = kind
     return found
-
-
-# ------------------------------------------------------------ the machine
-
-
-def info() -> dict[str, Any]:
-    """What runs here: version, instruction set in use and available, threads, GPUs or what is missing.
-
-    Example:
-        >>> sorted(info())
-        ['cuda', 'isa', 'isas', 'threads', 'version']
-    """
-    return {
-        "version": _core.__version__,
-        "isa": _core.isa(),
-        "isas": _core.isas(),
-        "threads": _core.num_threads(),
-        "cuda": devices.state(),
-    }
-
-
-def get_num_threads() -> int:
-    """How many threads the engine may use.
-
-    Example:
-        >>> get_num_threads() >= 1
-        True
-    """
-    return _core.num_threads()
-
-
-def set_num_threads(n: int) -> None:
-    """Let the engine use up to n threads; results do not depend on it.
-
-    Raises: TypeError or ValueError for what is no int from 1 to 1024.
-
-    Example:
-        >>> set_num_threads(get_num_threads())
-    """
-    _core.set_num_threads(whole("set_num_threads", "n", n, 1, 1024))
-
-
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    """Up to n threads inside a with block.
-
-    Example:
-        >>> with threads(1):
-        ...     get_num_threads()
-        1
-    """
-    before = get_num_threads()
-    set_num_threads(n)
-    try:
-        yield
-    finally:
-        set_num_threads(before)

@@ -8,6 +8,7 @@ else it is text. Columns without a name are left out, with a note: they are row 
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import itertools
 import math
@@ -103,7 +104,9 @@ def read_table(path: Path, text: Collection[str] = ()) -> Table:
     if os.path.splitext(os.fspath(path))[1].lower() in {".parquet", ".pq"}:
         return _read_parquet(path, text)
     mode = os.stat(path).st_mode  # before opening: a pipe would block for ever
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+    if stat.S_ISDIR(mode):  # Windows would say that it is not permitted
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(mode):
         raise ValueError(
             f"[read] {os.fspath(path)!r}: expected a file on disk, got a pipe or device; save it first"
         )
