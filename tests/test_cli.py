@@ -74,7 +74,8 @@ def test_training_goes_on_from_its_checkpoint(flowers, capsys):
     """The same model as from a run that was not cut; not with other rows."""
     command = ["train", "flowers.csv", "--target", "kind"]
     assert run(capsys, *command, "--epochs", 4, "--checkpoint", "run.safetensors")[0] == 0
-    assert run(capsys, *command, "--epochs", 9, "--checkpoint", "run.safetensors")[0] == 0
+    code, out, err = run(capsys, *command, "--epochs", 9, "--checkpoint", "run.safetensors")
+    assert code == 0 and "5 epochs in" in out and ", after 4 of 'run.safetensors'" in out
     content = Path("model.safetensors").read_bytes()
     assert run(capsys, *command, "--epochs", 9)[0] == 0
     assert Path("model.safetensors").read_bytes() == content
@@ -460,6 +461,8 @@ def test_interrupted(flowers, capsys, monkeypatch):
     monkeypatch.setattr(cr.Sequential, "fit", interrupt)
     code, _, err = run(capsys, "train", "flowers.csv", "--target", "kind")
     assert (code, err) == (130, "chainrule: error: interrupted\n")
+    code, _, err = run(capsys, "train", "flowers.csv", "--target", "kind", "--checkpoint", "run.safetensors")
+    assert code == 130 and "interrupted; what training has come to is in 'run.safetensors'" in err
     assert not os.path.exists("model.safetensors")
 
 

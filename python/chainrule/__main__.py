@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.command(args)
         if sys.stdout is not None:
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or "interrupted", 130)
     except OSError as error:
         _let_go()
         if _reader_has_gone(error):  # nobody is left to be told

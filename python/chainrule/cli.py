@@ -172,7 +172,17 @@ def _plan(args: Namespace, model: TableModel, parts: Sequence[Part]) -> list[tup
 
 
 def _fit(args: Namespace, model: TableModel, training: Part, validation: Part) -> str:
-    """Train, and say how long it took."""
+    """Train, and say how long it took; or how to go on, where the user interrupts it."""
+    try:
+        return _trained(args, model, training, validation)
+    except KeyboardInterrupt:
+        if not args.checkpoint:
+            raise
+        kept = f"what training has come to is in {args.checkpoint!r}: the same command goes on from there"
+        raise KeyboardInterrupt(f"interrupted; {kept}") from None
+
+
+def _trained(args: Namespace, model: TableModel, training: Part, validation: Part) -> str:
     stopping = len(validation) > 0 and args.patience > 0
     whole = args.optimizer == "gd"
     start = time.perf_counter()
@@ -191,8 +201,10 @@ def _fit(args: Namespace, model: TableModel, training: Part, validation: Part) -
         checkpoint=args.checkpoint,
     )
     seconds = time.perf_counter() - start
-    epochs = len(history["loss"])
-    taken = f"{epochs} epochs in {duration(seconds)}"
+    earlier = history.first_epoch
+    taken = f"{history.epochs - earlier:,} epochs in {duration(seconds)}"
+    if earlier:
+        taken += f", after {earlier:,} of {args.checkpoint!r}"
     if stopping:
         best = int(np.argmin(history["val_loss"])) + 1
         taken += f"; the weights of epoch {best}, the best on the validation rows, are kept"

@@ -249,6 +249,7 @@ class History:
 
     def __init__(self, names: Iterable[str]) -> None:
         self.history: dict[str, list[float]] = {name: [] for name in names}
+        self.first_epoch = 0  # which this fit began with: later than 0 where a checkpoint had the others
         # The epoch, from 0, after which a callback asked to stop or a whole-batch optimizer had converged.
         self.stopped_epoch: int | None = None
 
@@ -688,7 +689,7 @@ class Run(ABC):
     def go_on(self, history: dict[str, list[float]], stopped_epoch: int | None) -> None:
         """After epochs that another fit has trained; weights and optimizer are as they left them."""
         self.history.history.update(history)
-        self.history.stopped_epoch = stopped_epoch
+        self.history.first_epoch, self.history.stopped_epoch = self.history.epochs, stopped_epoch
         self.begin_schedule()
 
     def begin_schedule(self) -> None:
