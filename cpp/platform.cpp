@@ -72,19 +72,16 @@ const Processor& processor() {
 #endif
 
 bool runs_here(Isa isa) {
-#if defined(__x86_64__)
     switch (isa) {
+#if defined(__x86_64__)
         case Isa::avx512: return processor().avx512;
         case Isa::avx2: return processor().avx2;
-        case Isa::baseline: return true;
-        case Isa::neon: return false;
-    }
-    return false;
 #elif defined(__aarch64__)
-    return isa == Isa::neon;  // part of the architecture's base
-#else
-    return isa == Isa::baseline;
+        case Isa::neon: return true;  // part of the architecture's base
 #endif
+        case Isa::baseline: return true;
+        default: return false;
+    }
 }
 
 bool multiplies_pairs() {

@@ -72,7 +72,7 @@ enum class Isa { baseline, avx2, avx512, neon };
 const char* name_of(Isa isa);
 bool runs_here(Isa isa);  // asks the processor
 bool multiplies_pairs();  // whether it has AVX512_BF16
-int usable_processors();  // affinity mask and CPU quota respected
+int usable_processors();  // on Linux, those of the affinity mask and the CPU quota
 
 // Whole processors, at least one, that a CPU quota allows; `limit` is the text of a cgroup's cpu.max, "quota period".
 constexpr int kNoQuota = INT_MAX;

@@ -20,7 +20,7 @@ FUSED = [isa for isa in _core.isas() if isa != "baseline"]
 FREED_IS_FREE = {"ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=0:thread_local_quarantine_size_kb=0"}
 
 
-# Windows has no shell, no signals, no permissions, no pipes with names, and links for administrators only.
+# Windows has no such shell, signals, permissions and pipes with names, and links for administrators only.
 posix = pytest.mark.skipif(os.name != "posix", reason="asks for what POSIX systems have")
 
 

@@ -371,6 +371,7 @@ def test_killed_at_any_moment(rng, tmp_path):
             assert process.stdout.readline() == "begins\n"
             time.sleep(rng.uniform(0.01, 0.15))
             process.kill()
+        assert process.returncode in (0, -9 if os.name == "posix" else 1)
         if process.returncode == 0:
             break
         cuts += 1

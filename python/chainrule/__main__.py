@@ -38,9 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _let_go()
         if _reader_has_gone(error):  # nobody is left to be told
             return 1
-        if error.filename and error.errno:  # in English on every system, unlike error.strerror
-            return _fail(f"{error.filename}: {os.strerror(error.errno)}")
-        return _fail(str(error))
+        if isinstance(error, FileNotFoundError) and error.filename:  # in English on every system
+            return _fail(f"{error.filename}: {os.strerror(errno.ENOENT)}")
+        named = error.filename and error.strerror
+        return _fail(f"{error.filename}: {error.strerror}" if named else str(error))
     except (ValueError, ImportError, FloatingPointError, MemoryError) as error:
         return _fail(str(error) or type(error).__name__)
     return 0
@@ -70,7 +71,7 @@ def _let_go() -> None:
 
 
 def _reader_has_gone(error: OSError) -> bool:
-    """On Windows a pipe that nobody reads is called an invalid argument."""
+    """On Windows, to write to a pipe that nobody reads is an invalid argument, of no file's name."""
     nameless = error.errno == errno.EINVAL and error.filename is None
     return isinstance(error, BrokenPipeError) or (os.name == "nt" and nameless)
 

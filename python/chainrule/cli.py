@@ -9,13 +9,14 @@ raised as ValueError, OSError or ImportError and becomes one line on standard er
 from __future__ import annotations
 
 import csv
+import io
 import os
 import platform
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -176,9 +177,9 @@ def _fit(args: Namespace, model: TableModel, training: Part, validation: Part) -
     try:
         return _trained(args, model, training, validation)
     except KeyboardInterrupt:
-        if not args.checkpoint:
+        if not args.checkpoint or not os.path.exists(args.checkpoint):
             raise
-        kept = f"what training has come to is in {args.checkpoint!r}: the same command goes on from there"
+        kept = f"the last checkpoint is in {args.checkpoint!r}: the same command goes on from there"
         raise KeyboardInterrupt(f"interrupted; {kept}") from None
 
 
@@ -264,12 +265,15 @@ def predict(args: Namespace) -> None:
     if not args.output and sys.stdout is None:
         raise ValueError("[predict] standard output: expected an open one, got none; use --output FILE")
     answers = TableModel.load(args.model).answers(args.data)
-    with (
-        open(args.output, "w", encoding="utf-8", newline="")
-        if args.output
-        else nullcontext(sys.stdout) as file
-    ):
+    with open(args.output, "w", encoding="utf-8", newline="") if args.output else _answers_to() as file:
         _write_csv(file, answers)
+
+
+def _answers_to() -> AbstractContextManager[TextIO]:
+    """Standard output; into a file or a pipe as `--output` writes, whatever Windows writes otherwise."""
+    if os.name == "nt" and not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", newline="")
+    return nullcontext(sys.stdout)
 
 
 def _write_csv(file: TextIO, columns: dict[str, NDArray[Any]]) -> None:

@@ -288,9 +288,11 @@ def _write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:  # Ctrl-C as well: never leave half a file behind
+    except BaseException as error:  # Ctrl-C as well: never leave half a file behind
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename == temporary:  # a name that nobody knows
+            error.filename = os.fspath(path)
         raise
     _sync_folder(os.path.dirname(target))
 
@@ -312,6 +314,9 @@ def remove_leftovers(path: Path) -> None:
 
 
 def _mode(target: str) -> int | None:
+    """The permissions to keep; None for those of a new file, and where permissions are not POSIX's."""
+    if os.name != "posix":
+        return None
     try:
         return stat.S_IMODE(os.stat(target).st_mode)
     except FileNotFoundError:
@@ -526,3 +531,5 @@ def require_place(rule: str, path: str) -> None:
         raise IsADirectoryError(f"{rule}: expected the name of a file, got the folder {path!r}")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{rule}: expected a folder to write to, got {folder!r}, which is read-only")
+    if os.name != "posix" and os.path.exists(path) and not os.access(path, os.W_OK):
+        raise PermissionError(f"{rule}: expected a file to write to, got {path!r}, which is read-only")

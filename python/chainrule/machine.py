@@ -72,10 +72,10 @@ def warn_of_settings() -> None:
     isa, count = os.environ.get("CHAINRULE_ISA"), os.environ.get("CHAINRULE_NUM_THREADS")
     if isa and isa != _core.isa():
         expected = f"one of {', '.join(_core.isas())} on this machine"
-        _warn(f"CHAINRULE_ISA: expected {expected}, got {isa!r}; {_core.isa()} is used")
-    if count and not (count.strip().isdecimal() and int(count) >= 1):
-        expected = "a whole number of threads from 1"
-        _warn(f"CHAINRULE_NUM_THREADS: expected {expected}, got {count!r}; {_core.num_threads()} are used")
+        _warn(f"CHAINRULE_ISA: expected {expected}, got {isa!r}; using {_core.isa()}")
+    if count and count.strip() != str(_core.num_threads()):
+        expected = "a number of threads from 1 to 1024"
+        _warn(f"CHAINRULE_NUM_THREADS: expected {expected}, got {count!r}; using {_core.num_threads()}")
 
 
 def _warn(message: str) -> None:

@@ -35,7 +35,8 @@ class Screen:
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
         self.unicode = _can_encode("→²▀█⣿┤", self.encoding)
         shown = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
-        self.colour = shown and not os.environ.get("NO_COLOR")
+        knows = os.name != "nt" or "WT_SESSION" in os.environ  # Windows' older console prints the codes
+        self.colour = shown and knows and not os.environ.get("NO_COLOR")
         self.width = min(shutil.get_terminal_size((80, 24)).columns, 100) if shown else 80
 
     def plain(self, text: str) -> str:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Whole fits, from the first weights to the last: the same bits on every instruction set with FMA. The C library's log, sin,
-// cos and pow draw the weights and prepare Adam's steps: what the last bit of theirs is shows in float64 alone.
+// cos and pow draw the weights and prepare Adam's steps; their last bits show in float64 alone.
 #pragma once
 
 #include "harness.hpp"

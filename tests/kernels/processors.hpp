@@ -10,7 +10,7 @@
 namespace chainrule {
 namespace {
 
-// The oracle is the compiler's runtime library, where there is one that knows.
+// The oracle is the compiler's runtime library: GCC's and LLVM's know, Zig's says no to everything.
 void instruction_sets() {
 #if defined(__x86_64__) && defined(__linux__)
     __builtin_cpu_init();
@@ -21,7 +21,7 @@ void instruction_sets() {
     check(runs_here(Isa::avx2) == (fma && __builtin_cpu_supports("avx2")), "AVX2 and FMA");
     check(multiplies_pairs() == (avx512 && __builtin_cpu_supports("avx512bf16")), "AVX512_BF16");
 #endif
-    check(runs_here(Isa::neon) != runs_here(Isa::baseline), "baseline on every x86-64, NEON on every 64-bit ARM");
+    check(runs_here(Isa::baseline), "the baseline runs everywhere");
 }
 
 void quota_texts() {
