@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 
+from chainrule.checks import short
 from conftest import FREED_IS_FREE, posix
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="affinity masks and /proc are Linux's")
@@ -148,7 +149,7 @@ def test_a_number_of_threads_that_is_none_is_warned_of(asked):
             print(warning.message)
     """, CHAINRULE_NUM_THREADS=asked, OMP_NUM_THREADS="7")  # fmt: skip
     count, *warned = out.splitlines()
-    message = f"expected a number of threads from 1 to 1024, got {asked!r}; using {count}"
+    message = f"expected a number of threads from 1 to 1024, got {short(asked)}; using {count}"
     assert warned == ([] if asked.strip() in ("3", "") else [f"[import] CHAINRULE_NUM_THREADS: {message}"])
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from . import _core, devices
-from .checks import whole
+from .checks import short, whole
 
 
 def info() -> dict[str, Any]:
@@ -72,10 +72,10 @@ def warn_of_settings() -> None:
     isa, count = os.environ.get("CHAINRULE_ISA"), os.environ.get("CHAINRULE_NUM_THREADS")
     if isa and isa != _core.isa():
         expected = f"one of {', '.join(_core.isas())} on this machine"
-        _warn(f"CHAINRULE_ISA: expected {expected}, got {isa!r}; using {_core.isa()}")
+        _warn(f"CHAINRULE_ISA: expected {expected}, got {short(isa)}; using {_core.isa()}")
     if count and count.strip() != str(_core.num_threads()):
         expected = "a number of threads from 1 to 1024"
-        _warn(f"CHAINRULE_NUM_THREADS: expected {expected}, got {count!r}; using {_core.num_threads()}")
+        _warn(f"CHAINRULE_NUM_THREADS: expected {expected}, got {short(count)}; using {_core.num_threads()}")
 
 
 def _warn(message: str) -> None:
