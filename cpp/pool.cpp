@@ -333,8 +333,8 @@ constexpr int kMostThreads = 1024;
 int initial_thread_count() {
     for (const char* name : {"CHAINRULE_NUM_THREADS", "OMP_NUM_THREADS"})
         if (const char* text = std::getenv(name)) {
-            const int count = std::atoi(text);
-            if (count >= 1) return std::min(count, kMostThreads);
+            const long count = std::strtol(text, nullptr, 10);  // what is too large for it becomes its largest
+            if (count >= 1) return static_cast<int>(std::min<long>(count, kMostThreads));
         }
     return usable_processors();
 }

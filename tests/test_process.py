@@ -116,41 +116,62 @@ def test_import_brings_in_numpy_alone():
     )
 
 
-@pytest.mark.parametrize("name", ["avx512", "avx2", "neon", "baseline", "no such set"])
-def test_the_environment_chooses_the_instruction_set(name):
-    """A name that is not honoured, or one that this machine lacks and that is used all the same."""
-    out = run_python("""
+def warnings_at_import(code, **environment):
+    """What the code prints after an import of chainrule, and the warnings of that import, a line each."""
+    begin, end = """
         import warnings
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             import chainrule as cr
-        from chainrule import _core
-        cr.mlp([64, 128, 1]).train_step([[1.0] * 64] * 100, [1.0] * 100, loss="mse", optimizer=cr.Adam())
-        print(_core.isa(), *_core.isas())
+    """, """
         for warning in caught:
             print(warning.category.__name__, warning.filename, warning.message)
-    """, CHAINRULE_ISA=name)  # fmt: skip
-    first, *warned = out.splitlines()
-    active, *available = first.split()
+    """  # fmt: skip
+    printed, *warned = run_python(
+        "".join(map(textwrap.dedent, (begin, code, end))), **environment
+    ).splitlines()
+    return printed, warned
+
+
+@pytest.mark.parametrize("name", ["avx512", "avx2", "neon", "baseline", "no such set"])
+def test_the_environment_chooses_the_instruction_set(name):
+    """A name that is not honoured, or one that this machine lacks and that is used all the same."""
+    out, warned = warnings_at_import(textwrap.dedent(TRAINING) + textwrap.dedent("""
+        from chainrule import _core
+        train()
+        print(_core.isa(), *_core.isas())
+    """), CHAINRULE_ISA=name)  # fmt: skip
+    active, *available = out.split()
     message = f"[import] CHAINRULE_ISA: expected one of {', '.join(available)} on this machine, got {name!r}"
     assert active == (name if name in available else available[0])
     assert warned == ([] if name in available else [f"RuntimeWarning <string> {message}; using {active}"])
 
 
-@pytest.mark.parametrize("asked", ["3", " 3 ", "", "2.5", "many", "0", "-1", "1025", "9" * 5000])
-def test_a_number_of_threads_that_is_none_is_warned_of(asked):
-    out = run_python("""
-        import warnings
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            import chainrule as cr
-        print(cr.get_num_threads())
-        for warning in caught:
-            print(warning.message)
-    """, CHAINRULE_NUM_THREADS=asked, OMP_NUM_THREADS="7")  # fmt: skip
-    count, *warned = out.splitlines()
-    message = f"expected a number of threads from 1 to 1024, got {short(asked)}; using {count}"
-    assert warned == ([] if asked.strip() in ("3", "") else [f"[import] CHAINRULE_NUM_THREADS: {message}"])
+@pytest.mark.parametrize(
+    ("asked", "used"),
+    [
+        ("3", 3),
+        (" 3 ", 3),
+        ("", 7),
+        ("2.5", 2),
+        ("many", 7),
+        ("0", 7),
+        ("-1", 7),
+        ("1025", 1024),
+        ("9" * 5000, 1024),
+    ],
+)
+def test_a_number_of_threads_that_is_none_is_warned_of(asked, used):
+    count, warned = warnings_at_import(
+        "print(cr.get_num_threads())", CHAINRULE_NUM_THREADS=asked, OMP_NUM_THREADS="7"
+    )
+    message = f"expected a number of threads from 1 to 1024, got {short(asked)}; using {used}"
+    assert int(count) == used
+    assert warned == (
+        []
+        if asked.strip() in ("3", "")
+        else [f"RuntimeWarning <string> [import] CHAINRULE_NUM_THREADS: {message}"]
+    )
 
 
 INTERRUPT = """

@@ -173,7 +173,7 @@ def _plan(args: Namespace, model: TableModel, parts: Sequence[Part]) -> list[tup
 
 
 def _fit(args: Namespace, model: TableModel, training: Part, validation: Part) -> str:
-    """Train, and say how long it took; or how to go on, where the user interrupts it."""
+    """Train; where the user interrupts it, say how to go on."""
     try:
         return _trained(args, model, training, validation)
     except KeyboardInterrupt:
@@ -184,6 +184,7 @@ def _fit(args: Namespace, model: TableModel, training: Part, validation: Part) -
 
 
 def _trained(args: Namespace, model: TableModel, training: Part, validation: Part) -> str:
+    """Train, and say how long it took."""
     stopping = len(validation) > 0 and args.patience > 0
     whole = args.optimizer == "gd"
     start = time.perf_counter()
