@@ -586,7 +586,7 @@ def gradient(net, loss, X, y, *, checked=False):
     known = (lambda loss: None) if checked else calculus.known
     with (
         mock.patch.object(calculus, "known", known),
-        mock.patch.object(training, "take", wraps=training.take) as take,
+        mock.patch.object(cr.batch, "take", wraps=cr.batch.take) as take,
     ):
         try:
             answer = net.value_and_grad(X, y, loss=loss)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import chainrule as cr
-from chainrule import checkpoint, io, training
+from chainrule import callbacks, checkpoint, io
 from conftest import assert_same_bits, posix
 from test_own_parts import OwnTanh
 
@@ -302,7 +302,7 @@ def test_the_bar_knows_what_took_no_time(tmp_path, monkeypatch):
             bars.append(self)
 
     monkeypatch.setattr(tqdm, "tqdm", Bar)
-    monkeypatch.setattr(training, "_is_terminal", lambda: True)
+    monkeypatch.setattr(callbacks, "_is_terminal", lambda: True)
     path, (X, y) = tmp_path / "run.safetensors", problem()
     for epochs in (4, 6):
         make().fit(X, y, loss="mse", epochs=epochs, verbose=1, checkpoint=path)

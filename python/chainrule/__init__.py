@@ -29,6 +29,7 @@ from .calculus import (
     sensitivity,
     vjp,
 )
+from .callbacks import EarlyStopping
 from .layers import (
     ELU,
     GELU,
@@ -74,7 +75,7 @@ from .optim import (
     StepLR,
     WarmupLR,
 )
-from .training import EarlyStopping, History
+from .training import History
 
 if TYPE_CHECKING:
     from .explanation import explain

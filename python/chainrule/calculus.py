@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 import numpy as np
 
-from . import _core, losses, training
+from . import _core, batch, losses
 from .checks import converted, flag, listed, one_of, real_array, short, whole
 from .layers import Linear
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Gradient = dict[str, Array]
 
 
-class Network(training.Network, Protocol):
+class Network(batch.Network, Protocol):
     """What the calculus needs to know of a network."""
 
     layers: tuple[Any, ...]
@@ -52,7 +52,7 @@ def exact(op: str, net: Network) -> Any:
 
 
 def _inputs(op: str, net: Network, X: Any, name: str = "X") -> Array:
-    return training.as_matrix(op, X, net.in_features, net.array_dtype, name=name, finite=False)
+    return batch.as_matrix(op, X, net.in_features, net.array_dtype, name=name, finite=False)
 
 
 def _rows_like(op: str, net: Network, name: str, value: Any, rows: int, columns: int) -> Array:
@@ -142,7 +142,7 @@ def _of_loss(
         if answer is not None:
             return answer
     rule = losses.resolve(op, loss)
-    data = training.take(op, net, rule, X, y, sample_weight)
+    data = batch.take(op, net, rule, X, y, sample_weight)
     engine = rule.each(data.flat) if each else rule.engine(data.flat, data.weight is not None)
     return ask(data.X, data.y, data.weight, engine, rule.domain)
 
@@ -375,7 +375,7 @@ def sensitivity(net: Network, X: Any, d: int, y: Any = None, loss: Any = None) -
         answer = core.sensitivity(X, d) or core.sensitivity(_inputs(op, net, X), d)
         return np.asarray(answer[1])
     rule = losses.resolve(op, loss)
-    data = training.take(op, net, rule, X, y)
+    data = batch.take(op, net, rule, X, y)
     f, df = core.sensitivity(data.X, d)
     gradient = rule.gradients(f, data.y, data.flat)
     return np.asarray((gradient * df).sum(axis=1))
@@ -517,7 +517,7 @@ def hessian(net: Network, X: Any, y: Any, loss: Any, sample_weight: Any = None) 
             f"got {count}; use hvp for its products with vectors"
         )
     rule = losses.resolve("hessian", loss)
-    data = training.take("hessian", net, rule, X, y, sample_weight)
+    data = batch.take("hessian", net, rule, X, y, sample_weight)
     engine = rule.engine(data.flat, data.weight is not None)
     flat, parts = _units(net)
     matrix = np.empty((count, count), net.array_dtype)

@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import devices, io
+from .batch import Data
+from .callbacks import EarlyStopping
 from .checks import Description, short
-from .training import PENALTIES, Data, EarlyStopping, Plan, Run
+from .training import PENALTIES, Plan, Run
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

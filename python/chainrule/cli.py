@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core, devices, explanation, metrics, plot
+from .callbacks import EarlyStopping
 from .data import Preprocessor, TableModel, class_labels, infer_task, outputs_for, require_finite, split_rows
 from .io import load, require_place, require_suffix
 from .losses import LOSSES
@@ -32,7 +33,6 @@ from .model import array_dtype, mlp
 from .optim import GD, OPTIMIZERS
 from .tables import Table, as_text, is_missing, read_table
 from .terminal import Screen, confusion_lines, curve, duration, enlarged, picture
-from .training import EarlyStopping
 
 OPTIMIZER_NAMES = ("gd", *OPTIMIZERS)
 ACTIVATIONS = tuple(name for kind, name, _ in _core.ops() if kind == "elementwise")

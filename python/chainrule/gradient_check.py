@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import losses, training
+from . import batch, losses
 from .calculus import exact
 from .checks import flag, real, whole
 from .display import html_table, markdown_table, number, text_table
@@ -158,7 +158,7 @@ def gradcheck(
     )
     raising = flag("gradcheck", "raise_on_failure", raise_on_failure)
     exact("gradcheck", net)
-    data = training.take("gradcheck", net, rule, X, y)
+    data = batch.take("gradcheck", net, rule, X, y)
     problem = _Problem(net, data.X.astype(np.float64), _in_float64(data, rule), rule)
     rows = [
         check for link in problem.chain.links if link.own for check in _check_maps(link, problem, settings)
@@ -185,7 +185,7 @@ class _Settings(NamedTuple):
         return np.sort(self.rng.choice(size, self.coordinates, replace=False))
 
 
-def _in_float64(data: training.Data, rule: Loss) -> Array:
+def _in_float64(data: batch.Data, rule: Loss) -> Array:
     y = as_passed(data.y, data.flat)
     return y if y.dtype.kind == "i" else y.astype(np.float64)
 

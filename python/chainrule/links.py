@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import training
+from . import batch
 from .checks import real_array
 from .layers import Guard, Layer, Linear, _BuiltIn
 from .losses import CustomLoss, Loss, _checked
@@ -134,7 +134,7 @@ def one_row(op: str, net: Sequential, x: Any) -> Array:
     if array.ndim == 2 and len(array) != 1:
         raise ValueError(f"[{op}] x must be one example: expected 1 row, got {len(array)}")
     rows = array[None, :] if array.ndim == 1 else array
-    return training.as_matrix(op, rows, net.in_features, "float64", name="x")
+    return batch.as_matrix(op, rows, net.in_features, "float64", name="x")
 
 
 def one_target(op: str, net: Sequential, rule: Loss, y: Any) -> Any:

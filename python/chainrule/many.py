@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import devices, optim, training
+from . import batch, devices, optim, training
 from .checks import listed, short
 from .model import Sequential
 from .wholebatch import RUNS
@@ -157,7 +157,7 @@ def _one_by_one(nets: list[Sequential], plans: list[training.Plan]) -> tuple[lis
 
 def _at_once(nets: list[Sequential], plans: list[training.Plan]) -> tuple[list[training.History], Errors]:
     """By calls of the GPU's engine that train all networks."""
-    uploaded: dict[int, training.Data] = {}  # by id: data that are shared lie there once
+    uploaded: dict[int, batch.Data] = {}  # by id: data that are shared lie there once
     for plan in plans:
         if id(plan.data) not in uploaded:
             uploaded[id(plan.data)] = plan.data.on(nets[0].device)

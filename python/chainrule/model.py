@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import calculus, devices, losses, training, wholebatch
+from . import batch, calculus, devices, losses, training, wholebatch
 from .checks import converted, flag, listed, one_of, real_array, short, whole
 from .display import TextTable, html_table
 from .layers import BUILT_IN, Dropout, Guard, Identity, Layer, Linear, _BuiltIn, initial
@@ -135,7 +135,7 @@ class Sequential:
     __call__ = predict
 
     def _matrix(self, op: str, X: Any) -> Array:
-        return training.as_matrix(op, X, self.in_features, self.array_dtype, finite=False)
+        return batch.as_matrix(op, X, self.in_features, self.array_dtype, finite=False)
 
     def trace(self, X: Any) -> calculus.Trace:
         """Every activation on the way from X to f; its `backward` adds every derivative on the way back.
@@ -310,8 +310,8 @@ class Sequential:
             if answer is not None:
                 return answer
         rule = losses.resolve("value_and_grad", loss)
-        data = training.take("value_and_grad", self, rule, X, y, sample_weight)
-        data, dy_weight = training.with_slopes("value_and_grad", self, data, dy, dy_weight)
+        data = batch.take("value_and_grad", self, rule, X, y, sample_weight)
+        data, dy_weight = batch.with_slopes("value_and_grad", self, data, dy, dy_weight)
         engine = rule.engine(data.flat, data.weight is not None)
         value, grads = self._core.value_and_grad(data.X, data.y, data.weight, engine, data.dy, dy_weight)
         return value, dict(zip(self._places, grads, strict=True))

@@ -7,233 +7,22 @@ Everything is checked before anything is changed. Where nobody looks between epo
 from __future__ import annotations
 
 import math
-import os
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
-from weakref import ref
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
 from . import devices, layers, losses, optim
-from .checks import (
-    EXACT,
-    Description,
-    all_finite,
-    converted,
-    flag,
-    listed,
-    one_of,
-    real,
-    real_array,
-    refuse_rows,
-    short,
-    whole,
-)
+from .batch import Data, Network, class_weights, split, take, with_slopes
+from .callbacks import Callbacks, Progress, check_monitor, verbosity
+from .checks import converted, flag, listed, real, real_array, short, whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
-
-
-class Network(Protocol):
-    """What training needs to know of a network."""
-
-    layers: tuple[layers.Layer, ...]
-    in_features: int
-    out_features: int
-    dtype: str
-    array_dtype: str
-    device: str
-    _core: Any
-    _engine: devices.Engine
-
-
-# ------------------------------------------------------------ data in
-
-
-def as_matrix(op: str, X: Any, features: int, dtype: str, *, name: str = "X", finite: bool = True) -> Array:
-    """X as a C-contiguous (rows, features) matrix of the dtype; a view where it is one already."""
-    array = real_array(op, name, X)
-    if array.ndim != 2:
-        raise ValueError(
-            f"[{op}] {name} must be 2-D: expected (rows, {features}), got shape {array.shape}; "
-            f"{_reshape_hint(array, features)}"
-        )
-    if array.shape[1] != features:
-        raise ValueError(
-            f"[{op}] {name} must have one column per input of the network: "
-            f"expected {features} columns, got {array.shape[1]}"
-        )
-    matrix = converted(op, name, array, dtype)
-    if finite and not all_finite(matrix):
-        row, column = (int(i) for i in np.argwhere(~np.isfinite(matrix))[0])
-        label = f" ({short(X.columns[column])})" if hasattr(X, "columns") else ""
-        raise ValueError(
-            f"[{op}] {name} must be finite: expected numbers, got {matrix[row, column]} "
-            f"in row {row}, column {column}{label}; fill or drop missing values first"
-        )
-    return matrix
-
-
-def _reshape_hint(array: Array, features: int) -> str:
-    if array.ndim > 2:
-        return "use X.reshape(len(X), -1) for one row per example"
-    if array.ndim == 0:
-        return "a table of numbers is wanted"
-    return "use X.reshape(-1, 1) for one feature" if features == 1 else "use X.reshape(1, -1) for one row"
-
-
-class Data(NamedTuple):
-    """One data set as the engine takes it."""
-
-    X: Array
-    y: Array
-    weight: Array | None
-    flat: bool  # whether the user's y was one-dimensional
-    dy: Array | None = None  # ∂y/∂x (rows, O, I)
-
-    def rows(self, first: int, last: int) -> Data:
-        weight, dy = (None if a is None else a[first:last] for a in (self.weight, self.dy))
-        return Data(self.X[first:last], self.y[first:last], weight, self.flat, dy)
-
-    def on(self, device: str) -> Data:
-        """Where it is used more than once: a copy on a GPU, or these arrays themselves."""
-        return self if device == "cpu" else Data(*(devices.upload(part, device) for part in self))
-
-
-def take(
-    op: str,
-    net: Network,
-    loss: losses.Loss,
-    X: Any,
-    y: Any,
-    sample_weight: Any = None,
-    *,
-    where: str = "",
-    as_it_lies: bool = False,
-) -> Data:
-    """The user's X, y and weights, checked; `where` is put before their names in messages.
-
-    With as_it_lies, for the engine alone, X stays on the network's GPU if it is there.
-    """
-    dtype = net.array_dtype
-    if net.device != "cpu":
-        if isinstance(loss, losses.CustomLoss):
-            raise ValueError(
-                f"[{op}] a loss of your own runs on the CPU: expected a built-in one on device "
-                f"{net.device!r}, got {short(loss)}; use net.to('cpu')"
-            )
-        X = devices.as_it_lies(X, net.in_features, dtype, net.device) if as_it_lies else devices.on_host(X)
-        y, sample_weight = devices.on_host(y), devices.on_host(sample_weight)
-    there = net.device != "cpu" and devices.on_gpu(X)
-    matrix = X if there else as_matrix(op, X, net.in_features, dtype, name=f"{where}X")
-    if not len(matrix):
-        raise ValueError(f"[{op}] {where}X must not be empty: expected at least one row, got 0")
-    targets = loss.targets(op, y, len(matrix), net.out_features, dtype, f"{where}y")
-    weight = losses.weights(op, sample_weight, len(matrix), dtype, f"{where}sample_weight")
-    return Data(matrix, targets.values, weight, targets.flat)
-
-
-def with_slopes(op: str, net: Network, data: Data, dy: Any, dy_weight: Any) -> tuple[Data, float]:
-    """The data with the slopes ∂y/∂x, and the weight of their part of the loss; both checked."""
-    weight = real(op, "dy_weight", dy_weight, least=0)
-    if dy is None:
-        if weight != 1:
-            raise ValueError(
-                f"[{op}] dy_weight must come with dy: expected slopes, got dy_weight={weight:g} alone"
-            )
-        return data, 0.0
-    if net.dtype != net.array_dtype:
-        raise ValueError(
-            f"[{op}] dy needs exact derivatives: expected dtype float32 or float64, got {net.dtype}"
-        )
-    dy = dy if net.device == "cpu" else devices.on_host(dy)
-    slopes, shape = real_array(op, "dy", dy), (len(data.X), net.out_features, net.in_features)
-    flat = (shape[0], shape[2])
-    if slopes.shape != shape and not (net.out_features == 1 and slopes.shape == flat):
-        raise ValueError(
-            f"[{op}] dy must have a slope for each row, output and input: expected shape {shape}"
-            f"{f' or {flat}' if net.out_features == 1 else ''}, got {slopes.shape}"
-        )
-    slopes = converted(op, "dy", slopes, net.array_dtype).reshape(shape)
-    if not all_finite(slopes):
-        refuse_rows(op, "dy", "finite numbers", slopes, ~np.isfinite(slopes))
-    return data._replace(dy=slopes), weight
-
-
-def _split(data: Data, fraction: float) -> tuple[Data, Data]:
-    """All rows but the last fraction, and these; the order is the user's, not yet shuffled."""
-    rows = len(data.X)
-    last = math.ceil(rows * fraction - 1e-9)  # a little less, so that 0.1 of 10 rows is 1 row and not 2
-    if last >= rows:
-        raise ValueError(
-            "[fit] validation_split must leave rows to train on: "
-            f"expected fewer than {rows} rows for validation, got {last}"
-        )
-    return data.rows(0, rows - last), data.rows(rows - last, rows)
-
-
-def _class_weights(net: Network, loss: losses.Loss, data: Data, class_weight: Any) -> Array | None:
-    """Sample weights times the weight of each row's class; a class without a weight has 1."""
-    labels, place, counts = np.unique(_labels(data.y), return_inverse=True, return_counts=True)
-    if isinstance(class_weight, dict):
-        known = _known_labels(net, loss, data.y)
-        named = {_label(key, known): _weight(key, value) for key, value in class_weight.items()}
-        of_label = np.array([named.get(int(label), 1.0) for label in labels])
-    elif isinstance(class_weight, str):
-        one_of("fit", "class_weight", class_weight, ("balanced",))
-        of_label = len(data.y) / (len(labels) * counts)
-    else:
-        raise TypeError(
-            "[fit] class_weight must be a dict or 'balanced': "
-            f"expected {{label: weight}}, got {short(class_weight)}"
-        )
-    weight = of_label[place.reshape(-1)]
-    if data.weight is not None:
-        weight = weight * data.weight
-    return losses.weights("fit", weight, len(weight), net.array_dtype, "class_weight times sample_weight")
-
-
-def _labels(y: Array) -> Array:
-    """The label (B,) of each row of targets: a whole number alone, or the place of the 1 among zeros."""
-    if y.ndim == 1 or y.shape[1] == 1:
-        column = y.reshape(-1)
-        bad = (column != np.floor(column)) | (np.abs(column) > EXACT)
-        labels = column
-    else:
-        bad = ((y != 0) & (y != 1)).any(axis=1) | (y.sum(axis=1) != 1)
-        labels = y.argmax(axis=1)
-    if bad.any():
-        row = int(bad.argmax())
-        raise ValueError(
-            "[fit] class_weight needs one label per row: expected whole numbers, or rows of zeros and a one, "
-            f"got {short(y[row].tolist())} in row {row}"
-        )
-    return labels
-
-
-def _known_labels(net: Network, loss: losses.Loss, y: Array) -> tuple[int, int]:
-    """The least and the greatest label that targets of this loss can have."""
-    if y.ndim == 2 and y.shape[1] > 1:
-        return 0, y.shape[1] - 1
-    if isinstance(loss, losses.CrossEntropy):
-        return 0, net.out_features - 1
-    return (0, 1) if isinstance(loss, losses.Logistic) else (-EXACT, EXACT)
-
-
-def _label(key: Any, known: tuple[int, int]) -> int:
-    return whole("fit", "a label in class_weight", int(key) if isinstance(key, bool) else key, *known)
-
-
-def _weight(key: Any, value: Any) -> float:
-    return real("fit", f"class_weight[{key!r}]", value, least=0)
-
-
-# ------------------------------------------------------------ what fit gives back
 
 
 @final
@@ -280,255 +69,6 @@ class History:
         return f"<History of {self.epochs} epochs{last}>"
 
 
-# ------------------------------------------------------------ callbacks
-
-
-@final
-class EarlyStopping(Description):
-    """Stops a `fit` when a value has not improved for `patience` epochs, and puts the best weights back.
-
-    It watches one fit at a time; RuntimeError for a second network meanwhile.
-
-    monitor is "val_loss" or "loss"; to improve is to fall (mode="max": to rise) by more than `min_delta`.
-
-    Example:
-        >>> import chainrule as cr
-        >>> stop = cr.EarlyStopping("loss", patience=2, min_delta=10.0)  # nothing improves by 10
-        >>> cr.mlp([1, 1]).fit([[1.0]], [1.0], loss="mse", epochs=50, callbacks=[stop]).stopped_epoch
-        2
-    """
-
-    monitor: str
-    patience: int
-    min_delta: float
-    mode: str
-    restore_best: bool
-    best: float
-    best_epoch: int | None
-    waited: int
-    weights: Any  # the network's snapshot of that epoch, while a fit is watched
-
-    def __init__(
-        self,
-        monitor: str = "val_loss",
-        patience: int = 10,
-        min_delta: float = 0.0,
-        mode: str = "min",
-        restore_best: bool = True,
-    ) -> None:
-        op = "EarlyStopping"
-        self._set(
-            monitor=one_of(op, "monitor", monitor, ("val_loss", "loss")),
-            patience=whole(op, "patience", patience, 0),
-            min_delta=real(op, "min_delta", min_delta, least=0),
-            mode=one_of(op, "mode", mode, ("min", "max")),
-            restore_best=flag(op, "restore_best", restore_best),
-        )
-        self._begin()
-
-    def _begin(self, net: Any = None) -> None:
-        worst = math.inf if self.mode == "min" else -math.inf
-        self._set(net=None if net is None else ref(net), best=worst, best_epoch=None, waited=0, weights=None)
-
-    def on_train_begin(self, net: Any) -> None:
-        watched = self._watched()
-        if watched is not None and watched is not net:  # its weights would end in the other network
-            raise RuntimeError(
-                "[EarlyStopping] one fit at a time: expected an idle one, got one that watches another fit; "
-                "make one for each"
-            )
-        self._begin(net)
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> bool:
-        self._see(epoch, logs[self.monitor])
-        if self.best_epoch == epoch:
-            self._keep()
-            return False
-        return self.waited >= self.patience
-
-    def on_train_end(self, net: Any) -> None:
-        if self.weights is not None:
-            net._core.restore(self.weights)
-        self.let_go(net)
-
-    def resume(self, values: Iterable[float]) -> None:
-        """Go on after epochs with these values; the network holds the best weights of them."""
-        for epoch, value in enumerate(values):
-            self._see(epoch, value)
-        if self.best_epoch is not None:
-            self._keep()
-
-    def kept_some(self, values: Iterable[float]) -> bool:
-        """Whether it would hold best weights after epochs with these values."""
-        fresh = EarlyStopping(**self.config())
-        for epoch, value in enumerate(values):
-            fresh._see(epoch, value)
-        return fresh.restore_best and fresh.best_epoch is not None
-
-    def _see(self, epoch: int, value: float) -> None:
-        gain = self.best - value if self.mode == "min" else value - self.best
-        if gain > self.min_delta:  # false for NaN
-            self._set(best=value, best_epoch=epoch, waited=0)
-        else:
-            self._set(waited=self.waited + 1)
-
-    def _keep(self) -> None:
-        self._set(weights=self._watched()._core.snapshot() if self.restore_best else None)
-
-    def let_go(self, net: Any) -> None:
-        """A fit of this network is over, whichever way."""
-        if self._watched() is net:
-            self._set(net=None, weights=None)
-
-    def _watched(self) -> Any:
-        net = vars(self).get("net")
-        return None if net is None else net()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "net": None, "weights": None}
-
-
-_HOOKS = ("on_train_begin", "on_epoch_end", "on_train_end")
-
-
-class _Callbacks:
-    """The user's callbacks behind one face."""
-
-    def __init__(self, callbacks: Any, measured: Iterable[str]) -> None:
-        if callbacks is None:
-            callbacks = ()
-        if not isinstance(callbacks, (list, tuple)):
-            raise TypeError(
-                f"[fit] callbacks must be a list: expected [callback, ...], got {short(callbacks)}"
-            )
-        for callback in callbacks:
-            usable = callable(callback) or any(hasattr(callback, hook) for hook in _HOOKS)
-            if isinstance(callback, type) or not usable:
-                raise TypeError(
-                    f"[fit] a callback must be an object with one of {', '.join(_HOOKS)}, or a callable: "
-                    f"expected f(epoch, logs), got {short(callback)}"
-                )
-            _check_monitor(callback, measured)
-            if isinstance(callback, EarlyStopping) and sum(other is callback for other in callbacks) > 1:
-                raise ValueError(
-                    f"[fit] callbacks: expected each EarlyStopping once, got {callback!r} twice; make two"
-                )
-        self.all = tuple(callbacks)
-        self.begun: list[Any] = []
-
-    def begin(self, net: Network) -> None:
-        for callback in self.all:
-            if hasattr(callback, "on_train_begin"):
-                callback.on_train_begin(net)
-            self.begun.append(callback)
-
-    def epoch(self, epoch: int, logs: dict[str, float]) -> bool:
-        """Whether one of them wants to stop; all are asked."""
-        wishes = [self._one(callback, epoch, logs) for callback in self.all]
-        return any(wishes)
-
-    @staticmethod
-    def _one(callback: Any, epoch: int, logs: dict[str, float]) -> bool:
-        if hasattr(callback, "on_epoch_end"):
-            answer = callback.on_epoch_end(epoch, dict(logs))
-        elif any(hasattr(callback, hook) for hook in _HOOKS):
-            return False
-        else:
-            answer = callback(epoch, dict(logs))
-        # A number, as file.write gives one, is no wish to stop.
-        return isinstance(answer, (bool, np.bool_)) and bool(answer)
-
-    def end(self, net: Network) -> None:
-        for callback in self.all:
-            if hasattr(callback, "on_train_end"):
-                callback.on_train_end(net)
-
-    def let_go(self, net: Network) -> None:
-        for callback in self.begun:
-            if isinstance(callback, EarlyStopping):
-                callback.let_go(net)
-
-
-def _check_monitor(watcher: Any, measured: Iterable[str]) -> None:
-    if getattr(watcher, "monitor", None) == "val_loss" and "val_loss" not in measured:
-        kind = type(watcher).__name__
-        raise ValueError(
-            f"[fit] {kind} monitors 'val_loss': expected validation_data or validation_split, got neither; "
-            f"or use {kind}(monitor='loss')"
-        )
-
-
-# ------------------------------------------------------------ progress
-
-
-class _Progress:
-    """verbose=1: a bar or one changing line on a terminal, a line every tenth elsewhere; 2: every epoch.
-
-    All of it goes to stderr, so stdout stays the user's.
-    """
-
-    def __init__(self, verbose: int, epochs: int) -> None:
-        self.verbose, self.epochs, self.shown, self.moment, self.width = verbose, epochs, 0, -math.inf, 0
-        self.terminal = _is_terminal()
-        self.bar = self._tqdm() if verbose == 1 and self.terminal else None
-
-    def _tqdm(self) -> Any:
-        try:
-            from tqdm import tqdm
-
-            # Told the size, for it shows nothing on a terminal that says 0 × 0.
-            size = {"ncols": _columns() - 1, "nrows": 24}
-            return tqdm(total=self.epochs, unit="epoch", file=sys.stderr, leave=True, **size)
-        except (ImportError, KeyError):  # KeyError: older than 4.45, without nrows
-            return None
-
-    def go_on(self, done: int, logs: dict[str, float]) -> None:
-        """After epochs of another process, which took no time in this one."""
-        if self.bar is not None:
-            self.bar.initial = self.bar.n = self.shown = done
-        self.show(done, logs)
-
-    def show(self, done: int, logs: dict[str, float]) -> None:
-        if not self.verbose or sys.stderr is None:
-            return
-        numbers = {name: f"{value:.4g}" for name, value in logs.items()}
-        line = f"epoch {done}/{self.epochs}  " + "  ".join(f"{k} {v}" for k, v in numbers.items())
-        if self.bar is not None:
-            self.bar.set_postfix(numbers, refresh=False)
-            self.bar.update(done - self.shown)
-            self.shown = done
-        elif self.verbose == 1 and self.terminal:
-            if done == self.epochs or time.perf_counter() > self.moment + 0.1:
-                line = line[: _columns() - 1]  # a line that wraps would leave one line of itself each time
-                print("\r" + line.ljust(self.width), end="", file=sys.stderr, flush=True)
-                self.moment, self.width = time.perf_counter(), len(line)
-        elif (
-            self.verbose == 2
-            or done == self.epochs
-            or 10 * done // self.epochs > 10 * self.shown // self.epochs
-        ):
-            print(line, file=sys.stderr, flush=True)
-            self.shown = done
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        elif self.verbose == 1 and self.terminal:
-            print(file=sys.stderr)
-
-
-def _is_terminal() -> bool:
-    return sys.stderr is not None and bool(getattr(sys.stderr, "isatty", bool)())
-
-
-def _columns() -> int:
-    """Of the terminal; 80 where it does not say, or says 0."""
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    except (OSError, ValueError, AttributeError):
-        return 80
-
-
 # ------------------------------------------------------------ fit
 
 
@@ -544,7 +84,7 @@ class Plan(NamedTuple):
     loss: losses.Loss
     optimizer: optim.Optimizer
     schedule: Any
-    callbacks: _Callbacks
+    callbacks: Callbacks
     batch_size: int
     epochs: int
     shuffle: bool
@@ -580,17 +120,17 @@ def plan(
     _check_by_example(net, dy is not None, penalties[4] > 0)
     data, validation = _with_validation(net, rule, data, validation_data, validation_split)
     if class_weight is not None:
-        data = data._replace(weight=_class_weights(net, rule, data, class_weight))
+        data = data._replace(weight=class_weights(net, rule, data, class_weight))
     measured = ("loss", how.pace) if validation is None else ("loss", "val_loss", how.pace)
     if schedule is not None and not isinstance(schedule, (optim.Schedule, optim.ReduceLROnPlateau)):
         raise TypeError(
             f"[fit] schedule must be a schedule: expected StepLR(...) or the like, got {short(schedule)}"
         )
-    _check_monitor(schedule, measured)
+    check_monitor(schedule, measured)
     return Plan(
-        data, validation, rule, how, schedule, _Callbacks(callbacks, measured),
+        data, validation, rule, how, schedule, Callbacks(callbacks, measured),
         _rows_per_step(how, batch_size, len(data.X)), epochs, shuffle and not how.whole_batch, seed,
-        _verbosity(verbose), dy_weight, penalties, measured,
+        verbosity(verbose), dy_weight, penalties, measured,
     )  # fmt: skip
 
 
@@ -639,7 +179,7 @@ def _with_validation(
     if validation_data is None and not fraction:
         return data, None
     if validation_data is None:
-        data, validation = _split(data, fraction)
+        data, validation = split(data, fraction)
         for name, part in (("training", data), ("validation", validation)):
             if part.weight is not None and not part.weight.any():
                 raise ValueError(
@@ -657,13 +197,6 @@ def _with_validation(
             f"got {type(validation_data).__name__}"
         )
     return data, take("fit", net, loss, *validation_data, where="validation ", as_it_lies=True)
-
-
-def _verbosity(verbose: Any) -> int:
-    if isinstance(verbose, str):
-        one_of("fit", "verbose", verbose, ("auto",))
-        return int(_is_terminal())
-    return int(verbose) if isinstance(verbose, bool) else whole("fit", "verbose", verbose, 0, 2)
 
 
 class Run(ABC):
@@ -706,7 +239,7 @@ class Run(ABC):
 
     def run(self) -> History:
         plan, history = self.plan, self.history
-        progress = _Progress(plan.verbose, plan.epochs)
+        progress = Progress(plan.verbose, plan.epochs)
         try:
             plan.callbacks.begin(self.net)
             self.begin_schedule()
