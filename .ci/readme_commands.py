@@ -11,7 +11,7 @@ def main(readme: str) -> int:
     blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     commands = [block.strip() for block in blocks if block.startswith("python3 -m venv ")]
     ends = [command.rsplit("/", 1)[-1] for command in commands]
-    if ends != ["chainrule demo", "pytest"]:
+    if ends != ["chainrule demo", "pytest -n auto"]:
         print(f"expected two commands, `chainrule demo` and `pytest`, got {commands}", file=sys.stderr)
         return 1
     print("\n".join(commands))

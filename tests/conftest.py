@@ -38,20 +38,28 @@ def pytest_configure():
         spec.loader.exec_module(sys.modules[name])
 
 
-left_out = []
+left_out = []  # how many, of each process that collected tests
 
 
 def pytest_collection_modifyitems(config, items):
     """Tests marked gpu run where a GPU can be used; else the summary says once why they do not."""
     if not devices.count():
-        left_out[:] = [item for item in items if item.get_closest_marker("gpu")]
+        for_gpu = [item for item in items if item.get_closest_marker("gpu")]
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=left_out)
+        config.hook.pytest_deselected(items=for_gpu)
+        left_out.append(len(for_gpu))
+        if hasattr(config, "workeroutput"):  # pytest-xdist's, whose workers collect and have no summary
+            config.workeroutput["left_out"] = len(for_gpu)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    left_out.append(getattr(node, "workeroutput", {}).get("left_out", 0))
 
 
 def pytest_terminal_summary(terminalreporter):
-    if left_out:
-        terminalreporter.write_line(f"left out: {len(left_out)} tests that need a GPU; {devices.state()}")
+    if any(left_out):
+        terminalreporter.write_line(f"left out: {max(left_out)} tests that need a GPU; {devices.state()}")
 
 
 # ---- fixtures ----------------------------------------------------------------------------------------------
