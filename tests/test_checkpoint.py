@@ -302,7 +302,7 @@ def test_the_bar_knows_what_took_no_time(tmp_path, monkeypatch):
             bars.append(self)
 
     monkeypatch.setattr(tqdm, "tqdm", Bar)
-    monkeypatch.setattr(callbacks, "_is_terminal", lambda: True)
+    monkeypatch.setattr(callbacks, "_is_live", lambda: True)
     path, (X, y) = tmp_path / "run.safetensors", problem()
     for epochs in (4, 6):
         make().fit(X, y, loss="mse", epochs=epochs, verbose=1, checkpoint=path)

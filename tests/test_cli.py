@@ -729,7 +729,8 @@ def test_on_a_terminal_there_is_progress_and_nothing_is_left_of_it_in_the_output
     inside, outside = pty.openpty()
     fcntl.ioctl(outside, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     try:
-        command = [sys.executable, "-m", "chainrule", "train", "flowers.csv", "--target", "price"]
+        code = "from chainrule import __main__, callbacks; callbacks.PATIENCE = 0; __main__.main()"  # at once
+        command = [sys.executable, "-c", code, "train", "flowers.csv", "--target", "price"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=outside, timeout=120, check=False)
         os.close(outside)
         seen = b""

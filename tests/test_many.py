@@ -2,6 +2,7 @@
 """fit_many: the bits of separate fits, on the CPU and on a stand-in for the GPU engine."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import chainrule as cr
 from conftest import assert_same_bits
 from test_devices import forget, gpu, same
+from test_training import Terminal
 
 __all__ = ["forget", "gpu"]  # fixtures
 
@@ -78,6 +80,25 @@ def test_whole_batch_optimizers(optimizer, gpu):
     alone = twin.fit(X, Y, loss="mse", optimizer=optimizer, epochs=3)
     assert alone.history == histories[0].history == histories[1].history
     same(nets[0], twin)
+
+
+@pytest.mark.parametrize("verbose", ["auto", 1, 2])
+def test_progress(verbose, device, gpu, monkeypatch):
+    """Networks done, one after the other; epochs, where one call trains all; the bits of silence."""
+    options = {"loss": "mse", "epochs": 30, "schedule": cr.StepLR(9)}
+    quiet, nets = networks(device), networks(device)
+    histories = cr.fit_many(quiet, X, Y, verbose=0, **options)
+    stream, clock = Terminal(), iter(range(1000))
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock) ** 2 / 9)  # every look at it takes longer
+    watched = cr.fit_many(nets, X, Y, verbose=verbose, **options)
+    done, unit = (3, "network") if device == "cpu" else (30, "epoch")
+    assert f"{unit} {done}/{done}  loss" in stream.getvalue()
+    assert ("epoch" if device == "cpu" else "network") not in stream.getvalue()
+    for net, twin, history, other in zip(nets, quiet, watched, histories, strict=True):
+        same(net, twin)
+        assert history.history == other.history
 
 
 def test_one_that_diverges_spoils_no_other(device):

@@ -8,7 +8,9 @@ import math
 import os
 import pickle
 import re
+import sys
 import threading
+import warnings
 import weakref
 
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 
 import chainrule as cr
 from chainrule import _core, optim, reference
+from chainrule.display import warn
 from conftest import assert_same_bits
 
 SIZES = [4, 6, 3]
@@ -593,6 +596,23 @@ class Terminal(io.StringIO):
         return 2
 
 
+class Notebook(io.StringIO):
+    """Like ipykernel's: no terminal, but "\\r" takes a line back."""
+
+    __module__ = "ipykernel.iostream"
+
+
+class Clock:
+    """time.perf_counter, which a callback moves on."""
+
+    def __init__(self, monkeypatch, seconds):
+        self.now, self.seconds = 100.0, seconds
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+
+    def __call__(self, epoch, logs):
+        self.now += self.seconds
+
+
 def shown(monkeypatch, stream, **arguments):
     monkeypatch.setattr("sys.stderr", stream)
     fitted(np.eye(4), np.eye(4)[:, :3], **{"epochs": 40, **arguments})
@@ -603,6 +623,31 @@ def test_silence(monkeypatch, capsys):
     assert shown(monkeypatch, Terminal(), verbose=0) == ""
     assert shown(monkeypatch, io.StringIO()) == ""
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("tqdm", [True, False])
+@pytest.mark.parametrize("stream", [Terminal, Notebook])
+def test_short_fits_are_silent_and_long_ones_begin_after_a_second(stream, tqdm, monkeypatch):
+    if not tqdm:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert shown(monkeypatch, stream(), callbacks=[Clock(monkeypatch, 0.02)]) == ""
+    text = shown(monkeypatch, stream(), callbacks=[Clock(monkeypatch, 0.125)])
+    assert "40/40" in text and "\r" in text and text.count("\n") == 1
+    assert " 9/40" in text.replace("|", " ") and " 8/40" not in text.replace("|", " ")
+
+
+def test_the_bar_that_comes_late_counts_from_the_beginning(monkeypatch):
+    pytest.importorskip("tqdm")
+    text = shown(monkeypatch, Terminal(), callbacks=[Clock(monkeypatch, 100)])
+    assert re.search(r" 2/40 \[01:40<.*50\.\d\ds/epoch", text)
+
+
+def test_no_line_is_left_of_a_fit_that_ends_before_its_first_epoch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    stream = Terminal()
+    with pytest.raises(FloatingPointError):
+        shown(monkeypatch, stream, optimizer=cr.SGD(1e30), callbacks=[Clock(monkeypatch, 0.0)])
+    assert stream.getvalue() == ""
 
 
 @pytest.mark.parametrize("watched", [{}, {"callbacks": [lambda epoch, logs: None]}])
@@ -618,30 +663,62 @@ def test_a_line_for_every_epoch(monkeypatch):
 
 
 def test_a_bar_on_a_terminal(monkeypatch):
-    text = shown(monkeypatch, Terminal())
-    assert "40/40" in text and text.count("\n") == 1
+    text = shown(monkeypatch, Terminal(), verbose=1)
+    assert "| 0/40" in text and "40/40" in text and text.count("\n") == 1
 
 
 def test_a_line_on_a_terminal_without_tqdm(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
-    text = shown(monkeypatch, Terminal())
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    text = shown(monkeypatch, Terminal(), verbose=1)
     assert text.startswith("\repoch") and "epoch 40/40" in text and text.count("\n") == 1
 
 
 @pytest.mark.parametrize("columns", [1, 2, 13, 40, 200])
 def test_the_line_stays_within_the_terminal(columns, monkeypatch):
     """A line that wraps, which \\r does not take back: one line left behind at every update."""
-    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((columns, 24)))
-    lines = shown(monkeypatch, Terminal(), epochs=100).rstrip("\n").split("\r")
+    lines = shown(monkeypatch, Terminal(), verbose=1, epochs=100).rstrip("\n").split("\r")
     assert max(map(len, lines)) <= columns - 1
     assert "epoch 100/100  loss"[: columns - 1] in lines[-1]
 
 
-def test_no_stderr_at_all(monkeypatch):
-    monkeypatch.setattr("sys.stderr", None)
-    for verbose in ("auto", 1, 2):
-        fitted(np.eye(4), np.eye(4)[:, :3], verbose=verbose)
+def closed():
+    stream = Terminal()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("stream", [None, closed()])
+@pytest.mark.parametrize("verbose", ["auto", 1, 2])
+def test_no_stderr_at_all(verbose, stream, monkeypatch):
+    monkeypatch.setattr("sys.stderr", stream)
+    fitted(np.eye(4), np.eye(4)[:, :3], verbose=verbose)
+
+
+@pytest.mark.parametrize("tqdm", [True, False])
+@pytest.mark.parametrize("verbose", [1, 2])
+def test_a_stderr_that_is_closed_meanwhile(verbose, tqdm, monkeypatch):
+    if not tqdm:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    closes = [lambda epoch, logs: stream.close() if epoch == 1 else None]
+    _, history = fitted(np.eye(4), np.eye(4)[:, :3], verbose=verbose, callbacks=closes)
+    assert history.epochs == 4
+
+
+def test_warnings_need_no_stderr_and_stay_errors_where_they_are(monkeypatch):
+    monkeypatch.setattr("sys.stderr", closed())
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        patch.setattr(warnings, "showwarning", lambda *message: sys.stderr.write("as Python does"))
+        warn("nobody reads this", RuntimeWarning, 1)
+    with pytest.warns(RuntimeWarning, match="seen") as caught:
+        warn("seen", RuntimeWarning, 1)
+    assert caught[0].filename == __file__
+    with pytest.raises(RuntimeWarning):
+        warn("an error here", RuntimeWarning, 1)
 
 
 def test_a_plateau_begins_with_the_rate_that_a_callback_has_set(data):

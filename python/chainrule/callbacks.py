@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any, final
 from weakref import ref
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from .batch import Network
 from .checks import Description, flag, one_of, real, short, whole
+from .display import stderr
 
 
 @final
@@ -195,77 +197,91 @@ def check_monitor(watcher: Any, measured: Iterable[str]) -> None:
 # ------------------------------------------------------------ progress
 
 
+AUTO = 3  # a verbosity: 1 where a person looks on, once it has taken PATIENCE seconds
+PATIENCE = 1.0
+
+
 class Progress:
-    """verbose=1: a bar or one changing line on a terminal, a line every tenth elsewhere; 2: every epoch.
+    """verbose=1: a bar or one changing line where a person looks on, a line every tenth elsewhere; 2: each.
 
     All of it goes to stderr, so stdout stays the user's.
     """
 
-    def __init__(self, verbose: int, epochs: int) -> None:
-        self.verbose, self.epochs, self.shown, self.moment, self.width = verbose, epochs, 0, -math.inf, 0
-        self.terminal = _is_terminal()
-        self.bar = self._tqdm() if verbose == 1 and self.terminal else None
+    def __init__(self, verbose: int, total: int, unit: str = "epoch") -> None:
+        self.verbose, self.total, self.unit = verbose, total, unit
+        self.initial, self.shown, self.moment, self.width = 0, 0, -math.inf, 0
+        self.live = verbose in (1, AUTO) and _is_live()
+        self.start = time.perf_counter()
+        self.due = self.start + (PATIENCE if verbose == AUTO else 0.0)
 
-    def _tqdm(self) -> Any:
+    @cached_property
+    def bar(self) -> Any:
+        """tqdm's, made when there is something to show; None without tqdm."""
         try:
             from tqdm import tqdm
 
             # Told the size, for it shows nothing on a terminal that says 0 × 0.
-            size = {"ncols": _columns() - 1, "nrows": 24}
-            return tqdm(total=self.epochs, unit="epoch", file=sys.stderr, leave=True, **size)
+            how = {"initial": self.initial, "ncols": _columns() - 1, "nrows": 24}
+            bar = tqdm(total=self.total, unit=self.unit, file=sys.stderr, leave=True, **how)
         except (ImportError, KeyError):  # KeyError: older than 4.45, without nrows
             return None
+        earlier = time.perf_counter() - self.start
+        bar.start_t -= earlier
+        bar.last_print_t -= earlier
+        return bar
 
-    def go_on(self, done: int, logs: dict[str, float]) -> None:
+    def begin(self, done: int, logs: dict[str, float]) -> None:
         """After epochs of another process, which took no time in this one."""
-        if self.bar is not None:
-            self.bar.initial = self.bar.n = self.shown = done
-        self.show(done, logs)
+        self.initial = done
+        if done or self.live:
+            self.show(done, logs)
 
     def show(self, done: int, logs: dict[str, float]) -> None:
-        if not self.verbose or sys.stderr is None:
+        now = time.perf_counter()
+        if not self.verbose or now < self.due or stderr() is None:
             return
         numbers = {name: f"{value:.4g}" for name, value in logs.items()}
-        line = f"epoch {done}/{self.epochs}  " + "  ".join(f"{k} {v}" for k, v in numbers.items())
-        if self.bar is not None:
+        line = f"{self.unit} {done}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in numbers.items())
+        if self.live and self.bar is not None:
             self.bar.set_postfix(numbers, refresh=False)
-            self.bar.update(done - self.shown)
-            self.shown = done
-        elif self.verbose == 1 and self.terminal:
-            if done == self.epochs or time.perf_counter() > self.moment + 0.1:
+            self.bar.update(done - self.bar.n)
+        elif self.live:
+            if done == self.total or now > self.moment + 0.1:
                 line = line[: _columns() - 1]  # a line that wraps would leave one line of itself each time
                 print("\r" + line.ljust(self.width), end="", file=sys.stderr, flush=True)
-                self.moment, self.width = time.perf_counter(), len(line)
+                self.moment, self.width = now, len(line)
         elif (
-            self.verbose == 2
-            or done == self.epochs
-            or 10 * done // self.epochs > 10 * self.shown // self.epochs
+            self.verbose == 2 or done == self.total or 10 * done // self.total > 10 * self.shown // self.total
         ):
             print(line, file=sys.stderr, flush=True)
             self.shown = done
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        elif self.verbose == 1 and self.terminal:
+        bar = vars(self).get("bar")
+        if bar is not None:
+            bar.close()
+        elif self.width and stderr() is not None:
             print(file=sys.stderr)
 
 
 def verbosity(verbose: Any) -> int:
-    """0, 1 or 2 of what the user gave for it."""
+    """0, 1, 2 or AUTO of what the user gave for it."""
     if isinstance(verbose, str):
         one_of("fit", "verbose", verbose, ("auto",))
-        return int(_is_terminal())
+        return AUTO if _is_live() else 0
     return int(verbose) if isinstance(verbose, bool) else whole("fit", "verbose", verbose, 0, 2)
 
 
-def _is_terminal() -> bool:
-    return sys.stderr is not None and bool(getattr(sys.stderr, "isatty", bool)())
+def _is_live() -> bool:
+    """Whether a person looks on, and "\\r" takes a line back: at a terminal, in a Jupyter notebook."""
+    stream: Any = stderr()
+    terminal = stream is not None and bool(getattr(stream, "isatty", bool)())
+    return terminal or "ipykernel" in type(stream).__module__
 
 
 def _columns() -> int:
-    """Of the terminal; 80 where it does not say, or says 0."""
+    """Of the terminal; 80 in a notebook, and where it does not say, or says 0."""
     try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        return (sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns) or 80
     except (OSError, ValueError, AttributeError):
         return 80

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import time
-import warnings
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from . import devices, io
 from .batch import Data
 from .callbacks import EarlyStopping
 from .checks import Description, short
+from .display import warn
 from .training import PENALTIES, Plan, Run
 
 if TYPE_CHECKING:
@@ -178,11 +178,11 @@ class Checkpoint:
                 return
             self.fails = True
             remedy = "make room and call fit again" if last else "training goes on, and tries again"
-            warnings.warn(
+            warn(
                 f"[fit] checkpoint {self.name!r} must be written after epoch {run.history.epochs}: expected "
                 f"no error, got {error!r}; the file is the one from before; {remedy}",
                 RuntimeWarning,
-                stacklevel=4,  # of who called fit
+                4,  # of who called fit
             )
 
     def _write(self, run: Run) -> None:

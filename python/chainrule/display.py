@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Tables of text, and the same tables for notebooks: aligned columns, Markdown, HTML."""
+"""What is shown: tables of text, the same for notebooks in Markdown and HTML; what stderr takes."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 Row = Sequence[str]
 
@@ -94,3 +97,17 @@ class TextTable(str):
 
     def _repr_html_(self) -> str:
         return self.html
+
+
+def stderr() -> TextIO | None:
+    """Where messages go; None where there is nothing, or a stream that is closed."""
+    return None if getattr(sys.stderr, "closed", False) else sys.stderr
+
+
+def warn(message: str, kind: type[Warning], stacklevel: int) -> None:
+    """warnings.warn, which alone would fail where stderr is closed."""
+    try:
+        warnings.warn(message, kind, stacklevel=stacklevel + 1)
+    except ValueError:
+        if stderr() is sys.stderr:
+            raise

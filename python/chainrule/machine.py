@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from . import _core, devices
 from .checks import short, whole
+from .display import warn
 
 
 def info() -> dict[str, Any]:
@@ -79,4 +79,4 @@ def warn_of_settings() -> None:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(f"[import] {message}", RuntimeWarning, stacklevel=4)  # at the line that imports us
+    warn(f"[import] {message}", RuntimeWarning, 4)  # at the line that imports us

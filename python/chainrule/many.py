@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from inspect import signature
 from typing import Any
 
 import numpy as np
 
 from . import batch, devices, optim, training
+from .callbacks import Progress, verbosity
 from .checks import listed, short
 from .model import Sequential
 from .wholebatch import RUNS
@@ -24,6 +25,7 @@ def fit_many(
     loss: Any,
     optimizer: Any = "adam",
     seed: Any = 0,
+    verbose: Any = "auto",
     **options: Any,
 ) -> list[training.History]:
     """`fit` for many networks alike; each gets the bits that it would get alone.
@@ -36,7 +38,8 @@ def fit_many(
         X, y: rows for all of them; or X (K, n, I) and y (K, n, ...), for each of K networks its own.
         optimizer: a name; an object, which keeps a state for each network; or a list of K of one class.
         seed: of the order of rows and of dropout; or a list of K.
-        options: the others of `fit`, but for callbacks, validation, verbose and ReduceLROnPlateau.
+        verbose: as in `fit`; of networks done on the CPU, of epochs on a GPU.
+        options: the others of `fit`, but for callbacks, validation and ReduceLROnPlateau.
 
     Raises: as `fit`; FloatingPointError for networks that diverge comes when the others have been trained,
         with all histories in its attribute `histories`.
@@ -49,9 +52,11 @@ def fit_many(
         [2, 2, 2]
     """
     _check(nets := list(nets), options)
-    plans = _plans(nets, X, y, optimizer, seed, {"loss": loss, **options})
+    plans = _plans(nets, X, y, optimizer, seed, {"loss": loss, "verbose": verbose, **options})
     alone = nets[0].device == "cpu" or type(plans[0].optimizer) in RUNS
-    histories, errors = (_one_by_one if alone else _at_once)(nets, plans)
+    total, unit = (len(nets), "network") if alone else (plans[0].epochs, "epoch")
+    with closing(Progress(verbosity(verbose), total, unit)) as progress:
+        histories, errors = (_one_by_one if alone else _at_once)(nets, plans, progress)
     if errors:
         error = FloatingPointError(
             f"[fit_many] losses must stay finite: expected numbers, got others in networks {sorted(errors)}, "
@@ -76,7 +81,7 @@ def _check(nets: Sequence[Any], options: dict[str, Any]) -> None:
     known = signature(training.plan).parameters.keys() - {"net", "X", "y"}
     if unknown := options.keys() - known:
         raise TypeError(f"[fit_many] options are those of fit: expected no {min(unknown)!r}, got one")
-    watching = {"callbacks", "validation_data", "validation_split", "verbose"} & options.keys()
+    watching = {"callbacks", "validation_data", "validation_split"} & options.keys()
     if isinstance(options.get("schedule"), optim.ReduceLROnPlateau):
         watching |= {"ReduceLROnPlateau"}
     if watching:
@@ -144,18 +149,23 @@ def _kept(errors: Errors, place: int) -> Iterator[None]:
         errors[place] = error
 
 
-def _one_by_one(nets: list[Sequential], plans: list[training.Plan]) -> tuple[list[training.History], Errors]:
+def _one_by_one(
+    nets: list[Sequential], plans: list[training.Plan], progress: Progress
+) -> tuple[list[training.History], Errors]:
     histories: list[training.History] = []
     errors: Errors = {}
     for k, (net, plan) in enumerate(zip(nets, plans, strict=True)):
-        run = RUNS.get(type(plan.optimizer), training.EngineRun)(net, plan)
+        run = RUNS.get(type(plan.optimizer), training.EngineRun)(net, plan._replace(verbose=0))
         histories.append(run.history)
         with _kept(errors, k):
             run.run()
+        progress.show(k + 1, run.history.logs())
     return histories, errors
 
 
-def _at_once(nets: list[Sequential], plans: list[training.Plan]) -> tuple[list[training.History], Errors]:
+def _at_once(
+    nets: list[Sequential], plans: list[training.Plan], progress: Progress
+) -> tuple[list[training.History], Errors]:
     """By calls of the GPU's engine that train all networks."""
     uploaded: dict[int, batch.Data] = {}  # by id: data that are shared lie there once
     for plan in plans:
@@ -170,12 +180,15 @@ def _at_once(nets: list[Sequential], plans: list[training.Plan]) -> tuple[list[t
     errors: Errors = {}
     live = list(range(len(runs)))
     while live:
-        rates = np.stack([next(chunks[k]) for k in live])
+        own = [next(chunks[k]) for k in live]
+        fewest = min(map(len, own))  # each goes by its own clock, if somebody looks on
+        rates = np.stack([rate[:fewest] for rate in own])
         values = devices.run_many([runs[k].trainer for k in live], runs[live[0]].history.epochs, rates)
         for k, losses, rate in zip(live, values, rates, strict=True):
             bad = np.flatnonzero(~np.isfinite(losses))  # the first of these ends a fit
             with _kept(errors, k):
                 runs[k].record(*runs[k].paced(losses[: bad[0] + 1] if bad.size else losses, rate))
+        progress.show(max(run.history.epochs for run in runs), runs[live[0]].history.logs())
         live = [k for k in live if k not in errors and runs[k].history.epochs < plans[k].epochs]
     for k, run in enumerate(runs):
         if k not in errors:

@@ -200,7 +200,8 @@ class Sequential:
             validation_split: the last fraction of the rows, cut off before shuffling, instead.
             callbacks: a list of objects with any of on_train_begin(net), on_epoch_end(epoch, logs) and
                 on_train_end(net), or callables f(epoch, logs), epochs from 0; True from one of them stops.
-            verbose: 0 silent, 1 one progress display, 2 a line per epoch; "auto" is 1 on a terminal, else 0.
+            verbose: 0 silent, 1 one progress display, 2 a line per epoch; "auto" is 1 on a terminal and in a
+                notebook, once the fit has taken a second, else 0.
             sample_weight: (n,) numbers ≥ 0.
             class_weight: {label: weight}, or "balanced" for n / (classes · count), where targets are labels:
                 one whole number per row, or rows of zeros and a one.

@@ -18,7 +18,6 @@ Arguments, defaults, penalty, stopping, first weights and the rows held out are 
 from __future__ import annotations
 
 import math
-import warnings
 from copy import copy
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +26,7 @@ import numpy as np
 
 from . import layers, losses, model, optim
 from .checks import flag, one_of, real, short, whole
+from .display import warn
 
 try:
     from scipy.special import expit, log_expit, log_softmax, softmax
@@ -202,7 +202,7 @@ class _MLP(MultiOutputMixin, BaseEstimator):
             before.put_back(self)
             raise
         if warning is not None:  # at last: where it is an error, what is trained is kept
-            warnings.warn(*warning, stacklevel=3)
+            warn(*warning, 3)
         return self
 
     def _begin(self, rows: _Rows, random: Any, goes_on: bool, incremental: bool) -> None:

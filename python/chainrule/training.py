@@ -62,10 +62,10 @@ class History:
 
     def logs(self) -> dict[str, float]:
         """The values of the last epoch."""
-        return {name: values[-1] for name, values in self.history.items()}
+        return {name: values[-1] for name, values in self.history.items() if values}
 
     def __repr__(self) -> str:
-        last = "".join(f", {name}={value:.4g}" for name, value in self.logs().items()) if self.epochs else ""
+        last = "".join(f", {name}={value:.4g}" for name, value in self.logs().items())
         return f"<History of {self.epochs} epochs{last}>"
 
 
@@ -245,8 +245,7 @@ class Run(ABC):
             self.begin_schedule()
             if self.keeper is not None:
                 self.keeper.begin(self)
-            if history.epochs:
-                progress.go_on(history.epochs, history.logs())
+            progress.begin(history.epochs, history.logs())
             for rates in self.chunks():
                 self.record(*self.train(rates))
                 logs = history.logs()
