@@ -572,7 +572,7 @@ def test_drawing_any_network(capsys):
         ),
         (
             ["draw", "model.safetensors", "-o", "graph.png"],
-            "[draw] path must end in .svg: expected 'name.svg', got 'graph.png'",
+            "[draw] file name 'graph.png': expected the suffix .svg, got '.png'",
         ),
         (
             ["draw", "model.safetensors", "--row", 2],

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """draw: well-formed, self-contained, nothing over anything else, and grey until computed."""
 
+import errno
 import itertools
+import os
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -254,11 +256,25 @@ def test_saving(net, tmp_path):
     drawing.save(tmp_path / "g.svg")
     assert (tmp_path / "g.svg").read_text(encoding="utf-8") == str(drawing) == drawing._repr_svg_()
     with pytest.raises(
-        ValueError, match=r"^\[save\] path must end in \.svg: expected 'name\.svg', got '.*g\.png'$"
+        ValueError, match=r"^\[save\] file name '.*g\.png': expected the suffix \.svg, got '\.png'$"
     ):
         drawing.save(tmp_path / "g.png")
     with pytest.raises(FileNotFoundError):
         drawing.save(tmp_path / "nowhere" / "g.svg")
+
+
+def test_a_full_disk_leaves_the_old_picture(net, tmp_path, monkeypatch):
+    drawing, path = cr.draw(net), tmp_path / "g.svg"
+    drawing.save(path)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*g\.svg'"):
+        cr.draw(net, [1.0, 2.0]).save(path)
+    assert path.read_text(encoding="utf-8") == str(drawing)
+    assert os.listdir(tmp_path) == ["g.svg"]
 
 
 def test_the_readmes_picture_is_what_its_lines_draw():

@@ -94,7 +94,7 @@ def save(net: Sequential, path: Path, extra: Mapping[str, str] | None = None) ->
         _check_texts(metadata)
         stem = os.path.splitext(os.path.basename(os.fsdecode(path)))[0]
         content = onnx_bytes(net, metadata) if suffix == ".onnx" else c_header(net, metadata, stem)
-        _write_atomically(path, [content])
+        write_atomically(path, [content])
         return
     if reserved := metadata.keys() & {ARCHITECTURE, RUN}:
         raise ValueError(f"[save] extra: expected your own keys, got {min(reserved)!r}, one of chainrule's")
@@ -220,7 +220,7 @@ def write_safetensors(
     for name in order:
         digest.update(_bytes(data[name]))
     header = _header(data, order, {**texts, CHECKSUM: digest.hexdigest()})
-    _write_atomically(path, (header, *(_bytes(data[name]) for name in order)))
+    write_atomically(path, (header, *(_bytes(data[name]) for name in order)))
 
 
 def _check_texts(texts: Mapping[str, str]) -> None:
@@ -273,7 +273,7 @@ def _header(data: Arrays, order: list[str], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """A reader sees the old file or the new one, at every moment, through every crash."""
     target = os.path.realpath(path)  # a link keeps pointing where it did, and its target is replaced
     temporary = _beside(target) + secrets.token_hex(8) + ".tmp"
@@ -291,7 +291,7 @@ def _write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     except BaseException as error:  # Ctrl-C as well: never leave half a file behind
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename == temporary:  # a name that nobody knows
+        if isinstance(error, OSError) and error.errno and error.filename in (temporary, None):
             error.filename = os.fspath(path)
         raise
     _sync_folder(os.path.dirname(target))

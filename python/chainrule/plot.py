@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import losses
+from . import io, losses
 from .calculus import exact
 from .checks import whole
 from .display import number, superscript
@@ -91,16 +91,14 @@ class Drawing:
         return self.svg
 
     def save(self, path: Path) -> None:
-        """Write the picture; ValueError for another suffix than .svg, OSError as `open` does."""
+        """Write the picture, whole or not at all; ValueError for another suffix than .svg, or OSError."""
         require_svg("save", path)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(self.svg)
+        io.write_atomically(path, [self.svg.encode()])
 
 
 def require_svg(op: str, path: Path) -> None:
     """ValueError unless `path` ends in .svg."""
-    if os.path.splitext(os.fspath(path))[1].lower() != ".svg":
-        raise ValueError(f"[{op}] path must end in .svg: expected 'name.svg', got {os.fspath(path)!r}")
+    io.require_suffix(op, path, ".svg")
 
 
 def draw(net: Sequential, x: Any = None, y: Any = None, loss: Any = None, *, per_row: int = 4) -> Drawing:
