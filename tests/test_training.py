@@ -585,6 +585,18 @@ def test_history(data):
         history["val_loss"]
 
 
+def test_a_history_is_a_mapping(data):
+    _, history = fitted(*data)
+    assert list(history) == list(history.keys()) == ["loss", "lr"] and len(history) == 2
+    assert dict(history) == dict(history.items()) == history.history
+    assert "loss" in history and "val_loss" not in history
+    assert history.get("lr") is history["lr"] and history.get("val_loss") is None
+    twin = copy.deepcopy(history)
+    assert twin.history == history.history and twin != history and len({twin, history}) == 2
+    frame = pytest.importorskip("pandas").DataFrame(dict(history))
+    assert frame.shape == (4, 2)
+
+
 # ---- progress ------------------------------------------------------------------------------------
 
 

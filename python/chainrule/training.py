@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @final
-class History:
+class History(Mapping[str, list[float]]):
     """What a `fit` measured, epoch by epoch: `history["loss"]`, `history["val_loss"]`, `history["lr"]`.
 
     Example:
@@ -54,8 +54,10 @@ class History:
             )
         return self.history[name]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.history
+    __eq__, __hash__ = object.__eq__, object.__hash__  # two fits are two
+
+    def __len__(self) -> int:
+        return len(self.history)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.history)
