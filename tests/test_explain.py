@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """explain: factors whose product is the gradient, each the Jacobian it says, and counts done by hand."""
 
+import copy
 import json
+import pickle
 import re
 from functools import reduce
 
@@ -361,3 +363,13 @@ def test_bfloat16_is_refused():
     message = r"^\[explain\] derivatives are exact: expected dtype float32 or float64, got bfloat16$"
     with pytest.raises(ValueError, match=message):
         cr.explain(cr.mlp([2, 1], dtype="bfloat16"), [1.0, 2.0], 0.5, "mse")
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+@pytest.mark.parametrize("wrt", ["0.weight", "2.A", "x"])
+def test_copies_and_pickles(wrt, copied):
+    explained = cr.explain(NETS["own"](), [1.0, 2.0, 3.0], [0.5, 1.0], "mse", wrt=wrt)
+    twin = copied(explained)
+    assert str(twin) == str(explained)
+    for factor, other in zip(twin.factors, explained.factors, strict=True):
+        assert_same_bits(factor.value, other.value)

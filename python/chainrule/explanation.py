@@ -10,6 +10,7 @@ one number: reverse mode. From the right every partial product has a column for 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
@@ -388,7 +389,7 @@ def explain(net: Sequential, x: Any, y: Any, loss: Any, wrt: str = "0.weight") -
     formula = _loss_formula(rule, net.out_features, target)
     first = Factor(
         ("∂L/∂f", r"\frac{\partial L}{\partial f}"), formula, rule.name.replace("external", "your loss"),
-        (1, net.out_features), 0, lambda: df.copy(),
+        (1, net.out_features), 0, df.copy,
     )  # fmt: skip
     if wrt == "x":
         factors = [_through(link, phi[link.index]) for link in reversed(chain.links)]
@@ -409,7 +410,7 @@ def _through(link: Link, x: Array) -> Factor:
     )
     shape = (link.outputs, link.inputs)
     return Factor(
-        symbol, _jacobian_formula(link), _layer(link), shape, _multiplies(link), lambda: link.jacobian(x)
+        symbol, _jacobian_formula(link), _layer(link), shape, _multiplies(link), partial(link.jacobian, x)
     )
 
 
@@ -423,7 +424,7 @@ def _to_parameter(link: Link, name: str, x: Array) -> Factor:
     count = {"weight": size, "bias": 0}[name] if isinstance(link.layer, Linear) else dense
     return Factor(
         symbol, _parameter_formula(link, name), _layer(link), (link.outputs, size), count,
-        lambda: link.parameter_jacobian(name, x),
+        partial(link.parameter_jacobian, name, x),
     )  # fmt: skip
 
 
