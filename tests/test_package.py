@@ -100,6 +100,13 @@ def test_all_lists_every_public_name():
     assert all(hasattr(chainrule, name) for name in chainrule.__all__)
 
 
+def test_completion_shows_what_there_is():
+    """Names that are imported later as well, and none that only the module itself needs."""
+    names = set(dir(chainrule))
+    assert {*chainrule.__all__, "data", "io", "reference"} == names
+    assert all(hasattr(chainrule, name) for name in names)
+
+
 @pytest.mark.parametrize(
     "names",
     [

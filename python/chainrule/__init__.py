@@ -105,6 +105,7 @@ _LATER = {
     "explain": "explanation",
     "draw": "plot",
 }
+_MODULES = "data", "io", "reference"
 
 
 def __getattr__(name: str) -> Any:
@@ -113,9 +114,13 @@ def __getattr__(name: str) -> Any:
 
     if name in _LATER:
         return getattr(import_module(f".{_LATER[name]}", __name__), name)
-    if name in ("data", "io", "reference"):
+    if name in _MODULES:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_MODULES]
 
 
 _machine.warn_of_settings()
