@@ -4,6 +4,7 @@
 import io as text
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -532,6 +533,15 @@ def test_each_time_that_a_disk_fills_up(tmp_path, monkeypatch):
     for one in record:
         assert_warned_in_fit(one)
     assert_same_fit(got, fit("adam", None))
+
+
+def test_a_folder_that_is_deleted_meanwhile(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    remove = [lambda epoch, logs: shutil.rmtree(folder) if epoch == 3 else None]
+    with pytest.warns(RuntimeWarning, match=r"must be written") as record:
+        fit("adam", folder / "run.safetensors", callbacks=remove)
+    assert all("there is no file; " in str(one.message) for one in record)
 
 
 def test_weights_that_have_diverged_after_the_last_loss_are_not_kept(tmp_path):

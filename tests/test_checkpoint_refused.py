@@ -257,7 +257,12 @@ def test_where_long_texts_differ_is_shown(tmp_path):
 def test_a_file_of_something_else(tmp_path):
     path = tmp_path / "net.safetensors"
     make().save(path)
-    with pytest.raises(ValueError, match=r"expected file a checkpoint, with the key 'chainrule.run', got"):
+    with pytest.raises(
+        ValueError, match=r"must be a file of fit: expected .* got a model; give another name$"
+    ):
+        fit("adam", path)
+    io.write_safetensors(path, make().state_dict())
+    with pytest.raises(ValueError, match=r"got arrays alone; give another name$"):
         fit("adam", path)
     with pytest.raises(ValueError, match=r"\[fit\] file name .*run.ckpt'?: expected the suffix .safetensors"):
         fit("adam", tmp_path / "run.ckpt")
@@ -359,5 +364,5 @@ def test_an_early_stopping_is_listed_once(tmp_path):
 
 @pytest.mark.parametrize("path", [True, 3, ["a.safetensors"]])
 def test_what_is_no_path(path):
-    with pytest.raises(TypeError, match=r"^\[fit\] checkpoint must be a path: expected"):
+    with pytest.raises(TypeError, match=r"^\[fit\] file name must be a path: expected text or a Path"):
         make().fit(*problem(), loss="mse", checkpoint=path)

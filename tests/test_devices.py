@@ -161,7 +161,8 @@ def test_device_names(gpu):
 
 @pytest.mark.parametrize("device", ["cuda:", "cuda:x", "cuda:-1", "CUDA", "", "cuda:1\n", None, 0, ["cpu"]])
 def test_no_other_names(device, gpu):
-    with pytest.raises(ValueError, match=r"\[Sequential\] device must be known: expected 'cpu', 'cuda'"):
+    kind = ValueError if isinstance(device, str) else TypeError
+    with pytest.raises(kind, match=r"\[Sequential\] device must be known: expected 'cpu', 'cuda'"):
         small(device)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from numpy.lib.stride_tricks import as_strided
+from scipy import sparse
 
 import chainrule as cr
 from chainrule import losses, optim
@@ -190,7 +191,8 @@ NETWORKS = [
     (lambda s: cr.Sequential(cr.Linear(3, 1), device="gpu"), ValueError,
      "[Sequential] device must be known: expected 'cpu', 'cuda', 'cuda:1' and so on, or 'auto', got 'gpu'"),
     (lambda s: cr.Sequential(cr.Linear(3, 1), device="cuda:-1"), ValueError, "or 'auto', got 'cuda:-1'"),
-    (lambda s: cr.Sequential(cr.Linear(3, 1), device=0), ValueError, "or 'auto', got 0"),
+    (lambda s: cr.Sequential(cr.Linear(3, 1), device=0), TypeError, "or 'auto', got 0"),
+    (lambda s: cr.mlp([3, 1], device=None), TypeError, "[Sequential] device must be known: expected 'cpu', 'cuda', 'cuda:1' and so on, or 'auto', got None"),
     (lambda s: cr.mlp([3, 1], device="CPU"), ValueError, "[Sequential] device must be known"),
     (lambda s: s.net.to("disk"), ValueError, "[to] device must be known"),
     (lambda s: cr.Sequential.from_config(s.net.config(), "disk"), ValueError, "[from_config] device must be known"),
@@ -205,8 +207,9 @@ NETWORKS = [
     (lambda s: cr.Sequential(cr.Linear(3, 2), BadValue()), ValueError, "[BadValue] params['a'] must hold finite numbers"),
     (lambda s: cr.Sequential(cr.Linear(3, 2), BadKind()), TypeError, "[BadKind] params['a'] must hold real numbers: expected floats, got <U1"),
     (lambda s: cr.mlp([3]), ValueError, "[mlp] sizes must name inputs and outputs: expected at least two, got [3]"),
-    (lambda s: cr.mlp(3), ValueError, "expected at least two, got 3"),
-    (lambda s: cr.mlp("34"), ValueError, "expected at least two, got '34'"),
+    (lambda s: cr.mlp(3), TypeError, "expected at least two, got 3"),
+    (lambda s: cr.mlp(None), TypeError, "[mlp] sizes must name inputs and outputs: expected at least two, got None"),
+    (lambda s: cr.mlp("34"), TypeError, "expected at least two, got '34'"),
     (lambda s: cr.mlp([3, 0, 1]), ValueError, "[mlp] sizes[1] must be a positive int: expected ≥ 1, got 0"),
     (lambda s: cr.mlp([3, 4, 1], activation="ReLU"), ValueError, "[mlp] activation must be a known name: expected one of 'identity', 'sigmoid'"),
     (lambda s: cr.mlp([3, 4, 1], activation=cr.ReLU), TypeError, "[mlp] activation must be a string"),
@@ -246,6 +249,10 @@ NETWORKS = [
 LOSSES = [
     (lambda s: s.fit(loss=Halved()), TypeError, "[fit] losses are complete, their formulas are the engine's: expected a function (f, y) -> (value, dL/df), got the subclass Halved"),
     (lambda s: s.fit(loss=lambda f, y: (Stubborn(), f)), ValueError, "[loss] your loss: expected arrays (value, dL/df), got ragged ones or others (wants a gradient)"),
+    (lambda s: s.one.fit(X, LABELS, loss=lambda f, y: (((f - y) ** 2).mean(), f - y)), ValueError,
+     "[loss] gradient of your loss: expected shape (12, 1), got (12, 12); y came as (12,), and f − y is (12, 12): use f[:, 0] - y, and [:, None] for the gradient"),
+    (lambda s: s.one.fit(X, LABELS, loss=lambda f, y: ((f - y) ** 2, f - y)), ValueError,
+     "[loss] value of your loss: expected a number or shape (12,), got (12, 12); y came as (12,)"),
     (lambda s: s.fit(loss="mean_squared"), ValueError, "[fit] loss must be a known name: expected one of 'least_squares', 'mse', 'mae', 'huber', "
      "'pinball', 'poisson', 'gaussian_nll', 'logistic', 'cross_entropy', 'bce', got 'mean_squared'"),
     (lambda s: s.fit(loss=cr.MSE), TypeError, "[fit] loss must be an object: expected MSE(...), got the class MSE"),
@@ -359,6 +366,7 @@ INPUTS = [
     (lambda s: s.fit(X=X[:0], y=Y[:0]), ValueError, "[fit] X must not be empty: expected at least one row, got 0"),
     (lambda s: s.fit(X=[]), ValueError, "[fit] X must be 2-D: expected (rows, 3), got shape (0,)"),
     (lambda s: s.fit(X=[[1, 2, 3], [4, 5]]), ValueError, "[fit] X must be an array: expected rows of equal length, got list"),
+    (lambda s: s.fit(X=Stubborn()), ValueError, "[fit] X must be an array: expected what NumPy can convert, got Stubborn (wants a gradient)"),
     (lambda s: s.fit(X=None), TypeError, "[fit] X must hold real numbers: expected floats, integers or booleans, got dtype object"),
     (lambda s: s.fit(X=X.astype(object)), TypeError, "got dtype object; a mixture, text or missing values: convert it to numbers first"),
     (lambda s: s.fit(X=X.astype(str)), TypeError, "encode text as numbers first"),
@@ -376,6 +384,7 @@ INPUTS = [
     (lambda s: s.fit(X=pd.DataFrame({"a": X[:, 0], "b": ["x"] * 12, "c": X[:, 2]})), TypeError, "got dtype object"),
     (lambda s: s.fit(X=pd.DataFrame({"a": pd.array([1, None] * 6, "Int64"), "b": X[:, 0], "c": X[:, 2]})), ValueError, "got nan in row 1, column 0 ('a')"),
     (lambda s: s.fit(X=np.ma.masked_array(X, X > 0)), ValueError, "[fit] X must hold no masked values: expected none, got some; use .filled(...)"),
+    (lambda s: s.fit(X=sparse.csr_array(X)), TypeError, "[fit] X must be dense: expected an array, got a sparse one; use .toarray()"),
     (lambda s: s.fit(X=Sparse()), TypeError, "[fit] X must be dense: expected an array, got a sparse one; use .toarray()"),
     (lambda s: s.net(X[:, :2]), ValueError, "[predict] X must have one column per input of the network: expected 3 columns, got 2"),
     (lambda s: s.net(X[0, :2]), ValueError, "[predict] X must be 2-D: expected (rows, 3), got shape (2,)"),
@@ -463,6 +472,11 @@ WEIGHTS = [
 ]
 
 FIT = [
+    (lambda s: cr.fit_many(None, X, Y, loss="mse"), TypeError, "[fit_many] nets must be networks: expected Sequentials, got None"),
+    (lambda s: cr.load(None), TypeError, "[load] file name must be a path: expected text or a Path, got None"),
+    (lambda s: s.net.save(None), TypeError, "[save] file name must be a path: expected text or a Path, got None"),
+    (lambda s: s.net.save("a\0b.safetensors"), ValueError, "[save] file name must be one: expected no NUL, got 'a\\x00b.safetensors'"),
+    (lambda s: s.net.save("a.safetensors", extra=["a"]), TypeError, "[save] metadata must be a dict: expected {name: text}, got ['a']"),
     (lambda s: cr.fit_many([s.net], X[None], np.array(1.0), loss="mse"), ValueError, "got 1 and array(1.)"),
     (lambda s: cr.fit_many([s.net], X, Y, loss="mse", net=3), TypeError, "[fit_many] options are those of fit: expected no 'net', got one"),
     (lambda s: cr.fit_many([s.net], X[None], None, loss="mse"), ValueError, "[fit_many] X and y must have rows for each network: expected 1 times some, got 1 and None"),
@@ -512,7 +526,7 @@ FIT = [
     (lambda s: s.fit(validation_split=0.99), ValueError, "expected fewer than 12 rows for validation, got 12"),
     (lambda s: s.fit(validation_split=0.5, validation_data=(X, Y)), ValueError, "[fit] validation comes from one place: expected validation_data or validation_split, got both"),
     (lambda s: s.fit(validation_data=X), TypeError, "[fit] validation_data must be a tuple: expected (X, y) or (X, y, sample_weight), got ndarray"),
-    (lambda s: s.fit(validation_data=(X,)), TypeError, "expected (X, y) or (X, y, sample_weight), got tuple"),
+    (lambda s: s.fit(validation_data=(X,)), TypeError, "expected (X, y) or (X, y, sample_weight), got tuple of 1"),
     (lambda s: s.fit(validation_data=(X[:, :2], Y)), ValueError, "[fit] validation X must have one column per input of the network: expected 3 columns, got 2"),
     (lambda s: s.fit(validation_data=(X[:0], Y[:0])), ValueError, "[fit] validation X must not be empty"),
     (lambda s: s.fit(validation_data=(X, at(Y, 0, 0, NAN))), ValueError, "[fit] validation y must be in range"),

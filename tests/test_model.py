@@ -146,6 +146,17 @@ def test_many_threads_may_use_one_network(rng):
 # ---- weights by name -----------------------------------------------------------------------------
 
 
+def test_first_weights_that_have_no_memory(monkeypatch):
+    """Which NumPy asks for, after the engine has got its own."""
+
+    def without_memory(*arguments):
+        raise MemoryError("Unable to allocate 14.9 GiB for an array")
+
+    monkeypatch.setattr("chainrule.model.initial", without_memory)
+    with pytest.raises(MemoryError, match=r"^\[Sequential\] the weights must fit .* got 13$"):
+        cr.mlp([2, 3, 1])
+
+
 def test_names_are_those_of_pytorch():
     net = cr.Sequential(cr.Dropout(), cr.Linear(2, 3), cr.ReLU(), cr.Linear(3, 4, bias=False))
     assert {k: v.shape for k, v in net.state_dict().items()} == {

@@ -442,6 +442,19 @@ def test_divergence_is_told_as_such_where_scores_are_looked_at():
             model.fit(X, 100 * TARGETS["number"])
 
 
+@pytest.mark.parametrize(
+    ("solver", "remedy"),
+    [("sgd", "lower learning_rate_init"), (cr.SGD(1e300), "lower lr"), ("lbfgs", "use solver='adam'")],
+    ids=str,
+)
+def test_the_advice_against_divergence_is_in_the_estimators_words(solver, remedy):
+    model = MLPRegressor(lambda f, y: (np.nan, f), solver=solver)
+    with pytest.raises(FloatingPointError, match="must stay finite") as caught:
+        model.fit(X, TARGETS["number"])
+    told = str(caught.value)
+    assert told.endswith(f"from before this fit. Scale X and y to about unit size, or {remedy}")
+
+
 class AtOnce:
     def on_train_begin(self, net):
         raise KeyboardInterrupt
@@ -469,7 +482,9 @@ BAD = [
     (MLPClassifier(alpha=-1), "three", ValueError, "alpha must be a finite number"),
     (MLPClassifier(max_iter=0), "three", ValueError, "max_iter must be a positive int"),
     (MLPClassifier(batch_size="all"), "three", TypeError, "batch_size must be a positive int"),
-    (MLPClassifier(hidden_layer_sizes=(3, 0)), "three", ValueError, "sizes"),
+    (MLPClassifier(hidden_layer_sizes=(3, 0)), "three", ValueError, "hidden_layer_sizes must be a positive"),
+    (MLPClassifier(hidden_layer_sizes=None), "three", TypeError, "expected an int, got None"),
+    (MLPRegressor(hidden_layer_sizes=(8, 2.5)), "number", TypeError, "expected an int, got 2.5"),
     (MLPClassifier(activation="sine"), "three", ValueError, "activation must be a known name"),
     (MLPClassifier(learning_rate="fast"), "three", ValueError, "learning_rate must be a known name"),
     (MLPClassifier(verbose=-1), "three", ValueError, "verbose"),

@@ -39,6 +39,18 @@ def torch_net(net):
     return module
 
 
+@pytest.mark.parametrize("X, remedy", [
+    (torch.ones(2, 6, requires_grad=True), ".detach()"),
+    (torch.ones(2, 6, dtype=torch.bfloat16), ".float()"),
+    ([torch.ones(6, requires_grad=True)] * 2, ".detach()"),
+])  # fmt: skip
+def test_tensors_that_numpy_does_not_take(X, remedy):
+    with pytest.raises((TypeError, ValueError), match=r"^\[predict\] X must be an array: expected") as caught:
+        cr.mlp([6, 1]).predict(X)
+    assert str(caught.value).endswith(f"; use {remedy}")
+    assert "rows of equal length" not in str(caught.value)
+
+
 def pinball(f, y):
     return torch.maximum(0.3 * (y - f), -0.7 * (y - f)).mean()
 

@@ -23,7 +23,7 @@ import numpy as np
 from . import devices, io
 from .batch import Data
 from .callbacks import EarlyStopping
-from .checks import Description, short
+from .checks import Description
 from .display import warn
 from .training import PENALTIES, Plan, Run
 
@@ -55,8 +55,6 @@ class Checkpoint:
     """
 
     def __init__(self, path: Any, net: Sequential, run: Run) -> None:
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f"[fit] checkpoint must be a path: expected text or a Path, got {short(path)}")
         io.require_suffix("fit", path)
         self.name = os.fsdecode(path)
         self.path = os.path.abspath(self.name)  # for callbacks may change the folder
@@ -106,7 +104,11 @@ class Checkpoint:
                 f"{error}; give fit another checkpoint, or delete the file to begin anew"
             ) from error
         if io.RUN not in texts:
-            raise self._wrong("file", f"a checkpoint, with the key {io.RUN!r}", "something else")
+            got = "a model" if io.ARCHITECTURE in texts else "arrays alone"
+            raise ValueError(
+                f"[fit] checkpoint {self.name!r} must be a file of fit: expected the state of a fit in it, "
+                f"got {got}; give another name"
+            )
         for name, kinds in FIELDS.items():
             if type(document.get(name)) not in kinds:
                 expected = " or ".join(kind.__name__ for kind in kinds)
@@ -177,10 +179,11 @@ class Checkpoint:
             if self.fails and not last:
                 return
             self.fails = True
+            left = "the file is the one from before" if os.path.exists(self.path) else "there is no file"
             remedy = "make room and call fit again" if last else "training goes on, and tries again"
             warn(
                 f"[fit] checkpoint {self.name!r} must be written after epoch {run.history.epochs}: expected "
-                f"no error, got {error!r}; the file is the one from before; {remedy}",
+                f"no error, got {error!r}; {left}; {remedy}",
                 RuntimeWarning,
                 4,  # of who called fit
             )

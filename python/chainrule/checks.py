@@ -155,6 +155,9 @@ _CONVERSIONS = {
 }
 
 
+_OF_TENSORS = {"requires grad": ".detach()", "BFloat16": ".float()"}  # what they say, and what helps
+
+
 def _plain(op: str, name: str, value: Any) -> Array:
     """np.asarray without its three surprises: masks, sparse matrices, nullable columns."""
     if isinstance(value, np.ndarray) and np.any(getattr(value, "mask", False)):
@@ -167,11 +170,12 @@ def _plain(op: str, name: str, value: Any) -> Array:
         array = np.asarray(value)
         if array.dtype.kind == "O" and hasattr(value, "to_numpy") and _numeric_columns(value):
             array = np.asarray(value.to_numpy(dtype=np.float64, na_value=np.nan))
-    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, tensors elsewhere
-        kind = TypeError if isinstance(error, TypeError) else ValueError
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        kind, text = TypeError if isinstance(error, TypeError) else ValueError, str(error)
+        expected = "rows of equal length" if "inhomogeneous" in text else "what NumPy can convert"
+        hint = next((f"; use {call}" for part, call in _OF_TENSORS.items() if part in text), "")
         raise kind(
-            f"[{op}] {name} must be an array: expected rows of equal length, "
-            f"got {type(value).__name__} ({error})"
+            f"[{op}] {name} must be an array: expected {expected}, got {type(value).__name__} ({text}){hint}"
         ) from error
     return array
 

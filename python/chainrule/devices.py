@@ -46,7 +46,7 @@ def resolve(op: str, device: Any) -> str:
     """ "cpu", or "cuda:0" and so on, of what the user named; a ValueError says what a GPU lacks."""
     match = re.fullmatch(r"cpu|auto|cuda(?::(\d{1,4}))?", device) if isinstance(device, str) else None
     if match is None:
-        raise ValueError(
+        raise (ValueError if isinstance(device, str) else TypeError)(
             f"[{op}] device must be known: expected 'cpu', 'cuda', 'cuda:1' and so on, or 'auto', "
             f"got {short(device)}"
         )

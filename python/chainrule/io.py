@@ -86,12 +86,11 @@ def save(net: Sequential, path: Path, extra: Mapping[str, str] | None = None) ->
         >>> note, bool((again.state_dict()["0.weight"] == net.state_dict()["0.weight"]).all())
         ({'note': 'first try'}, True)
     """
-    metadata = dict(extra or {})
+    metadata = _texts(extra or {})
     suffix = require_suffix("save", path, SUFFIX, ".onnx", ".h")
     if suffix != SUFFIX:
         from .export import c_header, onnx_bytes
 
-        _check_texts(metadata)
         stem = os.path.splitext(os.path.basename(os.fsdecode(path)))[0]
         content = onnx_bytes(net, metadata) if suffix == ".onnx" else c_header(net, metadata, stem)
         write_atomically(path, [content])
@@ -209,8 +208,7 @@ def write_safetensors(
         ({'a': array([0, 1, 2])}, {'unit': 'm'})
     """
     require_suffix("save", path)
-    texts = dict(metadata or {})
-    _check_texts(texts)
+    texts = _texts(metadata or {})
     if CHECKSUM in texts:
         raise ValueError(f"[save] metadata: expected your own keys, got {CHECKSUM!r}, the checksum's")
     data = {name: _little_endian(name, array) for name, array in arrays.items()}
@@ -223,10 +221,13 @@ def write_safetensors(
     write_atomically(path, (header, *(_bytes(data[name]) for name in order)))
 
 
-def _check_texts(texts: Mapping[str, str]) -> None:
-    for key, text in texts.items():
+def _texts(given: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"[save] metadata must be a dict: expected {{name: text}}, got {_short(given)}")
+    for key, text in given.items():
         if not isinstance(key, str) or not isinstance(text, str):
             raise TypeError(f"[save] metadata {_short(key)}: expected text, got {type(text).__name__}")
+    return dict(given)
 
 
 def _little_endian(name: str, array: NDArray[Any]) -> NDArray[Any]:
@@ -514,7 +515,13 @@ def _bad(path: Path, rule: str, expected: str, got: str, hint: str = "") -> Valu
 
 def require_suffix(operation: str, path: Path, *known: str) -> str:
     """The suffix of a file's name, in lower case; one of `known`, or `.safetensors` where none are named."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise TypeError(
+            f"[{operation}] file name must be a path: expected text or a Path, got {_short(path)}"
+        )
     path, known = os.fsdecode(path), known or (SUFFIX,)
+    if "\0" in path:
+        raise ValueError(f"[{operation}] file name must be one: expected no NUL, got {_short(path)}")
     suffix = os.path.splitext(path)[1]
     if suffix.lower() not in known:
         expected, got = " or ".join(known), repr(suffix) if suffix else "none"

@@ -447,12 +447,17 @@ def _checked(answer: object, f: Array, weighted: bool) -> tuple[Any, Array]:
         raise ValueError(
             f"[loss] your loss: expected real numbers, got dtypes {value.dtype} and {grad.dtype}"
         )
+    hint, square = "", (len(f), len(f))
+    if f.shape[1] == 1 < len(f) and square in (value.shape, grad.shape):
+        hint = (
+            f"; y came as ({len(f)},), and f − y is {square}: use f[:, 0] - y, and [:, None] for the gradient"
+        )
     if value.shape not in ((), (len(f),)):
         raise ValueError(
-            f"[loss] value of your loss: expected a number or shape ({len(f)},), got {value.shape}"
+            f"[loss] value of your loss: expected a number or shape ({len(f)},), got {value.shape}{hint}"
         )
     if grad.shape != f.shape:
-        raise ValueError(f"[loss] gradient of your loss: expected shape {f.shape}, got {grad.shape}")
+        raise ValueError(f"[loss] gradient of your loss: expected shape {f.shape}, got {grad.shape}{hint}")
     if weighted and value.shape == ():
         raise ValueError(
             "[loss] value of your loss with weights or clip_example_norm: "

@@ -51,7 +51,7 @@ def fit_many(
         >>> [len(history["loss"]) for history in cr.fit_many(nets, X, X**2, loss="mse", epochs=2)]
         [2, 2, 2]
     """
-    _check(nets := list(nets), options)
+    _check(nets := list(nets) if np.iterable(nets) else [nets], options)
     plans = _plans(nets, X, y, optimizer, seed, {"loss": loss, "verbose": verbose, **options})
     alone = nets[0].device == "cpu" or type(plans[0].optimizer) in RUNS
     total, unit = (len(nets), "network") if alone else (plans[0].epochs, "epoch")

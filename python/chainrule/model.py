@@ -66,11 +66,12 @@ class Sequential:
         seed = whole("Sequential", "seed", seed, 0, 2**64 - 1)
         device = devices.resolve("Sequential", device)
         self._build(layers, seed, dtype_name(dtype, device), device)
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, Linear):
-                after = _activation_after(self.layers, index)
-                weight, bias = initial(layer, after, seed, index, self.array_dtype)
-                self._put({f"{index}.weight": weight} | ({f"{index}.bias": bias} if layer.bias else {}))
+        with _memory_for(layers, device):
+            for index, layer in enumerate(layers):
+                if isinstance(layer, Linear):
+                    after = _activation_after(layers, index)
+                    weight, bias = initial(layer, after, seed, index, self.array_dtype)
+                    self._put({f"{index}.weight": weight} | ({f"{index}.bias": bias} if layer.bias else {}))
 
     def _build(self, layers: Sequence[Layer], seed: int, dtype: str, device: str) -> None:
         users = {*vars(self)}  # attributes of a subclass; later ones are the user's as well
@@ -455,7 +456,7 @@ class Sequential:
         """
         from .io import save
 
-        save(self, path, dict(extra or {}))
+        save(self, path, extra)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -562,8 +563,9 @@ def mlp(
         >>> cr.mlp([64, 100, 10], dropout=0.2)
         Sequential(Linear(64, 100), ReLU(), Dropout(p=0.2), Linear(100, 10))
     """
-    if isinstance(sizes, (str, bytes)) or not hasattr(sizes, "__len__") or len(sizes) < 2:
-        raise ValueError(
+    several = hasattr(sizes, "__len__") and not isinstance(sizes, (str, bytes))
+    if not several or len(sizes) < 2:
+        raise (ValueError if several else TypeError)(
             f"[mlp] sizes must name inputs and outputs: expected at least two, got {short(sizes)}"
         )
     widths = [whole("mlp", f"sizes[{i}]", size) for i, size in enumerate(sizes)]

@@ -220,13 +220,16 @@ class _MLP(MultiOutputMixin, BaseEstimator):
 
     def _form_asked(self) -> str:
         """What makes the form of the network, in words that are the same for the same form."""
-        hidden = [int(size) for size in np.atleast_1d(np.asarray(self.hidden_layer_sizes, dtype=int))]
         activation = "sigmoid" if self.activation == "logistic" else self.activation
         dtype = self.dtype if self.dtype is None else model.dtype_name(self.dtype, self.device)
         return (
-            f"hidden_layer_sizes={hidden}, activation={activation!r}, dropout={self.dropout!r}, "
+            f"hidden_layer_sizes={self._hidden()}, activation={activation!r}, dropout={self.dropout!r}, "
             f"dtype={dtype!r}, device={self.device!r}"
         )
+
+    def _hidden(self) -> list[int]:
+        op, sizes = type(self).__name__, self.hidden_layer_sizes
+        return [whole(op, "hidden_layer_sizes", n) for n in (sizes if np.iterable(sizes) else [sizes])]
 
     def _epochs(
         self, most: int | None, rows: _Rows, watch: _Watch, callbacks: Any, random: Any
@@ -244,6 +247,11 @@ class _MLP(MultiOutputMixin, BaseEstimator):
             if most is not None and history.stopped_epoch is None:
                 told = f"{most} epochs were not enough for the loss to settle: raise max_iter or "
                 warning = told + "learning_rate_init, or scale X", ConvergenceWarning
+        except FloatingPointError as error:
+            rate = "learning_rate_init" if isinstance(self.solver, str) else "lr"
+            remedy = "use solver='adam'" if isinstance(watch.optimizer, optim.WholeBatch) else f"lower {rate}"
+            told = str(error).partition(". ")[0]
+            raise FloatingPointError(f"{told}. Scale X and y to about unit size, or {remedy}") from None
         except KeyboardInterrupt:  # what is trained so far is kept, as by scikit-learn
             if not watch.losses:
                 raise
@@ -307,8 +315,7 @@ class _MLP(MultiOutputMixin, BaseEstimator):
 
     def _network(self, X: Any, random: Any) -> model.Sequential:
         """A network with the first weights that scikit-learn would draw."""
-        hidden = self.hidden_layer_sizes
-        sizes = [X.shape[1], *(hidden if np.iterable(hidden) else [hidden]), self.n_outputs_]
+        sizes = [X.shape[1], *self._hidden(), self.n_outputs_]
         activation = "sigmoid" if self.activation == "logistic" else self.activation
         net = model.mlp(
             sizes, activation, dropout=self.dropout, init="zeros",

@@ -194,9 +194,10 @@ def _with_validation(
             "[fit] validation comes from one place: expected validation_data or validation_split, got both"
         )
     if not isinstance(validation_data, (tuple, list)) or len(validation_data) not in (2, 3):
+        kind = type(validation_data).__name__
+        got = f"{kind} of {len(validation_data)}" if kind in ("tuple", "list") else kind
         raise TypeError(
-            "[fit] validation_data must be a tuple: expected (X, y) or (X, y, sample_weight), "
-            f"got {type(validation_data).__name__}"
+            f"[fit] validation_data must be a tuple: expected (X, y) or (X, y, sample_weight), got {got}"
         )
     return data, take("fit", net, loss, *validation_data, where="validation ", as_it_lies=True)
 
