@@ -2,6 +2,7 @@
 """What is installed, and what `import chainrule` does to a process: little, and nothing."""
 
 import importlib.metadata
+import inspect
 import json
 import re
 import subprocess
@@ -118,6 +119,15 @@ def test_completion_shows_what_there_is():
 )
 def test_the_names_that_were_promised(names):
     assert set(names.split()) <= set(chainrule.__all__)
+
+
+@pytest.mark.parametrize("name", chainrule.__all__)
+def test_methods_explain_themselves(name):
+    """A hook or a map without a word has none to inherit either."""
+    value = getattr(chainrule, name)
+    for method, function in vars(value).items() if isinstance(value, type) else ():
+        if inspect.isfunction(function) and not method.startswith("_"):
+            assert inspect.getdoc(getattr(value, method)), f"{name}.{method} has no docstring"
 
 
 @pytest.mark.parametrize("name", chainrule.__all__)

@@ -67,6 +67,7 @@ class EarlyStopping(Description):
         self._set(net=None if net is None else ref(net), best=worst, best_epoch=None, waited=0, weights=None)
 
     def on_train_begin(self, net: Any) -> None:
+        """Watch this network, from the beginning."""
         watched = self._watched()
         if watched is not None and watched is not net:  # its weights would end in the other network
             raise RuntimeError(
@@ -76,6 +77,7 @@ class EarlyStopping(Description):
         self._begin(net)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> bool:
+        """See this epoch's `logs[monitor]`; whether `patience` epochs have brought nothing better."""
         self._see(epoch, logs[self.monitor])
         if self.best_epoch == epoch:
             self._keep()
@@ -83,6 +85,7 @@ class EarlyStopping(Description):
         return self.waited >= self.patience
 
     def on_train_end(self, net: Any) -> None:
+        """Put the weights of the best epoch back."""
         if self.weights is not None:
             net._core.restore(self.weights)
         self.let_go(net)
@@ -250,11 +253,9 @@ class Progress:
                 line = line[: _columns() - 1]  # a line that wraps would leave one line of itself each time
                 print("\r" + line.ljust(self.width), end="", file=sys.stderr, flush=True)
                 self.moment, self.width = now, len(line)
-        elif (
-            self.verbose == 2 or done == self.total or 10 * done // self.total > 10 * self.shown // self.total
-        ):
+        elif self.verbose == 2 or done == self.total or 10 * done // self.total > self.shown:
             print(line, file=sys.stderr, flush=True)
-            self.shown = done
+            self.shown = 10 * done // self.total  # tenths
 
     def close(self) -> None:
         bar = vars(self).get("bar")

@@ -167,9 +167,7 @@ class Checkpoint:
     def epoch(self, run: Run, *, last: bool = False) -> None:
         """An epoch has ended: write, unless the last file is young; what the disk refuses costs only that."""
         young = not last and time.monotonic() < self.due
-        if (
-            young or not self.net._core.all_finite()
-        ):  # of weights that have diverged, the next loss will say so
+        if young or not self.net._core.all_finite():  # of the latter, the next loss will say so
             return
         try:
             self._write(run)

@@ -99,6 +99,11 @@ def listed(names: Any) -> str:
     return ", ".join(repr(name) for name in names)
 
 
+def undefined(subclass: object, method: str) -> str:
+    """What to say of a method that a class of the user's own lacks."""
+    return f"[{type(subclass).__name__}] {method} must be defined: expected a method, got none"
+
+
 class Description:
     """Base of what is described by its constructor's arguments: read-only attributes and a repr that runs."""
 
@@ -147,8 +152,7 @@ def real_array(op: str, name: str, value: object) -> Array:
 
 _CONVERSIONS = {
     "O": "a mixture, text or missing values: convert it to numbers first",
-    "U": "encode text as numbers first: np.unique(values, return_inverse=True)[1]",
-    "S": "encode text as numbers first: np.unique(values, return_inverse=True)[1]",
+    **dict.fromkeys("US", "encode text as numbers first: np.unique(values, return_inverse=True)[1]"),
     "c": "use .real and .imag as separate columns",
     "M": "subtract a date and divide by a time unit first",
     "m": "divide by a time unit first",

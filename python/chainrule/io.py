@@ -58,24 +58,7 @@ _NAMES = {text: name for name, text in _DTYPES.items()}
 
 
 def save(net: Sequential, path: Path, extra: Mapping[str, str] | None = None) -> None:
-    """Write a network to one `.safetensors` file; or to `.onnx` for other runtimes, or as C, to a `.h`.
-
-    The file appears whole or not at all: it is written beside its final name, forced to disk, then renamed. A
-    file that was there before keeps its permissions; a symbolic link is followed.
-
-    Args:
-        net: the network.
-        path: where to; the suffix says in which format. `load` reads `.safetensors`. Of `.onnx` in float64,
-            onnxruntime lacks GELU, ELU, LeakyReLU and Softplus: it wants float32 networks for those. `net.h`
-            has a C99 function net_predict(x, f) for one row, which needs <math.h> alone.
-        extra: texts of your own to travel in the metadata.
-
-    Raises:
-        ValueError: another suffix, or a reserved key in `extra`.
-        TypeError: `extra` holds something that is not text, or a layer of your own that no file can describe;
-            in `.onnx` and `.h` any layer of your own.
-        ImportError: `.onnx` without the onnx package.
-        OSError: the disk says no; what was there before is untouched.
+    """Write a network to one file: `net.save(path, extra)`, which says it all.
 
     Example:
         >>> import chainrule as cr, tempfile
@@ -417,13 +400,8 @@ def _entries(path: Path, header: bytes, size: int) -> tuple[list[Entry], dict[st
             raise _bad(path, f"tensor {_short(name)}", f"data from byte {place}", f"{begin}: {what}")
         place = end
     if place != size:
-        raise _bad(
-            path,
-            "data",
-            f"{place} bytes",
-            str(size),
-            "the file is truncated" if place > size else "bytes follow",
-        )
+        why = "the file is truncated" if place > size else "bytes follow"
+        raise _bad(path, "data", f"{place} bytes", str(size), why)
     return entries, metadata
 
 

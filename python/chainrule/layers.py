@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from . import _core
-from .checks import Description, flag, listed, one_of, real, short, whole
+from .checks import Description, flag, listed, one_of, real, short, undefined, whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -66,17 +66,19 @@ class Layer:
     """
 
     def forward(self, x: Array) -> Array:
-        raise NotImplementedError(
-            f"[{type(self).__name__}] forward must be defined: expected a method, got none"
-        )
+        """y = g(x) row by row: x (B, I) to y (B, O)."""
+        raise NotImplementedError(undefined(self, "forward"))
 
     def vjp(self, x: Array, y: Array, dy: Array) -> Array | tuple[Array, dict[str, Array]]:
-        raise NotImplementedError(f"[{type(self).__name__}] vjp must be defined: expected a method, got none")
+        """dx = dy·J_x[y] row by row: dy (B, O) to dx (B, I); with parameters (dx, {name: gradient})."""
+        raise NotImplementedError(undefined(self, "vjp"))
 
     def jvp(self, x: Array, y: Array, dx: Array) -> Array:
-        raise NotImplementedError(f"[{type(self).__name__}] jvp must be defined: expected a method, got none")
+        """dy = J_x[y]·dx row by row: dx (B, I) to dy (B, O)."""
+        raise NotImplementedError(undefined(self, "jvp"))
 
     def out_features(self, in_features: int) -> int:
+        """O for I inputs."""
         return in_features
 
     def __repr__(self) -> str:
@@ -161,17 +163,12 @@ class Linear(_BuiltIn):
             init=one_of("Linear", "init", init, INITS),
         )
 
-    def forward(self, x: Array) -> Array:
-        raise TypeError(_NO_WEIGHTS)
+    def forward(self, *given: Any, **named: Any) -> Any:
+        raise TypeError(
+            "[Linear] a layer has no weights of its own: expected a network, got a layer; use Sequential"
+        )
 
-    def vjp(self, x: Array, y: Array, dy: Array) -> Array:
-        raise TypeError(_NO_WEIGHTS)
-
-    def jvp(self, x: Array, y: Array, dx: Array) -> Array:
-        raise TypeError(_NO_WEIGHTS)
-
-
-_NO_WEIGHTS = "[Linear] a layer has no weights of its own: expected a network, got a layer; use Sequential"
+    vjp = jvp = forward
 
 
 # name: (distribution, (I, O) -> its half width or standard deviation, whether biases are drawn too)

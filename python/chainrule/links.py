@@ -96,9 +96,8 @@ class Chain:
     def __init__(self, net: Sequential) -> None:
         state = net.state_dict()
         self.links = []
-        for index, (layer, (inputs, outputs)) in enumerate(
-            zip(net.layers, pairwise(net._widths), strict=True)
-        ):
+        links = zip(net.layers, pairwise(net._widths), strict=True)
+        for index, (layer, (inputs, outputs)) in enumerate(links):
             start = f"{index}."
             params = {
                 name.removeprefix(start): value.astype(np.float64)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import batch, calculus, devices, losses, training, wholebatch
-from .checks import converted, flag, listed, one_of, real_array, short, whole
-from .display import TextTable, html_table
+from .checks import converted, flag, listed, one_of, real_array, short, undefined, whole
+from .display import TextTable, html_table, text_table
 from .layers import BUILT_IN, Dropout, Guard, Identity, Layer, Linear, _BuiltIn, initial
 
 if TYPE_CHECKING:
@@ -189,9 +189,11 @@ class Sequential:
 
         Args:
             loss: a name ("least_squares", "mse", "mae", "huber", "pinball", "poisson", "gaussian_nll",
-                "logistic", "cross_entropy"), a loss object, or your own callable (f, y) -> (value, ∂L/∂f).
+                "logistic" alias "bce", "cross_entropy"), a loss object, or your own callable (f, y) ->
+                (value, ∂L/∂f).
             optimizer: a name ("sgd", "adam", "adamw", "rmsprop", "lbfgs", "levenberg_marquardt") or an
-                object; an object keeps its state for the next fit, a name starts afresh.
+                object, as cr.GD(lr), which has a name on the command line only; an object keeps its state for
+                the next fit, a name starts afresh.
             batch_size: rows per update; the last batch of an epoch takes what is left. None is 32, and all
                 rows where the optimizer takes them all (GD, LBFGS, LevenbergMarquardt).
             epochs: how often to go through all rows; LBFGS and LevenbergMarquardt take one step an epoch, and
@@ -436,16 +438,21 @@ class Sequential:
         return cls(*layers, seed=config.get("seed", 0), dtype=dtype, **where)
 
     def save(self, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None) -> None:
-        """Write weights and architecture to a `.safetensors` file, whole or not at all; `cr.load` reads it.
+        """Write weights and architecture to a `.safetensors` file, which `cr.load` reads.
 
-        A name that ends in `.onnx` gives an ONNX model instead, for other runtimes: input "x", output "f".
-        One that ends in `.h` gives a C99 header that needs <math.h> alone: net_predict(x, f) for one row.
+        A name that ends in `.onnx` gives an ONNX model instead, for other runtimes: input "x", output "f"; of
+        float64, onnxruntime lacks GELU, ELU, LeakyReLU and Softplus. One that ends in `.h` gives a C99 header
+        that needs <math.h> alone: net_predict(x, f) for one row, if it is `net.h`.
+
+        The file appears whole or not at all: it is written beside its final name, forced to disk, then
+        renamed. One that was there before keeps its permissions; a symbolic link is followed.
 
         Args:
-            extra: texts of your own to travel along.
+            extra: texts of your own to travel in the metadata.
 
-        Raises: ValueError for another suffix; TypeError for a layer of your own without config(), or in
-            ONNX or C; ImportError for ONNX without the onnx package; OSError.
+        Raises: ValueError for another suffix, or a key of chainrule's in `extra`; TypeError for what is no
+            path or text, for a layer of your own without config(), and for any in ONNX or C; ImportError for
+            ONNX without the onnx package; OSError if the disk says no, with the old file untouched.
 
         Example:
             >>> import chainrule as cr, tempfile
@@ -507,11 +514,11 @@ class Sequential:
         Example:
             >>> import chainrule as cr
             >>> print(cr.mlp([64, 100, 10]).summary())
-               layer              output   parameters   multiplies
-            0  Linear(64, 100)  (B, 100)        6,500        6,400
-            1  ReLU()           (B, 100)            0            0
-            2  Linear(100, 10)   (B, 10)        1,010        1,000
-               total                            7,510        7,400
+               layer              output  parameters  multiplies
+            0  Linear(64, 100)  (B, 100)       6,500       6,400
+            1  ReLU()           (B, 100)           0           0
+            2  Linear(100, 10)   (B, 10)       1,010       1,000
+               total                           7,510       7,400
         """
         counts = [0] * len(self.layers)
         for index, _, shape in self._core.parameters:
@@ -527,10 +534,7 @@ class Sequential:
                 (str(index), repr(layer), output, f"{counts[index]:,}", "?" if own else f"{product:,}")
             )
         rows.append(("", "total", "", f"{sum(counts):,}", f"{products:,}"))
-        wide, out = (max(len(row[column]) for row in rows) for column in (1, 2))
-        digits = len(str(len(self.layers) - 1))
-        text = "\n".join(f"{n:>{digits}}  {a:<{wide}}  {o:>{out}} {c:>12} {m:>12}" for n, a, o, c, m in rows)
-        return TextTable(text, html_table(rows, "rlrrr", foot=True))
+        return TextTable(text_table(rows, "rlrrr"), html_table(rows, "rlrrr", foot=True))
 
 
 # ------------------------------------------------------------ construction
@@ -626,9 +630,8 @@ def _widths(layers: Sequence[Any]) -> list[int]:
     return widths
 
 
-_MOST_WEIGHTS = (
-    2**48
-)  # more than any machine holds, and few enough for the engine's 64-bit sizes not to overflow
+# More than any machine holds, and few enough for the engine's 64-bit sizes not to overflow.
+_MOST_WEIGHTS = 2**48
 
 
 @contextmanager
@@ -660,7 +663,7 @@ def _row(
         return layer.op, inputs, outputs, layer._param, isinstance(layer, Linear) and layer.bias, None
     for name in ("forward", "vjp"):
         if getattr(type(layer), name) is getattr(Layer, name):
-            raise TypeError(f"[{type(layer).__name__}] {name} must be defined: expected a method, got none")
+            raise TypeError(undefined(layer, name))
     if device != "cpu":
         raise ValueError(
             f"[Sequential] a layer of your own runs on the CPU: expected built-in ones on device {device!r}, "

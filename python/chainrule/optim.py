@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from . import solvers
-from .checks import Description, flag, listed, one_of, real, short, whole
+from .checks import Description, flag, listed, one_of, real, short, undefined, whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -462,9 +462,7 @@ class Schedule:
         float64, one per epoch, or one per step as (epochs, steps). It may answer for fewer epochs, and is
         asked again.
         """
-        raise NotImplementedError(
-            f"[{type(self).__name__}] rates must be defined: expected a method, got none"
-        )
+        raise NotImplementedError(undefined(self, "rates"))
 
 
 @final
