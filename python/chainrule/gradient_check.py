@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from . import batch, losses
 from .calculus import exact
 from .checks import flag, real, whole
 from .display import html_table, markdown_table, number, text_table
-from .layers import ELU, Layer, LeakyReLU, ReLU
+from .layers import ELU, Layer, LeakyReLU, ReLU, _takes_four
 from .links import Chain, Link, as_passed, value_and_gradient
 from .losses import MAE, CustomLoss, Loss, Pinball
 from .model import Sequential
@@ -392,7 +391,7 @@ def _check_maps(link: Link, problem: _Problem, settings: _Settings) -> list[Chec
         checks.append(_check_transpose(link, x, y, u, t, settings.tolerance))
     for name in link.params:
         checks.append(_check_parameter(link, name, x, y, u, settings))
-    if link.params and _takes_parameters(link.layer):
+    if link.params and _takes_four(link.layer.jvp):
         checks.append(_check_tangent_of_parameters(link, x, y, settings))
     if hasattr(link.layer, "vjp_jvp"):
         checks.append(_check_second(link, x, y, u, t, settings))
@@ -499,11 +498,6 @@ def _check_parameter(link: Link, name: str, x: Array, y: Array, u: Array, settin
         f"{link.kind}.vjp of {name!r}", blame, array, analytic,
         lambda: float((u * link.forward(x)).sum()), float(np.abs(u * y).sum()), settings,
     )  # fmt: skip
-
-
-def _takes_parameters(layer: Layer) -> bool:
-    """Whether jvp(x, y, dx, dparams) takes tangents of the parameters as well."""
-    return type(layer).jvp is not Layer.jvp and len(signature(layer.jvp).parameters) >= 4
 
 
 def _check_tangent_of_parameters(link: Link, x: Array, y: Array, settings: _Settings) -> Check:

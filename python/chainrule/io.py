@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import devices
+from .checks import short
 
 if TYPE_CHECKING:
     from .model import Sequential
@@ -145,7 +146,7 @@ def _architecture(path: Path, text: str) -> dict[str, Any]:
     version = document.get("format")
     if type(version) is not int or not 1 <= version <= FORMAT:
         raise _bad(
-            path, "architecture", f"format 1 to {FORMAT}", _short(version), "a newer chainrule may read it"
+            path, "architecture", f"format 1 to {FORMAT}", short(version), "a newer chainrule may read it"
         )
     config = document.get("network")
     if not isinstance(config, dict):
@@ -166,7 +167,7 @@ def _check_sizes(path: Path, config: dict[str, Any], arrays: Arrays) -> None:
         if weight is None or weight.shape != expected:
             found = "none" if weight is None else str(weight.shape)
             raise _bad(
-                path, f"tensor '{index}.weight'", f"shape {_short(expected)} from the architecture", found
+                path, f"tensor '{index}.weight'", f"shape {short(expected)} from the architecture", found
             )
 
 
@@ -206,22 +207,22 @@ def write_safetensors(
 
 def _texts(given: Mapping[str, str]) -> dict[str, str]:
     if not isinstance(given, Mapping):
-        raise TypeError(f"[save] metadata must be a dict: expected {{name: text}}, got {_short(given)}")
+        raise TypeError(f"[save] metadata must be a dict: expected {{name: text}}, got {short(given)}")
     for key, text in given.items():
         if not isinstance(key, str) or not isinstance(text, str):
-            raise TypeError(f"[save] metadata {_short(key)}: expected text, got {type(text).__name__}")
+            raise TypeError(f"[save] metadata {short(key)}: expected text, got {type(text).__name__}")
     return dict(given)
 
 
 def _little_endian(name: str, array: NDArray[Any]) -> NDArray[Any]:
     if not isinstance(name, str) or not isinstance(array, np.ndarray):
-        raise TypeError(f"[save] tensor {_short(name)}: expected a NumPy array, got {type(array).__name__}")
+        raise TypeError(f"[save] tensor {short(name)}: expected a NumPy array, got {type(array).__name__}")
     if name == "__metadata__":
         raise ValueError("[save] tensor '__metadata__': expected another name, got the format's own")
     dtype = array.dtype.newbyteorder("<")
     if dtype.str not in _NAMES:
         raise ValueError(
-            f"[save] tensor {_short(name)}: expected one of {', '.join(_DTYPES)}, got {array.dtype}"
+            f"[save] tensor {short(name)}: expected one of {', '.join(_DTYPES)}, got {array.dtype}"
         )
     return np.asarray(array, dtype=dtype, order="C")
 
@@ -247,7 +248,7 @@ def _header(data: Arrays, order: list[str], metadata: dict[str, str]) -> bytes:
         text = _dump(tensors).encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"[save] names and metadata: expected valid Unicode, got {_short(error.object)}"
+            f"[save] names and metadata: expected valid Unicode, got {short(error.object)}"
         ) from error
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
@@ -373,7 +374,7 @@ def _without_checksum(path: Path, header: bytes, stated: str | None) -> bytes:
     if stated is None:
         return header
     if len(stated) != 64 or header.count(stated.encode()) != 1:
-        raise _bad(path, "checksum", "64 hexadecimal digits, once", _short(stated), "the file is damaged")
+        raise _bad(path, "checksum", "64 hexadecimal digits, once", short(stated), "the file is damaged")
     return header.replace(stated.encode(), _BLANK)
 
 
@@ -397,7 +398,7 @@ def _entries(path: Path, header: bytes, size: int) -> tuple[list[Entry], dict[st
     for begin, end, name, _, _ in entries:
         if begin != place:
             what = "a hole" if begin > place else "an overlap"
-            raise _bad(path, f"tensor {_short(name)}", f"data from byte {place}", f"{begin}: {what}")
+            raise _bad(path, f"tensor {short(name)}", f"data from byte {place}", f"{begin}: {what}")
         place = end
     if place != size:
         why = "the file is truncated" if place > size else "bytes follow"
@@ -406,16 +407,16 @@ def _entries(path: Path, header: bytes, size: int) -> tuple[list[Entry], dict[st
 
 
 def _entry(path: Path, name: str, fields: Any) -> Entry:
-    tensor = f"tensor {_short(name)}"
+    tensor = f"tensor {short(name)}"
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _bad(path, tensor, "the fields dtype, shape and data_offsets", _short(fields))
+        raise _bad(path, tensor, "the fields dtype, shape and data_offsets", short(fields))
     shape, offsets, dtype = fields["shape"], fields["data_offsets"], fields["dtype"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _bad(path, tensor, f"a dtype among {', '.join(_DTYPES)}", _short(dtype))
+        raise _bad(path, tensor, f"a dtype among {', '.join(_DTYPES)}", short(dtype))
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS or math.prod(max(n, 1) for n in shape) >= 2**60:
-        raise _bad(path, tensor, f"a shape of at most {MAX_DIMENSIONS} sizes", _short(shape))
+        raise _bad(path, tensor, f"a shape of at most {MAX_DIMENSIONS} sizes", short(shape))
     if not _naturals(offsets) or len(offsets) != 2:
-        raise _bad(path, tensor, "two data_offsets", _short(offsets))
+        raise _bad(path, tensor, "two data_offsets", short(offsets))
     begin, end = offsets
     nbytes = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
     if end - begin != nbytes:
@@ -431,11 +432,11 @@ def _read_arrays(
         raw = array.reshape(-1).view(np.uint8)
         if file.readinto(raw.data) != raw.size:
             raise _bad(
-                path, f"tensor {_short(name)}", f"{raw.size} bytes", "fewer", "the file was changed meanwhile"
+                path, f"tensor {short(name)}", f"{raw.size} bytes", "fewer", "the file was changed meanwhile"
             )
         digest.update(raw.data)
         if dtype == "|b1" and raw.size and raw.max() > 1:  # NumPy's behaviour on other bytes is undefined
-            raise _bad(path, f"tensor {_short(name)}", "BOOL bytes 0 or 1", str(raw.max()))
+            raise _bad(path, f"tensor {short(name)}", "BOOL bytes 0 or 1", str(raw.max()))
         yield name, array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
@@ -481,11 +482,6 @@ def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
-
-
 def _bad(path: Path, rule: str, expected: str, got: str, hint: str = "") -> ValueError:
     tail = f"; {hint}" if hint else ""
     return ValueError(f"[load] {rule} of {os.fspath(path)!r}: expected {expected}, got {got}{tail}")
@@ -494,12 +490,10 @@ def _bad(path: Path, rule: str, expected: str, got: str, hint: str = "") -> Valu
 def require_suffix(operation: str, path: Path, *known: str) -> str:
     """The suffix of a file's name, in lower case; one of `known`, or `.safetensors` where none are named."""
     if not isinstance(path, (str, bytes, os.PathLike)):
-        raise TypeError(
-            f"[{operation}] file name must be a path: expected text or a Path, got {_short(path)}"
-        )
+        raise TypeError(f"[{operation}] file name must be a path: expected text or a Path, got {short(path)}")
     path, known = os.fsdecode(path), known or (SUFFIX,)
     if "\0" in path:
-        raise ValueError(f"[{operation}] file name must be one: expected no NUL, got {_short(path)}")
+        raise ValueError(f"[{operation}] file name must be one: expected no NUL, got {short(path)}")
     suffix = os.path.splitext(path)[1]
     if suffix.lower() not in known:
         expected, got = " or ".join(known), repr(suffix) if suffix else "none"
