@@ -674,14 +674,16 @@ def test_a_line_for_every_epoch(monkeypatch):
     assert [line.split()[1] for line in lines] == [f"{n}/7" for n in range(1, 8)]
 
 
-def test_a_bar_on_a_terminal(monkeypatch):
-    text = shown(monkeypatch, Terminal(), verbose=1)
+@pytest.mark.parametrize("stream", [Terminal, Notebook])
+def test_a_bar_where_a_person_looks_on(stream, monkeypatch):
+    text = shown(monkeypatch, stream(), verbose=1)
     assert "| 0/40" in text and "40/40" in text and text.count("\n") == 1
 
 
-def test_a_line_on_a_terminal_without_tqdm(monkeypatch):
+@pytest.mark.parametrize("stream", [Terminal, Notebook])
+def test_a_line_where_a_person_looks_on_without_tqdm(stream, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    text = shown(monkeypatch, Terminal(), verbose=1)
+    text = shown(monkeypatch, stream(), verbose=1)
     assert text.startswith("\repoch") and "epoch 40/40" in text and text.count("\n") == 1
 
 

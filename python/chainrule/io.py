@@ -276,6 +276,7 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     except BaseException as error:  # Ctrl-C as well: never leave half a file behind
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        # A name that nobody knows, or none: write gives none.
         if isinstance(error, OSError) and error.errno and error.filename in (temporary, None):
             error.filename = os.fspath(path)
         raise

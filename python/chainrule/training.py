@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @final
 class History(Mapping[str, list[float]]):
-    """What a `fit` measured, epoch by epoch: `history["loss"]`, `history["val_loss"]`, `history["lr"]`.
+    """A mapping of what a `fit` measured, epoch by epoch: `history["loss"]`, `["val_loss"]`, `["lr"]`.
 
     Example:
         >>> import chainrule as cr
