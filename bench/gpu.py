@@ -26,9 +26,11 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -163,11 +165,11 @@ def ours(one: Contestant) -> bool:
 class Judged(Race):
     """A race with a deadline and a goal. A late rival costs neither chainrule nor another rival its place."""
 
-    def __init__(self, goal: Goal, workers: Workers, gpu: Gpu, window: Window) -> None:
+    def __init__(self, goal: Goal, workers: Workers, gpu: Gpu, window: Window, made: Path) -> None:
         self.goal, self.gpu, self.window = goal, gpu, window
         self.spent: dict[str, float] = {}  # seconds of the window when each phase was over
         self.steady: list[float] = []  # of our fit, per step, one entry a round
-        super().__init__(goal.work, workers, goal.variants or None)
+        super().__init__(goal.work, workers, goal.variants or None, made)
         self.phase("started")
 
     def phase(self, name: str) -> None:
@@ -342,6 +344,11 @@ class JudgedPrediction(Judged, Prediction):
         return 2 * self.work.batch * sum(i * o for i, o in pairwise(self.work.sizes))
 
 
+def kind(goal: Goal) -> type[Judged]:
+    """Training, or forward passes."""
+    return Judged if goal.variants else JudgedPrediction
+
+
 def shrunk(goal: Goal) -> Goal:
     """A few small steps of it, for a dry run."""
     work = goal.work
@@ -352,6 +359,32 @@ def shrunk(goal: Goal) -> Goal:
         ),
         seconds=0.01,
     )  # fmt: skip
+
+
+class Problems:
+    """Every workload's problem, made while the engine is built: "wide" takes a minute of NumPy's.
+
+    Within its window that would be the rivals' time, who would then be refused.
+    """
+
+    def __init__(self, goals: list[Goal], folder: Path) -> None:
+        self.paths = {goal.work.name: folder / f"{goal.work.name}.npz" for goal in goals}
+        self.made: dict[str, Future[None]] = {name: Future() for name in self.paths}
+        threading.Thread(target=self._make, args=(goals,), daemon=True).start()
+
+    def _make(self, goals: list[Goal]) -> None:
+        for goal in goals:
+            name = goal.work.name
+            try:
+                problem.save(kind(goal).make(goal.work), self.paths[name])
+                self.made[name].set_result(None)
+            except Exception as error:  # of that workload alone
+                self.made[name].set_exception(error)
+
+    def path(self, goal: Goal) -> Path:
+        """Of a file that is there."""
+        self.made[goal.work.name].result()
+        return self.paths[goal.work.name]
 
 
 # ------------------------------------------------------------ the whole run
@@ -392,13 +425,14 @@ class Results:
             write_json(self.path, {**self.head, "workloads": self.workloads})
 
 
-def race(goal: Goal, options: argparse.Namespace, gpu: Gpu, seconds: float) -> tuple[Workers, Judged]:
+def race(
+    goal: Goal, options: argparse.Namespace, gpu: Gpu, seconds: float, made: Path
+) -> tuple[Workers, Judged]:
     """One workload, with processes of its own: an error of CUDA's ends with the process that made it."""
     window = Window(seconds)
     processes.REPLY_SECONDS = min(LONGEST_WAIT, STARTED * seconds)
     with started(options.peers, options) as workers:
-        kind = Judged if goal.variants else JudgedPrediction
-        judged = kind(goal, workers, gpu, window)
+        judged = kind(goal)(goal, workers, gpu, window, made)
         judged.run(options)
         return workers, judged
 
@@ -490,7 +524,12 @@ def result_file(gpu: Gpu) -> Path:
 
 
 def timed(
-    options: argparse.Namespace, goals: list[Goal], end: float, results: Results, races: list[Judged]
+    options: argparse.Namespace,
+    goals: list[Goal],
+    problems: Problems,
+    end: float,
+    results: Results,
+    races: list[Judged],
 ) -> None:
     """All workloads; each has its share of the time that is left. Those that are finished are in `races`."""
     gpu = (
@@ -500,12 +539,14 @@ def timed(
         results.path = results.path or result_file(gpu)
     results.add(gpu=gpu._asdict())
     for place, goal in enumerate(goals):
-        name, left = goal.work.name, end - time.monotonic()
+        name = goal.work.name
         try:
+            made = problems.path(goal)
+            left = end - time.monotonic()
             if left < 5:
                 raise TimeoutError("no time was left")
             seconds = left * goal.time / sum(other.time for other in goals[place:])
-            workers, judged = race(goal, options, gpu, seconds)
+            workers, judged = race(goal, options, gpu, seconds, made)
             record = judged.record() | about(workers.versions, workers.missing)
             record["failed"] = bool(exit_status(workers, [judged]))
             races.append(judged)
@@ -529,12 +570,14 @@ def main() -> int:
     results = Results(options.output)
     goals = [shrunk(GOALS[name]) if options.dry_run else GOALS[name] for name in options.workloads]
     races: list[Judged] = []
-    try:
-        prepared(options, goals, end, results)
-        timed(options, goals, end, results, races)
-    except Stopped as why:
-        print(f"\nstopped by {why} after {len(results.workloads)} workloads")
-        results.add(stopped=str(why))
+    with tempfile.TemporaryDirectory(prefix="chainrule-bench-", ignore_cleanup_errors=True) as folder:
+        problems = Problems(goals, Path(folder))
+        try:
+            prepared(options, goals, end, results)
+            timed(options, goals, problems, end, results, races)
+        except Stopped as why:
+            print(f"\nstopped by {why} after {len(results.workloads)} workloads")
+            results.add(stopped=str(why))
     if races:
         print("\n" + summary(races))
     if results.path:

@@ -78,7 +78,7 @@ class Contestant:
 
 
 class Race:
-    """All contestants on one workload; `variants` restricts them to some."""
+    """All contestants on one workload: of `variants` only, on the problem in the file `made`, where given."""
 
     unit = "step"  # what is timed
     kind = "variants"
@@ -89,6 +89,7 @@ class Race:
         work: problem.Workload,
         workers: Workers,
         variants: Collection[str] | None = None,
+        made: Path | None = None,
     ) -> None:
         self.work = work
         self.contestants: list[Contestant] = []
@@ -96,9 +97,10 @@ class Race:
         self.peaks: dict[int, list[float]] = {}  # threads -> GFLOP/s, one entry a round
         self.clock: list[float] = []
         self.neighbours = Neighbours()
-        path = workers.folder / f"{work.name}.npz"
-        progress(f"{work.name}: float64 reference")
-        problem.save(self.make(work), path)
+        path = made or workers.folder / f"{work.name}.npz"
+        if not made:
+            progress(f"{work.name}: float64 reference")
+            problem.save(self.make(work), path)
         for process in workers.processes:
             offered = [v for v in process.hello[self.kind] if variants is None or v in variants]
             try:

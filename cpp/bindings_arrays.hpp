@@ -14,6 +14,7 @@
 #include <thread>
 #include <type_traits>
 
+#include "interrupt.hpp"
 #include "network.hpp"
 
 namespace py = pybind11;
@@ -47,7 +48,33 @@ inline std::string text_of(const py::handle& object) { return py::str(object); }
     for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
 }
 
-class Unlocked {  // inside, other Python threads run
+class Locked {  // inside an Unlocked, so on a thread that Python knows; Python again
+   public:
+    Locked() : state_(acquire()) {}
+    ~Locked() {
+        if (!PyGILState_Check()) wait_for_exit();  // Python has ended this thread in code of the user's
+        PyGILState_Release(state_);
+    }
+    Locked(const Locked&) = delete;
+    Locked& operator=(const Locked&) = delete;
+
+   private:
+    static PyGILState_STATE acquire() {
+        if (PyGILState_GetThisThreadState() == nullptr) wait_for_exit();  // the interpreter has gone, and all it knew
+        try {
+            return PyGILState_Ensure();
+        } catch (...) { wait_for_exit(); }
+    }
+    PyGILState_STATE state_;
+};
+
+// Ctrl-C, for long work without the lock.
+inline void hear_signals() {
+    const Locked locked;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+class Unlocked {  // inside, other Python threads run, and Ctrl-C is heard
    public:
     Unlocked() : state_(PyEval_SaveThread()) {}
     // Only for more work than about 2 µs. Giving the lock away and taking it back costs 0.1 µs, and more where others want
@@ -64,24 +91,18 @@ class Unlocked {  // inside, other Python threads run
 
    private:
     PyThreadState* state_;
+    const Interruptible interruptible_{hear_signals};
 };
 
-class Locked {  // inside an Unlocked, so on a thread that Python knows; Python again
-   public:
-    Locked() : state_(acquire()) {}
-    ~Locked() { PyGILState_Release(state_); }
-    Locked(const Locked&) = delete;
-    Locked& operator=(const Locked&) = delete;
-
-   private:
-    static PyGILState_STATE acquire() {
-        if (PyGILState_GetThisThreadState() == nullptr) wait_for_exit();  // the interpreter has gone, and all it knew
-        try {
-            return PyGILState_Ensure();
-        } catch (...) { wait_for_exit(); }
-    }
-    PyGILState_STATE state_;
-};
+// A call of the user's code, in which Python may end a daemon thread: what its caller holds must not be let go without the lock.
+inline py::object call(const py::handle& function, const py::tuple& arguments) {
+    PyObject* answer = nullptr;
+    try {
+        answer = PyObject_CallObject(function.ptr(), arguments.ptr());
+    } catch (...) { wait_for_exit(); }
+    if (answer == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(answer);
+}
 
 // ---- array intake ---------------------------------------------------------------------------------------------------
 

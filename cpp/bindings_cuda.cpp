@@ -71,7 +71,7 @@ NumpyArray<double> run_many(const std::vector<PyTrainer<Cuda<T>>*>& trainers, In
     std::vector<std::vector<double>> losses;
     {
         const Unlocked unlocked;
-        losses = cuda::run_many(works, first_epoch, epochs, rates.data(), epochs * stride, stride, poll_signals);
+        losses = cuda::run_many(works, first_epoch, epochs, rates.data(), epochs * stride, stride);
     }
     NumpyArray<double> result({count, epochs});
     std::fill_n(result.mutable_data(), count * epochs, std::numeric_limits<double>::quiet_NaN());
@@ -149,6 +149,8 @@ void bind_cuda(py::module_& m, const std::string& bits) {
         .def_property_readonly(
             "schedule",
             [](PyTrainer<E>& self) { return schedule_names[static_cast<std::size_t>(self.trainer().schedule())]; })
+        .def_property_readonly("blocks", [](PyTrainer<E>& self) { return self.trainer().blocks(); })
+        .def_property_readonly("graphs", [](PyTrainer<E>& self) { return self.trainer().graphs(); })
         .def_property_readonly("library_shapes", [](PyTrainer<E>& self) { return self.trainer().library_shapes(); });
 }
 
@@ -167,6 +169,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("state", &cuda::state);
     m.def("device_count", &cuda::device_count);
     m.def("device_name", &cuda::device_name, py::arg("device"));
+    m.def("has_clusters", &cuda::has_clusters, py::arg("device"));
     m.def("synchronize", &cuda::synchronize, py::arg("device"));
     m.def("schedules", [] { return std::vector<std::string>(schedule_names.begin() + 1, schedule_names.end()); });
     m.def(

@@ -80,7 +80,11 @@ class DeviceArray {
     const py::dtype& dtype() const { return dtype_; }
     const std::vector<Index>& shape() const { return shape_; }
     int device() const { return device_; }
-    void* data() const { return data_; }
+    // Who has had it by DLPack may still write it, on a stream that nobody here knows.
+    void* data() const {
+        if (*exported_) cuda::synchronize(device_);
+        return data_;
+    }
     std::size_t bytes() const {
         Index size = 1;
         for (const Index length : shape_) size *= length;
@@ -98,17 +102,17 @@ class DeviceArray {
         const Index size = static_cast<Index>(bytes()) / dtype_.itemsize();
         if (dtype_.kind() != 'f') return true;
         if (dtype_.itemsize() == 2) throw py::type_error("[all_finite] expected float32 or float64, got float16");
-        return dtype_.itemsize() == 4 ? cuda::all_finite(device_, static_cast<const float*>(data_), size)
-                                      : cuda::all_finite(device_, static_cast<const double*>(data_), size);
+        return dtype_.itemsize() == 4 ? cuda::all_finite(device_, static_cast<const float*>(data()), size)
+                                      : cuda::all_finite(device_, static_cast<const double*>(data()), size);
     }
     py::array numpy() const {
         py::array array(dtype_, shape_);
-        cuda::copy(device_, array.mutable_data(), data_, bytes());
+        cuda::copy(device_, array.mutable_data(), data(), bytes());
         return array;
     }
     DeviceArray copy() const {
         DeviceArray made(dtype_, shape_, device_);
-        cuda::copy(device_, made.data_, data_, bytes());
+        cuda::copy(device_, made.data_, data(), bytes());
         return made;
     }
     void expect_device(const std::optional<std::pair<int, int>>& wanted) const {
@@ -126,6 +130,7 @@ class DeviceArray {
     int device_;
     void* data_ = nullptr;
     std::shared_ptr<void> owner_;
+    std::shared_ptr<bool> exported_ = std::make_shared<bool>(false);  // also of the arrays that are its rows
 };
 
 inline py::capsule DeviceArray::to_dlpack() const {
@@ -134,6 +139,7 @@ inline py::capsule DeviceArray::to_dlpack() const {
         std::vector<std::int64_t> shape;
         std::shared_ptr<void> owner;
     };
+    *exported_ = true;
     auto* exported = new Exported{{}, {shape_.begin(), shape_.end()}, owner_};
     exported->managed = {{data_,
                           {dlpack::kCuda, device_},

@@ -218,12 +218,6 @@ struct PyOptimizer {
     typename E::Optimizer optimizer;
 };
 
-// Ctrl-C, asked for now and then while the interpreter's lock is away.
-inline void poll_signals() {
-    const Locked locked;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-}
-
 template <class E>
 class PyTrainer {
    public:
@@ -254,7 +248,7 @@ class PyTrainer {
         {
             const Published published(network_);
             const Unlocked unlocked;
-            losses = trainer_.run(first_epoch, epochs, rates.data(), stride, poll_signals);
+            losses = trainer_.run(first_epoch, epochs, rates.data(), stride);
         }
         NumpyArray<double> result(static_cast<Index>(losses.size()));
         std::copy(losses.begin(), losses.end(), result.mutable_data());

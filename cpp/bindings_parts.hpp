@@ -186,10 +186,7 @@ class PythonLayer final : public ExternalLayer<T> {
         fill(dx, returned<T>(dx_result, name_ + "." + map, {dx.rows, dx.cols}));
     }
     py::object ask(const char* map, std::initializer_list<py::object> arrays) const {
-        const py::tuple arguments = tuple_of(arrays);
-        PyObject* answer = PyObject_CallObject(layer_.attr(map).ptr(), arguments.ptr());
-        if (answer == nullptr) throw py::error_already_set();
-        return py::reinterpret_steal<py::object>(answer);
+        return call(layer_.attr(map), tuple_of(arrays));
     }
     static py::object tangent(MatrixView<const T> view) {
         return view.data == nullptr ? py::object(py::none()) : py::object(copy_of(view));
@@ -225,7 +222,7 @@ class PythonLoss final : public ExternalLoss<T> {
         } else {
             targets = copy_of(MatrixView<const T>{y.values, f.rows, target_cols, y.stride});
         }
-        const py::object result = function_(copy_of(f), targets);
+        const py::object result = call(function_, tuple_of({copy_of(f), targets}));
         if (!py::isinstance<py::tuple>(result) || py::len(result) != 2)
             throw py::value_error(text("[loss] a loss returns two things: expected (value, dL/df), got %s",
                                        text_of(py::type::of(result)).c_str()));

@@ -109,6 +109,8 @@ std::string device_name(int device) {
     return properties.name;
 }
 
+bool has_clusters(int device) { return attribute(cudaDevAttrClusterLaunch, device) != 0; }
+
 void synchronize(int device) {
     how_to_wait.load()([=] {
         const OnDevice here(device);
@@ -200,13 +202,18 @@ class Spare {
     static constexpr std::size_t kMost = std::size_t{64} << 20;
     // Released without the lock: that waits for graphs in making, and whoever makes one may come here for memory.
     void drop_to(std::size_t most, std::unique_lock<std::mutex> lock) {
-        std::vector<void*> gone;
+        std::vector<Piece> gone;
         for (; total_ > most; pieces_.pop_front()) {
             total_ -= pieces_.front().bytes;
-            gone.push_back(pieces_.front().memory);
+            gone.push_back(pieces_.front());
         }
         lock.unlock();
-        for (void* memory : gone) release(memory);
+        for (const Piece& piece : gone) {
+            try {
+                synchronize(piece.device);  // for whoever still reads what was there: cudaFree need not wait for them
+            } catch (const std::exception&) {}  // a device that is lost has no readers
+            release(piece.memory);
+        }
     }
     std::mutex mutex_;
     std::deque<Piece> pieces_;
@@ -222,7 +229,7 @@ Spare& spare() {
 std::shared_ptr<void> array_memory(int device, std::size_t bytes) {
     void* memory = spare().take(device, bytes);
     if (memory)
-        synchronize(device);  // as cudaFree would have: for whoever still reads what was there
+        synchronize(device);  // for whoever still reads what was there
     else
         memory = allocate(device, bytes, "an array");
     return {memory, [=](void* gone) { spare().keep({gone, device, bytes}); }};
@@ -249,7 +256,8 @@ void* allocate(int device, std::size_t bytes, const char* what) {
 }
 void release(void* memory) noexcept {
     if (!memory) return;
-    const std::lock_guard<std::recursive_mutex> alone(graph_in_making());  // it may wait for the device
+    const std::lock_guard<std::recursive_mutex> alone(graph_in_making());  // it may wait for the device, and need not
+    const BesideGraphs theirs;
     (void)cudaFree(memory);
 }
 
@@ -500,7 +508,7 @@ double evaluate(Network<T>& net, const Loss<T>& loss, const Dataset<T>& data) {
     template bool all_finite<T>(int, const T*, Index);                                                   \
     template double evaluate<T>(Network<T>&, const Loss<T>&, const Dataset<T>&);                         \
     template std::vector<std::vector<double>> run_many<T>(const std::vector<Trainer<T>*>&, Index, Index, \
-                                                          const double*, Index, Index, const std::function<void()>&);
+                                                          const double*, Index, Index);
 CHAINRULE_INSTANTIATE(float)
 CHAINRULE_INSTANTIATE(double)
 

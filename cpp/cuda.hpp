@@ -24,6 +24,7 @@ enum class Schedule { by_size, resident, fused, library };
 std::string state();  // "" if there is a usable GPU, else what is missing
 int device_count();   // 0 where there is none
 std::string device_name(int device);
+bool has_clusters(int device);
 void synchronize(int device);
 template <class T>
 bool all_finite(int device, const T* at, Index size);  // an array of the caller's, there
@@ -130,10 +131,11 @@ class Trainer {
             const TrainerOptions& options);
     ~Trainer();
     Index steps_per_epoch() const;
-    std::vector<double> run(Index first_epoch, Index epochs, const double* lr, Index lr_stride,
-                            const std::function<void()>& poll);
+    std::vector<double> run(Index first_epoch, Index epochs, const double* lr, Index lr_stride);
     double step(const Dataset<T>& batch, double lr);
     Schedule schedule() const;
+    int blocks() const;                          // that share a batch in the resident schedule; else 0
+    int graphs() const;                          // made so far
     std::pair<int, int> library_shapes() const;  // of its products: those that cuBLASLt makes, and all given to it
 
     struct Work;
@@ -146,8 +148,7 @@ class Trainer {
 // `run` of several trainers at once, lr[k * lr_network + epoch * lr_stride + step * (lr_stride > 1)]; the losses of each.
 template <class T>
 std::vector<std::vector<double>> run_many(const std::vector<Trainer<T>*>& trainers, Index first_epoch, Index epochs,
-                                          const double* lr, Index lr_network, Index lr_stride,
-                                          const std::function<void()>& poll);
+                                          const double* lr, Index lr_network, Index lr_stride);
 
 // See chainrule::Direction: Ẇ, laid out like theta.
 template <class T>

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "interrupt.hpp"
 #include "random.hpp"
 
 namespace chainrule {
@@ -136,6 +137,11 @@ Network<T>::Network(std::vector<Layer<T>> layers) : layers_(std::move(layers)) {
     }
 }
 
+template <class T>
+void copy_padded(const T* from, Index size, Index padded, T* to) {
+    std::fill(std::copy_n(from, size, to), to + padded, T{0});
+}
+
 // A linear layer's weights: a narrow layer's master copy is W in panels; a wide one's Wᵀ, with the bias as its last row.
 
 template <class T>
@@ -160,6 +166,7 @@ void Network<T>::read(const Parameter& parameter, const T* flat, T* to) const {
     }
 }
 
+// With zeros in the padding: an update may have left NaN there, which would spoil whatever looks at all of θ.
 template <class T>
 void Network<T>::pack(const Parameter& parameter, const T* from, T* flat) const {
     const Layer<T>& layer = layers_[static_cast<std::size_t>(parameter.layer)];
@@ -167,17 +174,19 @@ void Network<T>::pack(const Parameter& parameter, const T* from, T* flat) const 
     const Index inputs = layer.inputs, outputs = layer.outputs;
     const bool bias = parameter.shape.size() == 1;
     if (layer.kind == Kind<T>::external) {
-        std::copy_n(from, parameter.size, flat + parameter.offset);
+        copy_padded(from, parameter.size, round_up(parameter.size, kLine<T>), flat + parameter.offset);
+    } else if (layer.narrow() && bias) {
+        copy_padded(from, outputs, kLine<T>, flat + layer.bias_offset());
     } else if (layer.narrow()) {
-        bias ? void(std::copy_n(from, outputs, flat + layer.bias_offset())) : to_panels(outputs, inputs, from, to);
+        std::fill_n(to, outputs * round_up(inputs, kLine<T>), T{0});
+        to_panels(outputs, inputs, from, to);
     } else {
         over_panels(outputs, kPanel<T>, worth_sharing(parameter.size), [&](Index start, Index columns) {
             const Index width = panel_width<T>(outputs, start);
             T* panel = to + start * layer.weight_rows();
-            if (bias)
-                std::copy_n(from + start, columns, panel + inputs * width);
-            else
-                second_kernels<T>().transpose(columns, inputs, from + start * inputs, inputs, panel, width);
+            if (bias) return copy_padded(from + start, columns, width, panel + inputs * width);
+            if (columns < width) std::fill_n(panel, inputs * width, T{0});
+            second_kernels<T>().transpose(columns, inputs, from + start * inputs, inputs, panel, width);
         });
     }
 }
@@ -459,6 +468,12 @@ void Network<T>::predict(Index rows, const T* x, T* f) const {
         forward_all(a, rows, most_parts, Noise{}, false);
         return copy_rows(rows, outputs(), out.data, out.stride, f, outputs());
     }
+    const Index piece = std::max(kBlockRows, static_cast<Index>(4e9 / (multiplies_ + 1)));  // of some 50 ms
+    for (Index first = 0; rows > piece && first < rows; first += piece) {
+        Interruptible::look_up();
+        predict(std::min(piece, rows - first), x + first * inputs(), f + first * outputs());
+    }
+    if (rows > piece) return;
     const int parts = static_cast<int>(std::min<Index>(most_parts, rows));
     if (parts == 1) {
         Scratch scratch(*this, std::min(rows, kBlockRows));

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "tape.hpp"
 
+#include "interrupt.hpp"
+
 namespace chainrule {
 namespace {
 
@@ -96,6 +98,7 @@ void Direction<T>::set(const Parameter& parameter, const T* from) {
 
 template <class T>
 void Tape<T>::shape(Index first, Index rows, Index seeds, std::initializer_list<Kind> wanted) {
+    if (first > 0) Interruptible::look_up();
     Shape next = {first % seeds, rows, seeds};
     for (const Kind kind : wanted) next.wanted |= 1U << kind;
     if (next == shape_) return;  // as in every call of many for one row each

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT
 #include "train.hpp"
 
-#include <chrono>
 #include <cmath>
 #include <numeric>
 #include <stdexcept>
 
 #include "columns.hpp"
 #include "example_clipping.hpp"
+#include "interrupt.hpp"
 #include "random.hpp"
 
 namespace chainrule {
@@ -304,6 +304,7 @@ double evaluate(Network<T>& net, const Loss<T>& loss, const Dataset<T>& data) {
     Step<T> step(net, loss, piece, data.target_cols);
     double total = 0, total_weight = 0;
     for (Index first = 0; first < data.rows; first += piece) {
+        Interruptible::look_up();
         const Dataset<T> part = slice(data, net, first, std::min(piece, data.rows - first));
         const double weight =
             data.weight ? std::accumulate(part.weight, part.weight + part.rows, 0.0) : static_cast<double>(part.rows);
@@ -356,15 +357,11 @@ double Trainer<T>::step(const Dataset<T>& batch, double lr) {
 }
 
 template <class T>
-std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const double* lr, Index lr_stride,
-                                    const std::function<void()>& poll) {
-    using Clock = std::chrono::steady_clock;
-    constexpr auto poll_interval = std::chrono::milliseconds(20);
+std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const double* lr, Index lr_stride) {
     // Looking at the clock costs 25 ns, a step of the smallest networks 2 µs: look every few steps there.
     const double multiplies =
         3 * net_.multiplies_per_row() * static_cast<double>(std::min(options_.batch_size, data_.rows));
     const Index look = net_.has_external() || loss_.external ? 1 : 1 + static_cast<Index>(1e6 / (multiplies + 1e4));
-    auto polled = Clock::now();
     std::vector<double> losses;
     Index since_look = 0;
     for (Index epoch = 0; epoch < epochs; ++epoch) {
@@ -380,10 +377,7 @@ std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const doubl
             weight += share;
             if (++since_look < look) continue;
             since_look = 0;
-            if (const auto now = Clock::now(); now - polled >= poll_interval) {
-                poll();
-                polled = now;
-            }
+            Interruptible::look_up();
         }
         losses.push_back(loss_.mean && weight > 0 ? total / weight : total);
         if (!std::isfinite(total)) break;

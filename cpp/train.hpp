@@ -8,7 +8,6 @@
 // runs in a pass of its own: the same kernels on the same tiles, hence the same bits.
 #pragma once
 
-#include <functional>
 #include <memory>
 
 #include "loss.hpp"
@@ -114,9 +113,8 @@ class Trainer {
 
     Index steps_per_epoch() const;
     // Trains the epochs first_epoch, first_epoch + 1, … with learning rates lr[epoch * lr_stride + step * (lr_stride > 1)].
-    // Returns each epoch's mean loss; stops after one that is not finite. `poll` is called every 20 ms or so, between steps.
-    std::vector<double> run(Index first_epoch, Index epochs, const double* lr, Index lr_stride,
-                            const std::function<void()>& poll);
+    // Returns each epoch's mean loss; stops after one that is not finite. May be interrupted between steps.
+    std::vector<double> run(Index first_epoch, Index epochs, const double* lr, Index lr_stride);
     // One update on a batch of the caller's.
     double step(const Dataset<T>& batch, double lr);
 

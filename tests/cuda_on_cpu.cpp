@@ -86,6 +86,7 @@ void barriers_and_shuffles() {
     run(read_fresh_memory, 1, 1, sizeof(double), &sum);
     check(sum != sum, "fresh shared memory is NaN");
     float* memory = nullptr;
+    const BesideGraphs here;
     check(cudaMalloc(reinterpret_cast<void**>(&memory), 4 * sizeof(float)) == cudaSuccess, "device memory is there");
     check(memory[3] != memory[3], "fresh device memory is NaN");
     check(cudaFree(memory) == cudaSuccess && cudaFree(&sum) != cudaSuccess, "what was not allocated is not freed");
@@ -166,6 +167,13 @@ void reused_before_it_is_over(bool waited) {
     other.wait();
 }
 
+void released_before_it_is_over(bool waited) {
+    const Stream stream;
+    const Buffer<int> value(0, 1, "a number");
+    launch(increment, 1, 1, 0, stream, value.data());
+    if (waited) stream.wait();
+}
+
 void races() {
     if (!cuda_on_cpu::races::watching) return;
     const Buffer<int> values(0, 97, "numbers");
@@ -186,6 +194,8 @@ void races() {
     dies([&] { on_two_branches(v, false); }, "nor are the branches of a graph");
     reused_before_it_is_over(true);
     dies([] { reused_before_it_is_over(false); }, "a copy waits for what it overwrites");
+    released_before_it_is_over(true);
+    dies([] { released_before_it_is_over(false); }, "memory is released when nobody needs it any more");
 }
 
 // ---- tiles ------------------------------------------------------------------------------------------------------------
@@ -336,6 +346,7 @@ void multiplies(const char* rule) {
     static const Stream stream;
     multiply_by<Tile, false, false>(m, n, k, Operand<T>{a.data(), k}, Operand<T>{b.data(), k},
                                     Activate<T>{nullptr, {}, {c.data(), m, n, n}, Op::identity, T{0}, false}, stream);
+    stream.wait();
     for (int i = 0; i < m; ++i)
         for (int j = 0; j < n; ++j) {
             T sum = 0;
@@ -360,6 +371,7 @@ void multiplies_rows(Precision precision, TileSize size, const char* rule) {
         with_ones.ones = inputs;
         multiply_rows(precision, {size, slices}, outputs, inputs + 1, k, Operand<T>{dz.data(), outputs}, with_ones,
                       StoreGradient<T>{gradient.data(), outputs, inputs, false}, room.data(), stream);
+        stream.wait();
         for (int o = 0; o < outputs; ++o)
             for (int i = 0; i <= inputs; ++i) {
                 T sum = 0;
@@ -425,6 +437,7 @@ void graphs_beside_waits() {
             clear(memory.data(), memory.size(), stream);
         });
         graph.launch(stream);
+        stream.wait();
     } catch (const GraphLost&) { fine = false; }
     other.join();
     check(fine, "a graph is made while other threads wait for the device");
@@ -435,6 +448,7 @@ void graphs_beside_waits() {
 int test() {
     barriers_and_shuffles();
     graphs_beside_waits();
+    dies([] { (void)cudaFreeHost(nullptr); }, "memory that is asked for, or given back, ends another library's graph");
     dies([] { run(leave_a_barrier, 1, 64, 0); }, "a barrier that a thread has left ends the process");
     dies([] { run(wait_at_two_barriers, 1, 64, 0); }, "threads at different barriers end the process");
     races();

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """bench/gpu.py where there is no GPU: late, dead and broken rivals cost nobody else a place."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -66,11 +67,13 @@ def judged(gpu, tmp_path, monkeypatch):
         ours = Stub(gpu.PeerError, "chainrule_gpu", "chainrule fit")
         eager = Stub(gpu.PeerError, "torch_gpu", "torch eager")
         stubs = [ours, eager, *(Stub(gpu.PeerError, peer, name, **slow) for peer, name, slow in others)]
+        goal = gpu.shrunk(gpu.GOALS["small"])
         race = gpu.Judged(
-            gpu.shrunk(gpu.GOALS["small"]),
+            goal,
             gpu.Workers(stubs, {}, tmp_path),
             gpu.Gpu("stub", {}, 0.0),
             gpu.Window(4.0),
+            gpu.Problems([goal], tmp_path).path(goal),
         )
         race.run(SimpleNamespace(seconds=None, rounds=3))
         return (
@@ -173,6 +176,15 @@ def test_what_is_over_its_time_ends_with_all_it_started(gpu, tmp_path):
     assert code is None and text == "first"
     time.sleep(1.5)
     assert not later.exists()
+
+
+def test_a_problem_that_cannot_be_made_is_its_workloads_alone(gpu, tmp_path):
+    small = gpu.shrunk(gpu.GOALS["small"])
+    broken = small._replace(work=dataclasses.replace(small.work, name="broken", sizes=()))
+    problems = gpu.Problems([broken, small], tmp_path)
+    with pytest.raises(IndexError):
+        problems.path(broken)
+    assert problems.path(small).stat().st_size > 0
 
 
 def test_results_are_whole_at_any_time(gpu, tmp_path):

@@ -511,6 +511,7 @@ def test_blocks_share_a_batch(rows, more, rng):
     OfRows.rows = rows
     pair = OfRows(rng, rule=RULES[6], batch_size=64, shuffle=True, **more)
     assert pair.trainer.schedule == "resident"
+    assert pair.trainer.blocks == (8 if rows >= 64 and cuda.has_clusters(0) else 1)
     pair.assert_runs_equal(3, 1e-10)
     few = [None if a is None else a[:5] for a in (pair.x, pair.y, pair.weight)]
     close(pair.trainer.step(*few, 0.01), pair.cpu_trainer.step(*few, 0.01), 1e-10, "loss ")
@@ -552,6 +553,9 @@ def test_epochs_in_one_call_or_in_many(schedule, rng):
         else:
             losses = pair.trainer.run(0, np.repeat(rates[:, None], 5, axis=1) if "step" in how else rates)
         ends.append([losses, pair.gpu.get_parameter(0), *pair.optimizer.get_state()])
+        resident = pair.trainer.schedule == "resident"
+        assert (pair.trainer.blocks > 0) == resident
+        assert (pair.trainer.graphs > 0) != resident  # or each would be slow in silence
     for other in ends[1:]:
         for a, b in zip(ends[0], other, strict=True):
             assert_same_bits(a, b)

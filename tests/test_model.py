@@ -7,13 +7,14 @@ import json
 import pickle
 import threading
 import weakref
+from unittest import mock
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 import chainrule as cr
-from chainrule import devices, reference
+from chainrule import devices, reference, training
 from conftest import assert_same_bits
 
 SIZES = [5, 7, 3]
@@ -339,6 +340,67 @@ def test_networks_are_freed(trained, rng):
     del net
     gc.collect()
     assert gone() is None
+
+
+class Physics:
+    """As users write them: the loss is a method of what has the network."""
+
+    def __init__(self):
+        self.net = small()
+
+    def loss(self, f, y):
+        return ((f - y) ** 2).sum(), 2 * (f - y)
+
+
+class Knowing(cr.Layer):
+    def forward(self, x):
+        return x
+
+    def vjp(self, x, y, dy):
+        return dy
+
+    def jvp(self, x, y, dx):
+        return dx
+
+
+def whose_loss_knows_it():
+    net = small()
+    return net, lambda f, y: (((f - y) ** 2).sum() + 0 * len(net.layers), 2 * (f - y))
+
+
+def whose_layer_knows_it():
+    layer = Knowing()
+    layer.net = cr.Sequential(cr.Linear(5, 3), layer)
+    return layer.net, "mse"
+
+
+def whose_loss_is_a_method():
+    physics = Physics()
+    return physics.net, physics.loss
+
+
+@pytest.mark.parametrize("make", [whose_loss_knows_it, whose_layer_knows_it, whose_loss_is_a_method])
+def test_networks_that_know_themselves_are_freed(make, rng):
+    """What the engine holds, Python's collector does not see."""
+    net, loss = make()
+    x, y, opt = rng.standard_normal((8, 5)), rng.standard_normal((8, 3)), cr.Adam()
+    for _ in range(2):
+        net.train_step(x, y, loss=loss, optimizer=opt)
+    net.fit(x, y, loss=loss, optimizer=opt)
+    gone = weakref.ref(net)
+    del net, loss
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_method_is_one_loss(rng):
+    """A new object at each look at it, for each of which a trainer was made."""
+    physics, opt = Physics(), cr.Adam()
+    x, y = rng.standard_normal((8, 5)), rng.standard_normal((8, 3))
+    with mock.patch.object(training, "Stepper", wraps=training.Stepper) as made:
+        for _ in range(20):
+            physics.net.train_step(x, y, loss=physics.loss, optimizer=opt)
+    assert made.call_count == 1
 
 
 # ---- the machine ---------------------------------------------------------------------------------

@@ -209,6 +209,36 @@ def test_ctrl_c_ends_a_long_fit(how):
 
 
 @posix
+@pytest.mark.parametrize("call", [
+    "net.predict(X)", "net.evaluate(X, y, loss='mse')", "net.value_and_grad(X, y, loss='mse')",
+    "cr.jvp(net, X, X)", "cr.vjp(net, X, y[:, None])", "cr.jacobian(net, X)", "cr.laplacian(net, X)",
+    "cr.input_gradient(net, X, y, 'mse')", "cr.per_example_grad_norms(net, X, y, 'mse')",
+    "cr.hvp(net, X, y, 'mse', net.state_dict())",
+])  # fmt: skip
+def test_ctrl_c_ends_a_long_call(call):
+    """Work of minutes that no signal reaches: more than this test's patience. The network is as before."""
+    run_python(
+        textwrap.dedent(INTERRUPT)
+        + textwrap.dedent(f"""
+        import numpy as np
+        import chainrule as cr
+
+        net = cr.mlp([8, *[256] * 40, 1], seed=0)
+        X, y = np.ones((3_000_000, 8), np.float32), np.ones(3_000_000, np.float32)
+        before = net.predict(X[:5])
+        interrupt_soon()
+        try:
+            {call}
+        except KeyboardInterrupt:
+            pass
+        else:
+            raise AssertionError("it ended by itself")
+        assert (net.predict(X[:5]) == before).all()
+    """)
+    )
+
+
+@posix
 def test_the_users_own_handler_is_called():
     """A handler that the library replaced: the user's sets a flag and returns, and training goes on."""
     run_python(
@@ -265,6 +295,41 @@ def test_the_process_can_end_while_a_thread_trains(threads):
         import threading, time
         cr.set_num_threads({threads})
         threading.Thread(target=train, args=(10**7,), daemon=True).start()
+        time.sleep(0.3)
+        print("done", flush=True)
+    """)
+    )
+    assert out == "done\n"
+
+
+@pytest.mark.parametrize("where", ["loss", "layer", "prediction"])
+def test_the_process_can_end_while_a_thread_is_in_code_of_the_users(where):
+    """Python ends the thread where it asks for the lock, and C++ let go of arrays and lock on the way out."""
+    out = run_python(
+        textwrap.dedent(TRAINING)
+        + textwrap.dedent(f"""
+        import threading, time
+
+        class Slow(cr.Layer):
+            def forward(self, x):
+                time.sleep(0)
+                return np.tanh(x)
+
+            def vjp(self, x, y, dy):
+                return dy * (1 - y * y)
+
+        def loss(f, y):
+            time.sleep(0)
+            return ((f - y) ** 2).sum(), 2 * (f - y)
+
+        def work():
+            layers = [] if {where == "loss"} else [Slow()]
+            net = cr.Sequential(cr.Linear(64, 32), *layers, cr.Linear(32, 1), seed=0)
+            while {where == "prediction"}:
+                net.predict(X)
+            net.fit(X, y[:, None], loss={"loss" if where == "loss" else "'mse'"}, epochs=10**7, verbose=0)
+
+        threading.Thread(target=work, daemon=True).start()
         time.sleep(0.3)
         print("done", flush=True)
     """)

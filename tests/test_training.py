@@ -795,6 +795,24 @@ def test_an_overflow_in_the_last_update_is_noticed():
     assert not net.state_dict()["0.weight"].any()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("width", [1, 2, 3, 8, 16, 19])
+@pytest.mark.parametrize("more", [{}, {"l1": 0.01, "l2": 0.01}, {"clip_norm": 1.0}], ids=str)
+def test_a_network_that_diverged_trains_again_from_good_weights(width, dtype, more):
+    """NaN that stayed in the padding of the weights, where no loaded array reaches."""
+    X, y = np.arange(24.0).reshape(6, 4) / 24, np.arange(6 * width).reshape(6, width) / (6 * width)
+    net, fresh = (cr.mlp([4, width, width], seed=0, dtype=dtype) for _ in range(2))
+    sgd = cr.SGD(lr=1e30 if dtype == "float32" else 1e200)
+    for _ in range(6):
+        value = net.train_step(X, y, loss="mse", optimizer=sgd)
+    assert not np.isfinite(value)
+    assert not np.isfinite(net.state_dict()["0.weight"]).all()
+    net.load_state_dict(fresh.state_dict())
+    for one in (net, fresh):
+        one.fit(X, y, loss="mse", epochs=2, **more)
+    assert_same_weights(net, fresh)
+
+
 @pytest.mark.parametrize(
     "error", [KeyError("mine"), KeyboardInterrupt(), SystemExit(3), FloatingPointError("mine")]
 )

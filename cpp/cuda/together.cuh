@@ -60,7 +60,7 @@ class Together {
 
     // rates(n): the learning rates of network n.
     template <class Rates>
-    void enqueue(Index k, Index number, Rates rates, Index lr_stride, Poller& look) {
+    void enqueue(Index k, Index number, Rates rates, Index lr_stride) {
         Group& group = groups_[k % kFlights];
         group.networks.clear();
         rates_used_ = 0;
@@ -81,15 +81,15 @@ class Together {
                 all_[n]->optimizer.step_count += std::clamp<Index>(all_[n]->steps() - done, 0, kStepsInLaunch);
             if (done + kStepsInLaunch >= most) break;
             flight.done.record(stream());
-            wait(flight.done, look);
+            wait(flight.done);
         }
         download(flight.control.data() + networks, controls_.data(), networks, stream());
         flight.done.record(stream());
-        look();
+        Interruptible::look_up();
     }
-    void end(Index k, Poller& look) {
+    void end(Index k) {
         const Group& group = groups_[k % kFlights];
-        wait(group.flight.done, look);
+        wait(group.flight.done);
         const Control* after = group.flight.control.data() + group.networks.size();
         for (const std::size_t n : group.networks) {
             const double loss = all_[n]->end_epoch(*after++);
@@ -155,8 +155,7 @@ class Together {
 
 template <class T>
 std::vector<std::vector<double>> run_many(const std::vector<Trainer<T>*>& trainers, Index first_epoch, Index epochs,
-                                          const double* lr, Index lr_network, Index lr_stride,
-                                          const std::function<void()>& poll) {
+                                          const double* lr, Index lr_network, Index lr_stride) {
     const auto rates_of = [&](std::size_t n, Index epoch) {
         return lr + static_cast<Index>(n) * lr_network + epoch * lr_stride;
     };
@@ -168,21 +167,20 @@ std::vector<std::vector<double>> run_many(const std::vector<Trainer<T>*>& traine
         }
         std::vector<std::vector<double>> losses;
         for (std::size_t n = 0; n < trainers.size(); ++n)
-            losses.push_back(trainers[n]->run(first_epoch, epochs, rates_of(n, 0), lr_stride, poll));
+            losses.push_back(trainers[n]->run(first_epoch, epochs, rates_of(n, 0), lr_stride));
         return losses;
     }
     const OnDevice here(trainers.front()->work().net.device());
     std::vector<std::unique_lock<std::mutex>> locks;
     for (const Trainer<T>* trainer : trainers) locks.push_back(trainer->work().net.runtime().hold());
     Together<T> together(trainers);
-    Poller look(poll);
     fly(
         together.stream(), epochs,
         [&](Index k) {
-            together.enqueue(k, first_epoch + k, [&](std::size_t n) { return rates_of(n, k); }, lr_stride, look);
+            together.enqueue(k, first_epoch + k, [&](std::size_t n) { return rates_of(n, k); }, lr_stride);
         },
         [&](Index k) {
-            together.end(k, look);
+            together.end(k);
             return true;
         });
     return together.losses();

@@ -8,6 +8,7 @@
 #include <set>
 #include <thread>
 
+#include "../interrupt.hpp"
 #include "../random.hpp"
 #include "resident.cuh"
 #include "step.cuh"
@@ -20,29 +21,12 @@ constexpr Index kStepsInGraph = 16;
 // And how many the resident schedule takes in one launch: some 10 ms of work, so that an interrupt is heard.
 constexpr int kStepsInLaunch = 1024;
 
-// Calls poll() every 20 ms or so.
-class Poller {
-   public:
-    explicit Poller(const std::function<void()>& poll) : poll_(poll) {}
-    void operator()() {
-        const auto now = Clock::now();
-        if (now - last_ < std::chrono::milliseconds(20)) return;
-        poll_();
-        last_ = now;
-    }
-
-   private:
-    using Clock = std::chrono::steady_clock;
-    const std::function<void()>& poll_;
-    Clock::time_point last_ = Clock::now();
-};
-
 // Until the device has come so far.
-inline void wait(const Event& event, Poller& look) {
+inline void wait(const Event& event) {
     // A short wait must not end a scheduler's turn too late, a long one must not take a processor.
     const auto patience = std::chrono::steady_clock::now() + std::chrono::milliseconds(1);
     while (!event.reached()) {
-        look();
+        Interruptible::look_up();
         if (std::chrono::steady_clock::now() < patience)
             std::this_thread::yield();
         else
@@ -132,9 +116,9 @@ struct Trainer<T>::Work {
     void prepare(Flight<T>& flight, std::int64_t count, const double* lr, Index lr_stride);
     void prepare_resident(Flight<T>& flight, const Job<T>& job);
     const Graph* graph_of(Index count, Index times);
-    void enqueue_resident(Flight<T>& flight, Poller& look);
-    void enqueue_steps(Poller& look);
-    void enqueue_epoch(Flight<T>& flight, Index number, const double* lr, Index lr_stride, Poller& look);
+    void enqueue_resident(Flight<T>& flight);
+    void enqueue_steps();
+    void enqueue_epoch(Flight<T>& flight, Index number, const double* lr, Index lr_stride);
     double end_epoch(const Control& control) const;
 
     Network<T>& net;
@@ -318,26 +302,26 @@ const Graph* Trainer<T>::Work::graph_of(Index count, Index times) {
 
 // An interrupt is heard between launches, of which an epoch mostly has one.
 template <class T>
-void Trainer<T>::Work::enqueue_resident(Flight<T>& flight, Poller& look) {
+void Trainer<T>::Work::enqueue_resident(Flight<T>& flight) {
     prepare_resident(flight, job(source, rows, batch()));
     for (std::int64_t left = steps(); left > 0; left -= kStepsInLaunch) {
         ResidentLaunch<T>(net.runtime(), program, 1)(jobs.data(), kStepsInLaunch);
         optimizer.step_count += std::min<std::int64_t>(left, kStepsInLaunch);
         if (left <= kStepsInLaunch) break;
         flight.done.record(net.runtime().stream);
-        wait(flight.done, look);
+        wait(flight.done);
     }
 }
 
 template <class T>
-void Trainer<T>::Work::enqueue_steps(Poller& look) {
+void Trainer<T>::Work::enqueue_steps() {
     const auto launch_steps = [&](Index count, Index times) {
         if (const Graph* graph = graph_of(count, times))
             graph->launch(net.runtime().stream);
         else
             enqueue(source, count, times);
         optimizer.step_count += times;
-        look();
+        Interruptible::look_up();
     };
     const Index whole = rows / options.batch_size, rest = rows % options.batch_size;
     for (Index s = 0; s < whole / kStepsInGraph; ++s) launch_steps(options.batch_size, kStepsInGraph);
@@ -346,14 +330,14 @@ void Trainer<T>::Work::enqueue_steps(Poller& look) {
 }
 
 template <class T>
-void Trainer<T>::Work::enqueue_epoch(Flight<T>& flight, Index number, const double* lr, Index lr_stride, Poller& look) {
+void Trainer<T>::Work::enqueue_epoch(Flight<T>& flight, Index number, const double* lr, Index lr_stride) {
     cudaStream_t stream = net.runtime().stream;
     if (options.shuffle) draw_order(flight, number, stream);
     prepare(flight, steps(), lr, lr_stride);
-    schedule == Schedule::resident ? enqueue_resident(flight, look) : enqueue_steps(look);
+    schedule == Schedule::resident ? enqueue_resident(flight) : enqueue_steps();
     download(flight.control.data() + 1, step.control.data(), 1, stream);
     flight.done.record(stream);
-    look();
+    Interruptible::look_up();
 }
 
 template <class T>
@@ -395,29 +379,35 @@ Schedule Trainer<T>::schedule() const {
     return work_->schedule;
 }
 template <class T>
+int Trainer<T>::blocks() const {
+    return work_->schedule == Schedule::resident ? work_->program.ranks : 0;
+}
+template <class T>
+int Trainer<T>::graphs() const {
+    return static_cast<int>(work_->graphs.size());
+}
+template <class T>
 std::pair<int, int> Trainer<T>::library_shapes() const {
     return work_->library ? work_->library->shapes() : std::pair<int, int>{};
 }
 
 template <class T>
-std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const double* lr, Index lr_stride,
-                                    const std::function<void()>& poll) {
+std::vector<double> Trainer<T>::run(Index first_epoch, Index epochs, const double* lr, Index lr_stride) {
     const OnDevice here(work_->net.device());
     const auto held = work_->net.runtime().hold();
     Work& work = *work_;
     work.make_room(work.batch());
-    Poller look(poll);  // of the whole run: an epoch may be over in no time
     std::vector<double> losses;
     const auto end = [&](Index k) {
         const Flight<T>& flight = work.flights[k % kFlights];
-        wait(flight.done, look);
+        wait(flight.done);
         losses.push_back(work.end_epoch(flight.control[1]));
         return std::isfinite(losses.back());
     };
     fly(
         work.net.runtime().stream, epochs,
         [&](Index k) {
-            work.enqueue_epoch(work.flights[k % kFlights], first_epoch + k, lr + k * lr_stride, lr_stride, look);
+            work.enqueue_epoch(work.flights[k % kFlights], first_epoch + k, lr + k * lr_stride, lr_stride);
         },
         end);
     return losses;

@@ -18,6 +18,7 @@ __version__: str
 def state() -> str: ...  # "" if there is a usable GPU, else what is missing
 def device_count() -> int: ...  # 0 where state() is not ""
 def device_name(device: int) -> str: ...
+def has_clusters(device: int) -> bool: ...  # of blocks, from compute capability 9.0 on
 def synchronize(device: int) -> None: ...
 def force_schedule(name: str, blocks: int = 0) -> None: ...  # one of schedules(); "" and 0 blocks: by size
 def schedules() -> list[str]: ...
@@ -55,7 +56,7 @@ class Snapshot64(_Snapshot): ...
 
 class _Network(_core._Network):  # the methods of _core's
     def __init__(self, layers: list[LayerRow], precision: str, device: int) -> None: ...
-    def predict_array(self, X: Array) -> Array: ...  # of the dtype, on the device; queued, not waited for
+    def predict_array(self, X: Array) -> Array: ...  # of the dtype, on the device
 
 class Network32(_Network): ...  # precision "float32", "tf32", "bfloat16"
 class Network64(_Network): ...  # precision "float64"
@@ -88,6 +89,10 @@ class _Trainer(_core._Trainer):
     ) -> None: ...
     @property
     def schedule(self) -> str: ...  # the one that its size, or force_schedule, has chosen
+    @property
+    def blocks(self) -> int: ...  # that share a batch in the resident schedule; else 0
+    @property
+    def graphs(self) -> int: ...  # made so far; the resident schedule needs none
     @property
     def library_shapes(self) -> tuple[int, int]: ...  # of products: that cuBLASLt makes, and all
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, final
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import numpy as np
 
@@ -486,9 +486,11 @@ class Guard:
     """A layer of your own behind checks, so that a wrong map is named instead of trusted."""
 
     def __init__(self, layer: Layer, in_features: int, out_features: int, dtype: str) -> None:
-        self.layer, self.inputs, self.outputs, self.dtype = layer, in_features, out_features, np.dtype(dtype)
-        self.name = type(layer).__name__
-        if id(layer) in _OWNERS:
+        # Weakly: the engine holds this guard, and Python's collector could not see that the layer, which may
+        # know its network, belongs to it. The network itself keeps the layer.
+        self._layer, self.name = ref(layer), type(layer).__name__
+        self.inputs, self.outputs, self.dtype = in_features, out_features, np.dtype(dtype)
+        if (owner := _OWNERS.get(id(layer))) and owner.layer is layer:
             raise ValueError(
                 "[Sequential] a layer with parameters belongs to one network: "
                 f"expected a new {self.name}, got one in use; copy.deepcopy makes another"
@@ -497,6 +499,13 @@ class Guard:
         self.takes_dparams = _takes_four(layer.jvp)
         if self.params:
             _OWNERS[id(layer)] = self
+
+    @property
+    def layer(self) -> Layer:
+        layer = self._layer()
+        if layer is None:
+            raise ReferenceError(f"[{self.name}] the layer must be there: expected its network, got one that is gone")
+        return layer
 
     @property
     def params(self) -> dict[str, Array]:
@@ -666,4 +675,4 @@ def _takes_four(jvp: Callable[..., Array]) -> bool:
     return True
 
 
-_OWNERS: WeakValueDictionary[int, Guard] = WeakValueDictionary()  # by id: a guard keeps its layer alive
+_OWNERS: WeakValueDictionary[int, Guard] = WeakValueDictionary()  # by the layer's id

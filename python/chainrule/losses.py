@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+from weakref import ref
 
 import numpy as np
 
@@ -409,10 +410,10 @@ class CustomLoss(Loss):
         return Targets(values, array.ndim == 1)
 
     def engine(self, flat: bool, weighted: bool) -> _core.Loss:
-        function = self.function
+        here = ref(self)  # weakly: Python's collector cannot see what the engine holds, and a loss may know its network
 
         def guarded(f: Array, y: Array) -> tuple[Any, Array]:
-            answer = function(f, y[:, 0] if flat and y.ndim == 2 else y)
+            answer = here().function(f, y[:, 0] if flat and y.ndim == 2 else y)  # type: ignore[union-attr]
             return _checked(answer, f, weighted)
 
         return _core.Loss(self.name, 0.0, self.reduction, guarded)

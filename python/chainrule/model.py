@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,7 +88,7 @@ class Sequential:
         with _memory_for(layers, device):
             self._core: Any = self._engine.network(rows)
         self._places = {f"{layer}.{name}": k for k, (layer, name, _) in enumerate(self._core.parameters)}
-        self._steppers: dict[tuple[int, int], training.Stepper] = {}
+        self._steppers: dict[tuple[int, ...], training.Stepper] = {}
         self._predict_as_is: Callable[[Any], Array | None] = self._core.predict_as_is
         self._made = {"_made", *(vars(self).keys() - users)}
 
@@ -272,15 +273,22 @@ class Sequential:
         """
         stepper = self._steppers.get((id(loss), id(optimizer)))
         if stepper is None:
-            if len(self._steppers) >= 8:  # somebody makes a new loss for every step: keep none for ever
-                self._steppers.clear()
-            stepper = training.Stepper(self, loss, optimizer)
-            self._steppers[id(loss), id(optimizer)] = stepper
+            stepper = self._stepper(loss, optimizer)
         if sample_weight is None:
             value = stepper.as_is(X, y, optimizer.lr)
             if value is not None:
                 return value
         return stepper.step(self, X, y, sample_weight)
+
+    def _stepper(self, loss: Any, optimizer: Any) -> training.Stepper:
+        """By the loss and the optimizer that it keeps alive; a method is another object at each look at it."""
+        method = isinstance(loss, MethodType)
+        key = (id(loss.__self__), id(loss.__func__), id(optimizer)) if method else (id(loss), id(optimizer))
+        if key not in self._steppers:
+            if len(self._steppers) >= 8:  # somebody makes a new loss for every step: keep none for ever
+                self._steppers.clear()
+            self._steppers[key] = training.Stepper(self, loss, optimizer)
+        return self._steppers[key]
 
     def value_and_grad(
         self,

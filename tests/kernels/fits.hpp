@@ -50,7 +50,7 @@ void fit_case(const OptimizerSettings& settings, double clip_norm, Record<T>& re
                        {rows, x.data(), labels.data(), nullptr, 0, weight.data()},
                        {16, true, 7, {1e-5, 1e-4, 0, clip_norm}});
     const std::vector<double> rates(epochs, 0.01);
-    const std::vector<double> losses = trainer.run(0, epochs, rates.data(), 1, [] {});
+    const std::vector<double> losses = trainer.run(0, epochs, rates.data(), 1);
     check(losses.size() == epochs && losses.back() < losses.front(), "the loss falls");
     const std::vector<T> rounded(losses.begin(), losses.end());
     std::vector<T> f(rows * classes);

@@ -452,16 +452,19 @@ cudaError_t give(CudaStream& stream, Item item) {
         perform(item, clocks);
     return cudaSuccess;
 }
-// Refused while anybody makes a graph, which is lost then.
+// Refused while anybody makes a graph, which is lost then. Under the mutex.
 std::weak_ptr<CudaGraph> capture;  // the engine makes one at a time
-cudaError_t wait_for_all() {
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (const auto graph = capture.lock(); graph && graph->open) {
-        graph->lost = true;
-        return cudaErrorStreamCaptureUnsupported;
-    }
-    for (const auto& [number, clock] : clocks.streams) host.join(clock);
-    return cudaSuccess;
+cudaError_t may_wait() {
+    const auto graph = capture.lock();
+    if (!graph || !graph->open) return cudaSuccess;
+    graph->lost = true;
+    return cudaErrorStreamCaptureUnsupported;
+}
+
+thread_local cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+void expect_relaxed(const char* call) {
+    if (mode == cudaStreamCaptureModeRelaxed) return;
+    cuda_on_cpu::die(std::string(call) + " in the mode in which it ends another library's graph");
 }
 
 }  // namespace
@@ -494,10 +497,16 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(cuda_on_cpu::kSharedBytes); break;
         case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
         case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+        case cudaDevAttrClusterLaunch: *value = 1; break;
     }
     return cudaSuccess;
 }
-cudaError_t cudaDeviceSynchronize() { return wait_for_all(); }
+cudaError_t cudaDeviceSynchronize() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (const cudaError_t code = may_wait(); code != cudaSuccess) return code;
+    for (const auto& [number, clock] : clocks.streams) host.join(clock);
+    return cudaSuccess;
+}
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
     const std::lock_guard<std::mutex> lock(mutex);
     *total = capacity();
@@ -505,6 +514,7 @@ cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
     return cudaSuccess;
 }
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
+    expect_relaxed("cudaMalloc");
     const std::lock_guard<std::mutex> lock(mutex);
     if (in_use + bytes > capacity()) return cudaErrorMemoryAllocation;
     if (cuda_on_cpu::races::watching)
@@ -519,21 +529,25 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
 }
 cudaError_t cudaFree(void* memory) {
     if (memory == nullptr) return cudaSuccess;
-    if (const cudaError_t code = wait_for_all(); code != cudaSuccess) return code;  // it may wait, at least
+    expect_relaxed("cudaFree");
     const std::lock_guard<std::mutex> lock(mutex);
+    if (const cudaError_t code = may_wait(); code != cudaSuccess) return code;  // and need not: nobody is waited for
     const auto found = allocations().find(memory);
     if (found == allocations().end()) return cudaErrorInvalidValue;
     in_use -= found->second;
-    cuda_on_cpu::races::watching ? cuda_on_cpu::races::release(memory, found->second) : std::free(memory);
+    cuda_on_cpu::races::watching ? cuda_on_cpu::races::release(memory, found->second, host) : std::free(memory);
     allocations().erase(found);
     return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned) {
+    expect_relaxed("cudaHostAlloc");
     *memory = std::malloc(bytes);
     return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 cudaError_t cudaFreeHost(void* memory) {
-    if (const cudaError_t code = wait_for_all(); code != cudaSuccess) return code;
+    expect_relaxed("cudaFreeHost");
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (const cudaError_t code = may_wait(); code != cudaSuccess) return code;
     std::free(memory);
     return cudaSuccess;
 }
@@ -580,9 +594,8 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     capture = stream->capturing;
     return cudaSuccess;
 }
-cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-    thread_local cudaStreamCaptureMode now = cudaStreamCaptureModeGlobal;
-    return std::swap(now, *mode), cudaSuccess;
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* with) {
+    return std::swap(mode, *with), cudaSuccess;
 }
 bool cuda_on_cpu::makes_a_graph() {
     const std::lock_guard<std::mutex> lock(mutex);

@@ -82,6 +82,12 @@ void write_place(const Access& access) {
     std::abort();
 }
 
+[[noreturn]] void die_in_use(const Access& last) {
+    std::fprintf(stderr, "cuda_on_cpu: memory is released that work may still use\n");
+    write_place(last);
+    std::abort();
+}
+
 void meet(Word& word, const Access& mine, bool shared, std::size_t byte) {
     Access* place = nullptr;
     for (Access& other : word.last) {
@@ -149,9 +155,13 @@ void* allocate(std::size_t bytes) {
     used += bytes;
     return arena + used - bytes;
 }
-void release(void* memory, std::size_t bytes) {
-    bytes = rounded(std::max<std::size_t>(bytes, 1));
+void release(void* memory, std::size_t bytes, const Clock& host) {
     auto* const begin = static_cast<unsigned char*>(memory);
+    const std::size_t first = static_cast<std::size_t>(begin - arena) / kWord, step = bytes > kLong ? 16 : 1;
+    for (std::size_t word = first; word < first + bytes / kWord; word += step)
+        for (const Access& last : words[word].last)
+            if (last.piece > host.at(last.stream)) die_in_use(last);
+    bytes = rounded(std::max<std::size_t>(bytes, 1));
     (void)::madvise(begin, bytes, MADV_DONTNEED);
     (void)::madvise(words + static_cast<std::size_t>(begin - arena) / kWord, bytes / kWord * sizeof(Word),
                     MADV_DONTNEED);  // whole pages, both

@@ -46,7 +46,8 @@ void touch(const void* at, std::size_t bytes, bool writes, const void* code = nu
 
 // Memory of the device while somebody watches.
 void* allocate(std::size_t bytes);
-void release(void* memory, std::size_t bytes);
+// Ends the process if anybody's work may still use it, for all that the host has waited for.
+void release(void* memory, std::size_t bytes, const Clock& host);
 
 }  // namespace races
 }  // namespace cuda_on_cpu
