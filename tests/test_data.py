@@ -2,8 +2,13 @@
 """Tables: what is read, how it becomes numbers, and that nothing is learnt outside the training rows."""
 
 import csv
+import datetime
+import gzip
+import io as streams
 import json
 import os
+import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -17,6 +22,14 @@ from chainrule.tables import MISSING, Table, read_table
 def write(path, text, encoding="utf-8"):
     path.write_bytes(text.encode(encoding))
     return path
+
+
+def zipped(content):
+    """An archive, which is what an .xlsx file is, too."""
+    file = streams.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("xl/workbook.xml", content)
+    return file.getvalue()
 
 
 def assert_table(table, expected):
@@ -88,6 +101,20 @@ def test_what_is_no_table_is_refused_by_line(tmp_path, text, message):
     with pytest.raises(ValueError, match=rf"\[read\].*{message}") as caught:
         read_table(write(tmp_path / "bad.csv", text))
     assert "bad.csv" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pack", "message"),
+    [
+        (gzip.compress, "expected CSV, got a gzip file; gunzip it first"),
+        (zipped, "expected CSV, got a ZIP archive or Excel workbook; unpack it, or export the sheet as CSV"),
+    ],
+)
+def test_packed_tables_are_refused_by_what_they_are(tmp_path, pack, message):
+    path = tmp_path / "t.csv.gz"
+    path.write_bytes(pack(b"a,b\n1,2\n"))
+    with pytest.raises(ValueError, match=rf"\[read\] '.*t\.csv\.gz': {message}"):
+        read_table(path)
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
@@ -173,7 +200,7 @@ def test_parquet(tmp_path):
             "t": pa.array(["x", None, "?"]),
             "b": pa.array([True, None, False]),
             "c": pa.array(["u", "v", "u"]).dictionary_encode(),
-            "d": pa.array([1, 2, 3], pa.timestamp("ms")),
+            "d": pa.array([1, 2, 3], pa.duration("ms")),
         }
     )
     parquet.write_table(arrow, tmp_path / "t.parquet")
@@ -181,13 +208,13 @@ def test_parquet(tmp_path):
     expected = {
         "i": ["1", None, "3"],
         "f": [0.5, 1.5, NAN],
-        "t": ["x", None, None],
+        "t": ["x", None, "?"],
         "b": ["True", None, "False"],
     }
     assert_table(table, {**expected, "c": ["u", "v", "u"]})
-    assert table.notes == ("column 'd' left out: timestamp[ms] is neither number, text nor boolean",)
+    assert table.notes == ("column 'd' left out: duration[ms] is no number, text, boolean or date",)
     with pytest.raises(
-        ValueError, match=r"column 'd': expected one of 'i', .*; column 'd' left out: timestamp"
+        ValueError, match=r"column 'd': expected one of 'i', .*; column 'd' left out: duration"
     ):
         table.column("d")
     with pytest.raises(ValueError, match=r"bad\.parquet.*expected a Parquet file"):
@@ -215,6 +242,69 @@ def test_parquet_as_data_frames_write_it(tmp_path):
     assert table.notes == ("column '__index_level_0__' left out: it is the row index of a data frame",)
 
 
+def test_days_and_times_in_parquet_are_those_of_the_csv_file(tmp_path):
+    """The table that pandas wrote both ways, with gaps, a time zone and the days of pyarrow's own type."""
+    pd = pytest.importorskip("pandas")
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    days = pd.to_datetime(["2024-05-05", None, "2023-12-31"])
+    frame = pd.DataFrame({"x": [1, 2, 3], "day": days, "noon": days + pd.Timedelta("12h30min")})
+    frame["there"] = days.tz_localize("Europe/Berlin")
+    for unit in ("s", "ms", "us", "ns"):
+        frame["day"] = frame["day"].astype(f"datetime64[{unit}]")
+        frame.to_csv(tmp_path / "t.csv", index=False)
+        arrow = pa.Table.from_pandas(frame)
+        parquet.write_table(arrow, tmp_path / "t.parquet")
+        expected = read_table(tmp_path / "t.csv")
+        assert expected.columns["day"].tolist() == ["2024-05-05", None, "2023-12-31"]
+        assert_table(read_table(tmp_path / "t.parquet"), expected.columns)
+        assert_table(Table.from_columns(frame), expected.columns)
+    arrow = arrow.set_column(1, "day", arrow["day"].cast(pa.date32()))
+    parquet.write_table(arrow, tmp_path / "t.parquet")
+    assert_table(read_table(tmp_path / "t.parquet"), expected.columns)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array(["2024-05-05", "NaT"], "M8[ns]"), ["2024-05-05", None]),
+        (
+            np.array(["2024-05-05", "2024-05-06T10:30"], "M8[ns]"),
+            ["2024-05-05 00:00:00", "2024-05-06 10:30:00"],
+        ),
+        ([np.datetime64("2024-05-05")], ["2024-05-05"]),
+        ([datetime.date(2024, 5, 5), None], ["2024-05-05", None]),
+        ([datetime.datetime(2024, 5, 5), None], ["2024-05-05", None]),
+        ([datetime.datetime(2024, 5, 5, 10, 30)], ["2024-05-05 10:30:00"]),
+        (["2024-05-05 00:00:00"], ["2024-05-05 00:00:00"]),  # text stays as it is
+        ([True, None, False], ["True", None, "False"]),
+        ([True, NAN, False], ["True", None, "False"]),
+        ([np.True_, 1.5, NAN], ["True", "1.5", None]),
+        ((1, NAN, 0), [1, NAN, 0]),
+        (["x", NAN, None], ["x", None, None]),
+        (["None", "N/A", "nan", "?", "", None], ["None", "N/A", "nan", "?", None, None]),
+        (["1", "2.5", None], [1, 2.5, NAN]),
+    ],
+    ids=str,
+)
+def test_values_in_memory_are_the_cells_of_a_csv_file(values, expected):
+    assert_table(Table.from_columns({"t": values}), {"t": expected})
+
+
+def test_a_class_called_none_is_missing_in_csv_alone(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    cells = ["None", "mild", "N/A", "None", "mild", "N/A", None]
+    parquet.write_table(pa.table({"symptom": cells, "x": range(7)}), tmp_path / "t.parquet")
+    table = read_table(tmp_path / "t.parquet")
+    assert_table(table, {"symptom": cells, "x": range(7)})
+    p = Preprocessor.fit(table.take(np.arange(6)), "symptom")
+    assert p.classes == ("N/A", "None", "mild")
+    numbers = Preprocessor.fit(Table.from_columns({"x": [1.0, 2.0], "y": [0.5, 1.5]}), "y")
+    with pytest.raises(ValueError, match="expected numbers as in training, got 'N/A' in row 2"):
+        numbers.transform(Table.from_columns({"x": ["1", "N/A"]}))
+
+
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r'pip install "chainrule\[parquet\]"'):
@@ -234,6 +324,15 @@ def test_columns_in_memory():
         Table.from_columns(np.zeros((2, 2)))
     with pytest.raises(ValueError, match="expected one dimension, got 2"):
         Table.from_columns({"a": [[1]]})
+
+
+def test_a_frame_with_a_name_twice_is_refused_by_that_name():
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame([[1, 2, 3]], columns=["a", "b", "a"])
+    with pytest.raises(
+        ValueError, match=r"\[table\] columns: expected different names, got 'a' more than once"
+    ):
+        Table.from_columns(frame)
 
 
 def test_a_pandas_frame(tmp_path):
@@ -273,7 +372,7 @@ def test_impossible_shares(shares):
 
 
 def test_parts_that_would_be_empty():
-    with pytest.raises(ValueError, match=r"\[split\] rows: expected enough.*got 2"):
+    with pytest.raises(ValueError, match=r"\[split\] rows: expected enough.*got 2; add rows, .*--test-size"):
         split_rows(2, [0.1], 0)
     with pytest.raises(ValueError, match=r"\[split\] rows"):
         split_rows(3, [0.2], 0, np.array(["a", "b", "c"]))
@@ -327,6 +426,9 @@ def test_the_stated_rules_by_hand():
         (["true", "false", "true", "false"], [True, False], [1, 0]),
         (["TRUE", "FALSE", "TRUE", "FALSE"], [True, False, None], [1, 0, -1]),
         ([True, False, True, False], ["true", "FALSE", "yes"], [1, 0, -1]),
+        (["True", "False"] * 2, [1, 0.0, NAN, 2], [1, 0, -1, -1]),
+        (["true", "false"] * 2, ["1", "0", "1.0", "yes"], [1, 0, 1, -1]),
+        (["True", "False", "maybe", "True"], [1, 0], [-1, -1]),  # no booleans
     ],
     ids=str,
 )
@@ -363,6 +465,52 @@ def test_decimal_commas(cells, refused):
             Preprocessor.fit(table, "x", task)
     table = Table.from_columns({"x": ["0,1", "1,0"] * 2, "n": [1, 2, 3, 4]})
     assert Preprocessor.fit(table, "x", "classification").classes == ("0,1", "1,0")
+
+
+def marked(numbers, odd):
+    """Columns with a target, and among the numbers of x something else."""
+    cells = [f"{value:g}" for value in numbers] + odd
+    return {"x": cells, "n": np.arange(len(cells)) / 7, "c": ["u", "v"] * (len(cells) // 2)}
+
+
+def test_numbers_with_a_few_texts_among_them_are_refused(tmp_path):
+    """594 numbers and six dashes made a worthless code of 600 texts, and not one error."""
+    columns = marked(np.arange(594) / 8, ["-"] * 6)
+    expected = (
+        r"\[table\] column 'x': expected numbers, got 594 of 600 cells that are, and '-'; leave such cells "
+    )
+    with pytest.raises(ValueError, match=expected + r"empty or keep it as text \(--text, text=\)"):
+        Preprocessor.fit(Table.from_columns(columns), "c")
+    text = "\n".join(",".join(map(str, row)) for row in [columns, *zip(*columns.values(), strict=True)])
+    path = write(tmp_path / "t.csv", text)
+    with pytest.raises(ValueError, match=expected):
+        Preprocessor.fit(read_table(path), "c")
+    for table in (read_table(path, text=["x"]), Table.from_columns(columns, text=["x"])):
+        rows = table.take(np.arange(500, 600))  # what is to be text is so in each part
+        assert [feature.name for feature in Preprocessor.fit(table, "c").features] == ["x", "n"]
+        assert Preprocessor.fit(rows, "c").task == "classification"
+    assert Preprocessor.fit(Table.from_columns(columns), "c", ignore=["x"]).width == 1
+    with pytest.raises(
+        ValueError, match=r"target: expected numbers, .*, and '-'; .* say task 'classification'"
+    ):
+        Preprocessor.fit(Table.from_columns(columns), "x")
+    three = marked(np.arange(46), ["12a", "n/k", "-", "13 b"])
+    with pytest.raises(ValueError, match="got 46 of 50 cells that are, and '12a', 'n/k', '-'; leave"):
+        Preprocessor.fit(Table.from_columns(three), "c")
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        marked(np.arange(20).repeat(10), ["X9"] * 8),  # a short list of codes
+        marked(np.arange(60), ["x", "y"] * 9),  # texts that are no exception
+        {**marked(np.arange(60), ["x", "y"]), "x": [f"{k:05}" for k in range(1060, 1120)] + ["X1", "X2"]},
+    ],
+    ids=["few", "text", "leading zeros"],
+)
+def test_codes_among_which_are_numbers_stay_text(columns):
+    columns["x"] = [*columns["x"][:-1], columns["x"][0]]  # one at least repeats
+    assert Preprocessor.fit(Table.from_columns(columns), "c").text_columns == ("x",)
 
 
 def test_labels_that_float64_cannot_tell_apart_are_refused():
@@ -579,6 +727,40 @@ def test_text_in_a_dict_stays_text_where_training_saw_text(tmp_path):
     expected = p.mean + p.std * np.array([10.0, 20.0])
     for given in ({"t": ["01", "1"]}, write(tmp_path / "t.csv", "t\n01\n1\n")):
         np.testing.assert_allclose(model.predict(given), expected)
+
+
+def told(model, cells):
+    """The RuntimeWarnings of a prediction, each of which names this file as the place of the call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.predict({"t": cells})
+    assert all(w.category is RuntimeWarning and w.filename == __file__ for w in caught)
+    return [str(w.message) for w in caught]
+
+
+def test_unknown_categories_are_told_once():
+    """All zeros for every row, as dates in another spelling gave, and not one word."""
+    days = [f"2024-05-0{k}" for k in range(1, 6)] * 4
+    p = Preprocessor.fit(Table.from_columns({"t": days, "y": np.arange(20) / 7}), "y")
+    model = TableModel(cr.mlp([p.width, 1]), p, "mse")
+    expected = (
+        "[TableModel.predict] column 't': expected categories such as '2024-05-01', '2024-05-02', "
+        "'2024-05-03', got others in {} of {} cells, such as {}; in another spelling?"
+    )
+    other = [f"{k}.5.24" for k in range(1, 8)]
+    assert told(model, other) == [expected.format(7, 7, "'1.5.24', '2.5.24'")]
+    assert told(model, [None, "x", None]) == [expected.format(1, 1, "'x'")]
+    assert told(model, [*days[:5], None, *other[:6]]) == [expected.format(6, 11, "'1.5.24', '2.5.24'")]
+    for quiet in (days, [*days[:5], *other[:5]], [days[0], "x", "y"], [None, None], []):
+        assert told(model, quiet) == []
+
+
+def test_categories_beyond_the_most_frequent_are_no_surprise():
+    cells = [f"c{k:02}" for k in range(70)] * 2
+    p = Preprocessor.fit(Table.from_columns({"t": cells, "y": np.arange(140) / 7}), "y")
+    model = TableModel(cr.mlp([p.width, 1]), p, "mse")
+    assert told(model, cells) == told(model, cells[45:70]) == told(model, cells[55:64]) == []
+    assert len(told(model, cells[55:65])) == 1  # ten, and not one known
 
 
 def test_answers_are_in_the_targets_own_unit():

@@ -7,8 +7,8 @@ The rules, all of them. Numeric column: missing cells take the median of the tra
 standardised by their mean and standard deviation; a 0/1 column "was missing" follows when any of them lacked
 it. Text column: one 0/1 column for each category of the training rows, at most the 50 most frequent; a
 missing or unknown category is all zeros. Left out, with a note: columns without a value, and text that never
-repeats (an id). A regression target is standardised too, and predictions are turned back into its unit.
-Nothing is learnt from rows outside the training part.
+repeats (an id). Refused: numbers with a few texts among them. A regression target is standardised too, and
+predictions are turned back into its unit. Nothing is learnt from rows outside the training part.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -77,7 +78,8 @@ def split_rows(
     for chosen, share in zip(found, [*shares, 1.0], strict=True):
         if share > 0 and not len(chosen):
             raise ValueError(
-                f"[split] rows: expected enough for shares {list(shares)} and a rest, got {rows}"
+                f"[split] rows: expected enough for shares {list(shares)} and a rest, got {rows}; "
+                "add rows, or change the shares (--test-size, --validation-size)"
             )
     return found
 
@@ -127,11 +129,23 @@ class Feature:
         if self.indicator:
             out[:, 1] = missing
 
+    def warn(self, column: Column, part: NDArray[Any]) -> None:
+        """RuntimeWarning if training knew few or none of these cells; part (B, width) is their code."""
+        categories = self.categories or ()
+        present = ~is_missing(column)
+        others, rows = column[present & ~part.any(axis=1)], present.sum()
+        cut = len(categories) == MAX_CATEGORIES  # training had others, too
+        if len(others) == rows > 9 * cut or (not cut and 2 * len(others) > rows > 9):
+            known, got = listed(categories[:3]), listed([*dict.fromkeys(others)][:2])
+            message = f"[TableModel.predict] column {self.name!r}: expected categories such as {known}, "
+            message += f"got others in {len(others)} of {rows} cells, such as {got}; in another spelling?"
+            warnings.warn(message, RuntimeWarning, stacklevel=6)  # of who called predict
+
     def _as_numbers(self, column: Column) -> Column:
         if column.dtype != object:
             return column
         for row, cell in enumerate(column, 1):
-            if cell is not None and parse_numbers([cell]) is None:
+            if cell is not None and not _is_number(cell):
                 where = f"[table] column {self.name!r}"
                 raise ValueError(f"{where}: expected numbers as in training, got {cell!r} in row {row}")
         return np.array([math.nan if cell is None else float(cell) for cell in column])
@@ -167,11 +181,7 @@ class Preprocessor:
 
     @property
     def probability_columns(self) -> tuple[str, ...]:
-        """Their names in the answers, one for each class, none of them the target's own.
-
-        >>> Preprocessor("classification", "kind", (), classes=("a", "b")).probability_columns
-        ('p_a', 'p_b')
-        """
+        """Their names in the answers, one for each class, none of them the target's own."""
         usual = tuple(f"p_{label}" for label in self.classes)
         return tuple(f"probability_{label}" for label in self.classes) if self.target in usual else usual
 
@@ -196,12 +206,11 @@ class Preprocessor:
         if not len(table):
             raise ValueError("[table] rows: expected at least one, got none; the file has only a header")
         column = table.column(target)
-        for name in ignore:
-            table.column(name)
         if task is None:
             task = infer_task(column)
         elif task not in {"classification", "regression"}:
             raise ValueError(f"[table] task: expected 'classification' or 'regression', got {task!r}")
+        refuse_unusable(table, target, ignore)
         features, notes = _fit_features(table, {target, *ignore})
         if task == "classification":
             return Preprocessor(task, target, features, class_labels(target, column), notes=notes)
@@ -209,8 +218,11 @@ class Preprocessor:
         mean, std = _moments(target, column) if standardise_target else (0.0, 1.0)
         return Preprocessor(task, target, features, mean=mean, std=std, notes=notes)
 
-    def transform(self, table: Table, dtype: DTypeLike = np.float64) -> NDArray[Any]:
-        """X (B, D) of a table with the same feature columns; ValueError names those missing or different."""
+    def transform(self, table: Table, dtype: DTypeLike = np.float64, warn: bool = False) -> NDArray[Any]:
+        """X (B, D) of a table with the same feature columns; ValueError names those missing or different.
+
+        With `warn`, RuntimeWarning names the text columns of which few cells or none are known.
+        """
         missing = [feature.name for feature in self.features if feature.name not in table.columns]
         if missing:
             raise ValueError(f"[table] columns: expected also {listed(missing)}, got {listed(table.columns)}")
@@ -223,6 +235,8 @@ class Preprocessor:
             if not np.isfinite(part).all():
                 got = f"some too far from training's for {out.dtype}"
                 raise ValueError(f"[table] column {feature.name!r}: expected moderate numbers, got {got}")
+            if warn and feature.categories:
+                feature.warn(as_text(table.columns[feature.name]), part)
             begin += feature.width
         return out
 
@@ -283,13 +297,9 @@ class Preprocessor:
 
 
 def infer_task(column: Column) -> str:
-    """Classification for text and for at most 20 different integers, regression for every other target.
-
-    >>> infer_task(np.array([1.0, 2.0, 2.0])), infer_task(np.array([0.5, 2.0])), infer_task(np.arange(21.0))
-    ('classification', 'regression', 'regression')
-    """
+    """Classification for text and for at most 20 different integers, regression for every other target."""
     if column.dtype == object:
-        _refuse_decimal_commas("target", column, "; if these are labels, say task 'classification'")
+        _refuse_misread("target", column, _LABELS)
         return "classification"
     values = np.unique(column[~np.isnan(column)])
     few = len(values) <= MAX_INTEGER_CLASSES and bool((values == np.floor(values)).all())
@@ -306,7 +316,6 @@ def _fit_features(table: Table, leave_out: Collection[str]) -> tuple[tuple[Featu
             notes.append(f"column {name!r} left out: it has no values")
             continue
         if column.dtype == object:
-            _refuse_decimal_commas(f"column {name!r}", values)
             distinct = len(set(values))
             if distinct == len(values) > 1:
                 notes.append(f"column {name!r} left out: its text never repeats (an id?)")
@@ -324,17 +333,10 @@ def _fit_features(table: Table, leave_out: Collection[str]) -> tuple[tuple[Featu
 
 
 def class_labels(name: str, column: Column) -> tuple[str, ...]:
-    """The classes of a target in order, as text; ValueError for missing cells, one class only, or an id.
-
-    >>> class_labels("kind", np.array([10.0, 9.0, 10.0, 9.0]))
-    ('9', '10')
-    """
+    """The classes of a target in order, as text; ValueError for missing cells, one class only, or an id."""
     require_finite(name, column)
+    _require_all(name, column)
     values = set(column.tolist())
-    if values & {None} or any(value != value for value in values):
-        raise ValueError(
-            f"[table] target {name!r}: expected a value in every row, got missing cells; leave them out"
-        )
     vast = [value for value in values if not isinstance(value, str) and abs(value) >= EXACT]
     if vast:
         raise ValueError(
@@ -401,7 +403,7 @@ class TableModel:
             table = read_table(table, self.preprocessor.text_columns)
         elif not isinstance(table, Table):
             table = Table.from_columns(table, self.preprocessor.text_columns)
-        return np.asarray(self.net.predict(self.preprocessor.transform(table, self.dtype)))
+        return np.asarray(self.net.predict(self.preprocessor.transform(table, self.dtype, warn=True)))
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -485,34 +487,65 @@ def require_finite(name: str, column: Column) -> None:
 
 
 def _require_numbers(name: str, column: Column) -> None:
-    _refuse_decimal_commas(f"target {name!r}", column)
+    _refuse_misread(f"target {name!r}", column, _LABELS)
     if column.dtype == object:
-        raise ValueError(f"[table] target {name!r}: expected numbers for a regression, got text such as "
-                         f"{next((cell for cell in column if cell is not None), None)!r}")  # fmt: skip
+        text = next((cell for cell in column if cell is not None and not _is_number(cell)), None)
+        raise ValueError(
+            f"[table] target {name!r}: expected numbers for a regression, got text such as {text!r}"
+        )
     require_finite(name, column)
-    if np.isnan(column).any():
+    _require_all(name, column)
+
+
+def _require_all(name: str, column: Column) -> None:
+    if is_missing(column).any():
         raise ValueError(
             f"[table] target {name!r}: expected a value in every row, got missing cells; leave them out"
         )
 
 
-def _refuse_decimal_commas(what: str, column: Column, hint: str = " or leave the column out") -> None:
-    """One-hot codes of 3,14 and 2,72 would train in silence and be worthless; some may be whole."""
+_LABELS = "; if these are labels, say task 'classification'"
+
+
+def refuse_unusable(table: Table, target: str, ignore: Collection[str]) -> None:
+    """ValueError for infinity, and for numbers that were read as text, in the columns to learn from."""
+    for name in ignore:
+        table.column(name)  # raises, and lists the columns
+    for name, column in table.columns.items():
+        if name not in ignore:
+            require_finite(name, column)
+        if name not in {target, *ignore, *table.text}:
+            _refuse_misread(f"column {name!r}", column)
+
+
+def _refuse_misread(what: str, column: Column, hint: str = " or keep it as text (--text, text=)") -> None:
+    """One-hot codes of 3,14 and 2,72, or of numbers and a few -, would train in silence and be worthless."""
     cells = [cell for cell in column if cell is not None] if column.dtype == object else []
-    commas = [cell for cell in cells if "," in cell]
-    if 2 * len(commas) < len(cells) or not commas:
-        return
-    if all(re.fullmatch(r"[+-]?\d+(,\d+)?", cell) for cell in cells):
+    commas = [cell for cell in cells if "," in cell]  # the others may be whole
+    if 0 < len(cells) <= 2 * len(commas) and all(re.fullmatch(r"[+-]?\d+(,\d+)?", cell) for cell in cells):
         raise ValueError(
             f"[table] {what}: expected a decimal point, got {commas[0]!r} with a comma; replace it{hint}"
         )
+    numbers = {cell for cell in set(cells) if _is_number(cell)}
+    count = sum(cell in numbers for cell in cells)
+    if len(numbers) <= MAX_INTEGER_CLASSES or not 0.8 * len(cells) <= count < len(cells):
+        return
+    if not any(re.match("0[0-9]", cell) for cell in numbers):  # those are codes
+        odd = listed([*dict.fromkeys(cell for cell in cells if cell not in numbers)][:3])
+        got = f"{count} of {len(cells)} cells that are, and {odd}"
+        raise ValueError(f"[table] {what}: expected numbers, got {got}; leave such cells empty{hint}")
+
+
+def _is_number(cell: str) -> bool:
+    return parse_numbers([cell], ()) is not None
 
 
 def _places(names: Sequence[str], column: Column) -> NDArray[np.int64]:
     """Where each cell (B,) is among names, -1 for none of them; as it stands, else in another spelling."""
     place: dict[str | None, int] = {name: k for k, name in enumerate(names)}
+    binary = {name.lower() for name in names} <= {"true", "false"}  # then 1 and 0 say the same
     for k, name in enumerate(names):
-        for spelling in _spellings(name):
+        for spelling in [*_spellings(name), *(["01"[name.lower() == "true"]] if binary else [])]:
             place.setdefault(spelling, k)
 
     def of(cell: str | None) -> int:

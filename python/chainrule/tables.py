@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Tables of named columns, read from CSV or Parquet files.
 
-A cell is missing when it is empty or one of `MISSING`. A column is numeric when every other cell is a number,
-else it is text. Columns without a name are left out, with a note: they are row numbers more often than not.
+A cell is missing when it is empty or, in CSV, one of `MISSING`; elsewhere null, NaN or None. A column is
+numeric when every other cell is a number, else it is text. Columns without a name are left out, with a note:
+they are row numbers more often than not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +30,12 @@ if TYPE_CHECKING:
 
 MISSING = frozenset({"", "NA", "N/A", "NaN", "nan", "null", "None", "?"})
 DELIMITERS = ",;\t|"
-_CHUNK = 16384  # rows turned into numbers together: bounds the memory that the cells' text takes
+_NULLS = frozenset({"None", "nan", "NaN", "<NA>", "NaT"})  # how what is no text says that it is no value
+_CHUNK = 2048  # rows turned into numbers together, few enough that the cells' text stays in the cache
+_OTHERS = {  # how they begin, read as text
+    "\x1f\ufffd": "a gzip file; gunzip it first",
+    "PK\x03\x04": "a ZIP archive or Excel workbook; unpack it, or export the sheet as CSV",
+}
 
 Column = NDArray[Any]  # float64 with NaN for a missing cell, or objects: str, and None for a missing cell
 
@@ -37,20 +44,21 @@ Column = NDArray[Any]  # float64 with NaN for a missing cell, or objects: str, a
 class Table:
     """Named columns of equal length: float64 (NaN = missing) or objects (str, None = missing).
 
-    >>> table = Table.from_columns({"size": [1, 2, None], "kind": ["a", "?", "b"]})
+    >>> table = Table.from_columns({"size": [1, 2, None], "kind": ["a", None, "b"]})
     >>> len(table), table.columns["size"], table.columns["kind"]
     (3, array([ 1.,  2., nan]), array(['a', None, 'b'], dtype=object))
     """
 
     columns: dict[str, Column]
     notes: tuple[str, ...] = ()
+    text: frozenset[str] = frozenset()  # the columns that were to stay text, whatever their cells look like
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
 
     def take(self, rows: NDArray[Any]) -> Table:
         """The table of these rows, an index or boolean array."""
-        return Table({name: column[rows] for name, column in self.columns.items()}, self.notes)
+        return replace(self, columns={name: column[rows] for name, column in self.columns.items()})
 
     def column(self, name: str) -> Column:
         """One column; ValueError lists the known names."""
@@ -63,7 +71,7 @@ class Table:
     def from_columns(columns: Any, text: Collection[str] = ()) -> Table:
         """A table from a dict of sequences or a data frame; `text` names columns whose text stays text.
 
-        Raises: TypeError for what has no named columns; ValueError for columns of unequal length.
+        Raises: TypeError for what has no named columns; ValueError for unequal lengths or duplicate names.
         """
         if not hasattr(columns, "columns") and not isinstance(columns, Mapping):
             raise TypeError(
@@ -71,13 +79,14 @@ class Table:
                 f"got {type(columns).__name__}"
             )
         names = list(columns.columns) if hasattr(columns, "columns") else list(columns)
+        _require_different("[table] columns", map(str, names))
         found = {str(name): to_column(columns[name], str(name) in text) for name in names}
         lengths = {len(column) for column in found.values()}
         if len(lengths) != 1:
             raise ValueError(
                 f"[table] columns: expected one length for all, got {sorted(lengths) or 'no columns'}"
             )
-        return Table(found)
+        return Table(found, text=frozenset(text))
 
 
 def read_table(path: Path, text: Collection[str] = ()) -> Table:
@@ -89,17 +98,9 @@ def read_table(path: Path, text: Collection[str] = ()) -> Table:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an empty or ragged file (the message names the line), a missing header, duplicate names; a
-            pipe, for the file is gone through more than once.
+        ValueError: an empty or ragged file (the message names the line), a missing header, duplicate names,
+            another format; a pipe, for the file is gone through more than once.
         ImportError: Parquet without pyarrow.
-
-    Example:
-        >>> import pathlib, tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = pathlib.Path(folder) / "homes.csv"
-        ...     _ = file.write_text("rooms;town\\n3;Ulm\\n4;?\\n")
-        ...     read_table(file).columns
-        {'rooms': array([3., 4.]), 'town': array(['Ulm', None], dtype=object)}
     """
     if os.path.splitext(os.fspath(path))[1].lower() in {".parquet", ".pq"}:
         return _read_parquet(path, text)
@@ -114,7 +115,7 @@ def read_table(path: Path, text: Collection[str] = ()) -> Table:
     table, misjudged = _read_csv(path, delimiter, set(text))
     if misjudged:  # numbers in the first rows, text further down: once more, now knowing
         table, _ = _read_csv(path, delimiter, misjudged.union(text))
-    return table
+    return replace(table, text=frozenset(text))
 
 
 def _read_csv(path: Path, delimiter: str, forced: Collection[str]) -> tuple[Table, set[str]]:
@@ -124,12 +125,12 @@ def _read_csv(path: Path, delimiter: str, forced: Collection[str]) -> tuple[Tabl
     parts: list[list[Column]] = [[] for _ in names]
     text, misjudged = {name for name in names if name in forced}, set[str]()
     known: dict[str, str] = {}  # one str object for each distinct text
-    for chunk in _chunks(records):
+    while chunk := list(itertools.islice(records, _CHUNK)):
         for name, part, cells in zip(names, parts, zip(*chunk, strict=True), strict=True):
             numbers = None if not name or name in text or name in misjudged else parse_numbers(cells)
             if numbers is None and name and name not in text:
                 (misjudged if part else text).add(name)
-            part.append(_texts(cells, known) if numbers is None else numbers)
+            part.append(_texts(cells, known, MISSING) if numbers is None else numbers)
     columns = {
         name: np.concatenate(part or [np.zeros(0)]) for name, part in zip(names, parts, strict=True) if name
     }
@@ -143,38 +144,26 @@ def _records(path: Path, delimiter: str) -> Iterator[list[str]]:
     width = 0
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+
+        def bad(expected: str) -> ValueError:
+            where = f"line {reader.line_num} of {os.fspath(path)!r}"
+            return ValueError(f"[read] {where}: expected {expected}")
+
         try:
             for record in reader:
                 if not record or (width != 1 and len(record) == 1 and not record[0].strip()):
                     continue
                 width = width or len(record)
                 if len(record) != width:
-                    where = f"line {reader.line_num} of {os.fspath(path)!r}"
-                    raise ValueError(
-                        f"[read] {where}: expected {width} cells as in the header, got {len(record)}"
-                    )
+                    raise bad(f"{width} cells as in the header, got {len(record)}")
                 yield record
         except csv.Error as error:
-            where = f"line {reader.line_num} of {os.fspath(path)!r}"
-            raise ValueError(
-                f"[read] {where}: expected well-formed CSV, got: {error}; is a quote unclosed?"
-            ) from error
+            raise bad(f"well-formed CSV, got: {error}; is a quote unclosed?") from error
         except UnicodeDecodeError as error:
             got = f"byte 0x{error.object[error.start]:02x}"
             raise ValueError(
                 f"[read] {os.fspath(path)!r}: expected UTF-8 text, got {got}; save it as UTF-8"
             ) from error
-
-
-def _chunks(records: Iterator[list[str]]) -> Iterator[list[list[str]]]:
-    chunk: list[list[str]] = []
-    for record in records:
-        chunk.append(record)
-        if len(chunk) == _CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def _header(path: Path, cells: Sequence[str]) -> list[str]:
@@ -186,16 +175,23 @@ def _header(path: Path, cells: Sequence[str]) -> list[str]:
     numbers = parse_numbers([name for name in names if name])
     if numbers is not None and np.isfinite(numbers).any():
         raise ValueError(f"[read] {where}: expected column names, got numbers; put a line with names on top")
-    twice = [name for name, count in Counter(filter(None, names)).items() if count > 1]
-    if twice:
-        raise ValueError(f"[read] {where}: expected different names, got {twice[0]!r} more than once")
+    _require_different(f"[read] {where}", filter(None, names))
     return names
+
+
+def _require_different(where: str, names: Iterable[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{where}: expected different names, got {twice[0]!r} more than once")
 
 
 def _delimiter(path: Path) -> str:
     """The delimiter under which most of the first lines are as wide as the header."""
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         sample = file.read(65536)
+        for start, what in _OTHERS.items():
+            if sample.startswith(start):
+                raise ValueError(f"[read] {os.fspath(path)!r}: expected CSV, got {what}")
         complete = sample if not file.read(1) else sample[: sample.rfind("\n") + 1] or sample
 
     def agreement(delimiter: str) -> tuple[float, int]:
@@ -211,17 +207,17 @@ def _delimiter(path: Path) -> str:
     return max(DELIMITERS, key=agreement)
 
 
-def parse_numbers(cells: Sequence[str]) -> Column | None:
+def parse_numbers(cells: Sequence[str], missing: Collection[str] = MISSING) -> Column | None:
     """Cells as numbers, missing ones NaN; None when any is something else. Python's 1_000 is no number."""
     try:
-        values = [math.nan if (cell := raw.strip()) in MISSING else float(cell) for raw in cells]
+        values = [math.nan if cell in missing else float(cell) for cell in map(str.strip, cells)]
     except ValueError:
         return None
-    return None if any("_" in cell for cell in cells) else np.array(values, dtype=np.float64)
+    return None if "_" in "".join(cells) else np.array(values, dtype=np.float64)
 
 
-def _texts(cells: Iterable[str], known: dict[str, str]) -> Column:
-    found = [None if (cell := raw.strip()) in MISSING else known.setdefault(cell, cell) for raw in cells]
+def _texts(cells: Iterable[str], known: dict[str, str], missing: Collection[str]) -> Column:
+    found = [None if cell in missing else known.setdefault(cell, cell) for cell in map(str.strip, cells)]
     column = np.empty(len(found), dtype=object)
     column[:] = found
     return column
@@ -235,12 +231,23 @@ def to_column(values: Any, text: bool = False) -> Column:
     array = np.asarray(values)
     if array.ndim != 1:
         raise ValueError(f"[table] column: expected one dimension, got {array.ndim}")
-    if array.dtype.kind in "iuf":
+    is_array = hasattr(values, "dtype")
+    if array.dtype.kind in "iuf" and (is_array or not any(isinstance(v, (bool, np.bool_)) for v in values)):
         return array.astype(np.float64)
-    cells = [str(value) for value in array.tolist()]
-    cells = ["" if cell in {"<NA>", "NaT"} else cell for cell in cells]  # pandas' own ways to say None
-    numbers = None if text or array.dtype.kind == "b" else parse_numbers(cells)
-    return _texts(cells, {}) if numbers is None else numbers
+    if array.dtype.kind == "M":
+        array, is_array = array.astype("M8[us]"), True  # in nanoseconds, its list would be one of integers
+    cells = _written(array.tolist() if is_array else values)  # a list's own: NumPy makes "nan" of a NaN there
+    numbers = None if text else parse_numbers(cells, {""})
+    return _texts(cells, {}, {""}) if numbers is None else numbers
+
+
+def _written(values: Sequence[Any]) -> list[str]:
+    """Values as a CSV file has them: null is empty, and days have no time of day."""
+    cells = ["" if not isinstance(v, str) and str(v) in _NULLS else str(v) for v in values]
+    midnight = all(cell.endswith(" 00:00:00") for cell in cells if cell)
+    if midnight and any(isinstance(v, datetime) for v in values):
+        cells = [cell[:10] for cell in cells]
+    return cells
 
 
 def _read_parquet(path: Path, text: Collection[str]) -> Table:
@@ -257,18 +264,18 @@ def _read_parquet(path: Path, text: Collection[str]) -> Table:
     names = _header(path, arrow.column_names)
     columns, notes = {}, []
     for name, column in zip(names, arrow.columns, strict=True):
-        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        kind = str(column.type.value_type if pa.types.is_dictionary(column.type) else column.type)
         if re.fullmatch(r"__index_level_\d+__", name):
             notes.append(f"column {name!r} left out: it is the row index of a data frame")
-        elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        elif re.match("u?int|half|float|double|decimal", kind):
             columns[name] = np.asarray(column.cast(pa.float64(), safe=False).to_numpy(), dtype=np.float64)
-        elif str(kind) in {"string", "large_string", "string_view", "bool"}:
-            columns[name] = _texts(("" if cell is None else str(cell) for cell in column.to_pylist()), {})
+        elif re.match("(large_)?string|bool|date|timestamp", kind):
+            columns[name] = to_column(column.to_pylist(), text=True)
         else:
-            notes.append(f"column {name!r} left out: {column.type} is neither number, text nor boolean")
+            notes.append(f"column {name!r} left out: {column.type} is no number, text, boolean or date")
         if name in text and name in columns:
             columns[name] = as_text(columns[name])
-    return Table(columns, tuple(notes))
+    return Table(columns, tuple(notes), frozenset(text))
 
 
 # ------------------------------------------------------------ cells
