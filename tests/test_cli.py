@@ -18,8 +18,7 @@ import chainrule as cr
 from chainrule.__main__ import main
 from chainrule.data import TableModel, split_rows
 from chainrule.io import save
-from chainrule.tables import read_table
-from chainrule.terminal import Screen, confusion_lines, curve, picture
+from chainrule.tables import MISSING, read_table
 from conftest import posix
 
 
@@ -228,6 +227,51 @@ def test_rows_without_a_target_are_left_out(capsys):
     assert "10 rows left out: no value in 'y'" in out
 
 
+def test_one_of_a_thing_is_no_plural(capsys):
+    Path("t.csv").write_text("x,y\n" + "".join(f"{k},{k / 7}\n" for k in range(9)) + "3,\n")
+    _, out, _ = run(capsys, "train", "t.csv", "--target", "y", "--epochs", 1, "--test-size", 0.1)
+    for line in ("1 numeric → 1 input\n", "1 row left out: no", " 1 epoch in", "On the 1 row held out\n"):
+        assert line in out
+
+
+def test_rare_classes_can_count_as_much_as_frequent_ones(capsys, monkeypatch):
+    Path("t.csv").write_text("x,n,y\n" + "".join(f"{k % 10},{k},{'ab'[k % 10 == 9]}\n" for k in range(200)))
+    given = []
+    fit = cr.Sequential.fit
+    monkeypatch.setattr(
+        cr.Sequential, "fit", lambda *a, **k: (given.append(k["class_weight"]), fit(*a, **k))[1]
+    )
+    for options, expected in (([], None), (["--class-weight", "balanced"], "balanced")):
+        code, out, _ = run(capsys, "train", "t.csv", "--target", "y", "--epochs", 1, *options)
+        assert code == 0 and given.pop() == expected
+        assert ("classes   balanced: all weigh the same" in out) == bool(expected)
+    code, _, err = run(capsys, "train", "t.csv", "--target", "n", "--class-weight", "balanced")
+    assert code == 1 and "--class-weight: expected a classification, got a regression; leave it out" in err
+
+
+@pytest.mark.parametrize(
+    "odd", [{7, 70, 99}, set(split_rows(120, [0.2], 0)[0][:1])], ids=["anywhere", "held out"]
+)
+def test_numbers_with_a_dash_among_them_are_refused_or_kept_as_text(capsys, odd):
+    """Also where training would not see the dash, and take all the numbers for different texts."""
+    cells = ["-" if k in odd else f"{k % 60}" for k in range(120)]
+    Path("t.csv").write_text("a,b,y\n" + "".join(f"{cell},{k % 7},{k / 7}\n" for k, cell in enumerate(cells)))
+    Path("o.toml").write_text('text = ["a"]')
+    command = ["train", "t.csv", "--target", "y", "--epochs", 1]
+    code, out, err = run(capsys, *command)
+    expected = f"column 'a': expected numbers, got {120 - len(odd)} of 120 cells that are, and '-'"
+    assert code == 1 and expected in err and "--text" in err and err.count("\n") == 1
+    for options, columns in [
+        (["--text", "a,b"], "2 text"),
+        (["--text", "a", "--text", "b"], "2 text"),
+        (["--config", "o.toml"], "1 numeric, 1 text"),
+        (["--ignore", "a"], "1 numeric →"),
+    ]:
+        code, out, err = run(capsys, *command, *options)
+        assert (code, err) == (0, "") and f"columns   {columns}" in out
+    assert "column 'z': expected one of" in run(capsys, *command, "--text", "z")[2]
+
+
 def test_many_classes_show_the_mistakes_alone(capsys):
     Path("t.csv").write_text("x,y\n" + "".join(f"{k % 30},label number {k % 30}\n" for k in range(300)))
     code, out, _ = run(capsys, "train", "t.csv", "--target", "y", "--epochs", 1)
@@ -266,7 +310,7 @@ def test_a_toml_file_holds_options_and_the_command_line_overrides_them(flowers, 
     ("text", "code", "message"),
     [
         ("nonsense = 1", 1, "expected options among .*'target'.* got 'nonsense'"),
-        ("config = 'x'", 1, "got 'config'"),
+        ("config = 'x'", 1, "'validation_size', .*'seed', 'threads', got 'config'"),
         ("lr = [", 1, "expected TOML, got"),
         ("[lr]\nx = 1", 1, "expected a value for 'lr', got a table"),
         ("lr = 'fast'", 2, "argument --lr: expected a number above 0, got 'fast'"),
@@ -386,7 +430,8 @@ def test_a_read_only_folder_is_noticed_before_training(flowers, capsys, monkeypa
         ([], "required: command"),
         (["fly"], "invalid choice: 'fly'"),
         (["train"], "required: data"),
-        (["train", "t.csv"], "required: --target"),
+        (["train", "t.csv"], "usage: chainrule train data.csv --target COLUMN [options]\n"),
+        (["train", "t.csv"], "chainrule train: error: the following arguments are required: --target\n"),
         (["train", "t.csv", "--target", "y", "--lr", "-1"], "--lr: expected a number above 0, got '-1'"),
         (["train", "t.csv", "--target", "y", "--lr", "nan"], "--lr: expected a number above 0, got 'nan'"),
         (
@@ -446,6 +491,65 @@ def test_mistakes_in_prediction(flowers, capsys):
         code, out, err = run(capsys, "predict", *arguments)
         assert code == 1 and out == "" and err.count("\n") == 1 and err.startswith("chainrule: error: ")
         assert message in err
+
+
+def test_unknown_categories_are_a_note(flowers, capsys):
+    run(capsys, "train", "flowers.csv", "--target", "kind", "--epochs", 1)
+    Path("new.csv").write_text("size,colour,price\n" + "3,rot,1\n" * 9)
+    code, out, err = run(capsys, "predict", "model.safetensors", "new.csv")
+    assert code == 0 and len(read_csv(out)) == 9
+    assert err.startswith(
+        "chainrule: note: [TableModel.predict] column 'colour': expected categories such as "
+    )
+    assert "'blue', 'red', got others in 9 of 9 cells, such as 'rot'" in err and err.count("\n") == 1
+
+
+@posix
+def test_answers_are_written_whole_or_not_at_all(flowers, capsys):
+    """To a disk that is full after 4 kB, which is a limit of the shell's here."""
+    run(capsys, "train", "flowers.csv", "--target", "kind", "--epochs", 1)
+    write_csv("many.csv", rows=5000)
+    Path("answers.csv").write_text("of before")
+    before = set(os.listdir())
+    command = f"{sys.executable} -m chainrule predict model.safetensors many.csv --output answers.csv"
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f 4; {command}"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"chainrule: error: answers\.csv: .+\n", done.stderr)
+    assert Path("answers.csv").read_text() == "of before" and set(os.listdir()) == before
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="pipes have names here where /dev/fd is")
+def test_answers_go_into_a_pipe_that_is_named(flowers, capsys):
+    run(capsys, "train", "flowers.csv", "--target", "kind", "--epochs", 1)
+    expected = run(capsys, "predict", "model.safetensors", "new.csv")
+    inside, outside = os.pipe()
+    run(capsys, "predict", "model.safetensors", "new.csv", "--output", f"/dev/fd/{outside}")
+    os.close(outside)
+    with open(inside, encoding="utf-8") as file:
+        assert (0, file.read(), "") == expected
+
+
+def test_who_looks_on_is_told_that_a_large_file_is_being_read(flowers, capsys, monkeypatch):
+    class Terminal(streams.StringIO):
+        def isatty(self):
+            return True
+
+    run(capsys, "train", "flowers.csv", "--target", "kind", "--epochs", 1)
+    train = ["train", "flowers.csv", "--target", "kind", "--epochs", "1"]
+    for size, screen, arguments, expected in [
+        (5e6, Terminal(), ["predict", "model.safetensors", "new.csv"], "reading new.csv …\n"),
+        (5e6, Terminal(), train, "reading flowers.csv …\n"),
+        (5e6, Terminal(), [*train, "--quiet"], ""),
+        (5e6, streams.StringIO(), train, ""),
+        (1e6, Terminal(), train, ""),
+    ]:
+        monkeypatch.setattr(os.path, "getsize", lambda path, size=size: size)
+        monkeypatch.setattr(sys, "stderr", screen)
+        assert main(arguments) == 0
+        assert screen.getvalue().startswith(expected)
+        assert screen.getvalue().count("reading") == bool(expected)
 
 
 def test_predicting_no_rows_prints_the_header(flowers, capsys):
@@ -646,8 +750,10 @@ def test_version_and_help(capsys):
     for command in ([], ["train"], ["predict"], ["explain"], ["draw"], ["demo"], ["info"]):
         code, out, _ = run(capsys, *command, "--help")
         assert code == 0 and out.startswith("usage: chainrule") and out.isascii()
-        assert "None" not in out and "SUPPRESS" not in out
-    assert "become the median" in run(capsys, "train", "--help")[1]  # the rule for missing cells
+        assert "(None)" not in out and "SUPPRESS" not in out
+    out = run(capsys, "train", "--help")[1]
+    markers = re.search(r"Missing cells \(empty, or in CSV (.*)\) become the median", out).group(1)
+    assert {"", *markers.split(", ")} == MISSING
 
 
 # ------------------------------------------------------------ as a program
@@ -748,47 +854,3 @@ def read_some(descriptor):
         return os.read(descriptor, 65536)
     except OSError:  # how Linux says that the other end is closed
         return b""
-
-
-# ------------------------------------------------------------ drawings
-
-
-def ascii_screen():
-    return Screen(streams.TextIOWrapper(streams.BytesIO(), encoding="ascii"))
-
-
-@pytest.mark.parametrize("screen", [Screen(streams.StringIO()), ascii_screen()])
-@pytest.mark.parametrize(
-    "values", [[1.0], [2.0, 2.0], [3, 2, 1], [0.0, -1.0, 5.0], np.exp(-np.arange(500) / 50)]
-)
-def test_curves_of_every_kind_fit_their_frame(screen, values):
-    lines = curve(values, screen, "loss", height=8)
-    assert len(lines) == 10
-    assert max(map(len, lines)) <= 80
-    assert f"{max(values):.3g}" in lines[0] and f"{min(values):.3g}" in lines[7]
-    assert ("logarithmic" in lines[-1]) == (min(values) > 0)
-
-
-def test_an_exponential_is_a_straight_line_on_the_logarithmic_axis():
-    lines = curve(np.exp(-np.arange(100.0)), ascii_screen(), "loss", height=8)[:8]
-    places = np.array([line.index("*") for line in lines])
-    assert np.ptp(np.diff(places[1:])) <= 1 and places[-1] > 40
-
-
-def test_pictures_have_the_size_of_the_image():
-    image = np.linspace(0, 1, 64).reshape(8, 8)
-    assert [len(line) for line in picture(image, Screen(streams.StringIO()))] == [8] * 4
-    assert [len(line) for line in picture(image, ascii_screen())] == [16] * 8
-    coloured = Screen(streams.StringIO())
-    coloured.colour = True
-    assert all(line.count("▀") == 8 and line.endswith("\x1b[0m") for line in picture(image, coloured))
-
-
-def test_confusion_tables():
-    counts = np.array([[10, 0], [3, 7]])
-    lines = confusion_lines(counts, ["a", "a very long name indeed"], 80)
-    assert lines[1].split() == ["a", "10", "0"] and lines[2].endswith("7")
-    assert confusion_lines(counts, ["a", "b"], 20) == ["  most frequent mistakes", "  b taken for a: 3 times"]
-    assert confusion_lines(np.eye(2, dtype=int), ["a", "b"], 20) == ["  no mistakes"]
-    alike = ["a very long name, first", "a very long name, second"]  # the same when cut to a column
-    assert confusion_lines(counts, alike, 80)[1:] == [f"  {alike[1]} taken for {alike[0]}: 3 times"]

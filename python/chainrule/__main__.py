@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import _core, cli
-from .tables import listed
+from .checks import listed
+from .tables import MISSING
 from .terminal import Screen
 
 
@@ -57,7 +58,7 @@ def _read(arguments: list[str]) -> argparse.Namespace:
         options = _options_from(args.config, args.known)
         args = parser.parse_args([*arguments[:place], *options, *arguments[place:]])
     if args.target is None:
-        parser.error("the following option is required: --target COLUMN")
+        args.error("the following arguments are required: --target")
     return args
 
 
@@ -139,9 +140,9 @@ def _command(commands: Any, run: Callable[..., None], usage: str, line: str) -> 
 
 def _train_options(train: argparse.ArgumentParser) -> None:
     train.epilog = (
-        "Missing cells (empty, NA, NaN, null, ?) become the median of the training rows, and a 0/1 column\n"
-        "beside theirs says where they were; in a column of text they belong to no category; a row without\n"
-        "a target is left out.\n\n"
+        f"Missing cells (empty, or in CSV {', '.join(sorted(MISSING - {''}))}) become the median of\n"
+        "the training rows, and a 0/1 column beside theirs says where they were; in a column of text they\n"
+        "belong to no category; a row without a target is left out.\n\n"
         "Example: chainrule train homes.csv --target price --ignore id,street --hidden 128,64\n"
         'The same in a TOML file: target = "price", ignore = ["id", "street"], hidden = [128, 64]'
     )
@@ -149,6 +150,7 @@ def _train_options(train: argparse.ArgumentParser) -> None:
     add("data", help="a CSV file with a header line, or a Parquet file")
     add("--target", metavar="COLUMN", help="the column to predict")
     add("--ignore", metavar="COLUMNS", action="append", default=[], help="columns to leave out, like id,name")
+    add("--text", metavar="COLUMNS", action="append", default=[], help="columns whose numbers are codes")
     add("--task", choices=("classification", "regression"), help="instead of inferring it from the target")
     add("--output", metavar="FILE", default="model.safetensors", help="the model file to write")
     add("--config", metavar="FILE", help="a TOML file with any of these options")
@@ -169,6 +171,7 @@ def _train_options(train: argparse.ArgumentParser) -> None:
     add("--epochs", type=_whole(1), default=500, metavar="N", help="most passes over the training rows")
     add("--patience", type=_whole(0), default=20, metavar="N",
         help="stop after so many epochs without a better validation loss; 0 for never")  # fmt: skip
+    add("--class-weight", choices=("balanced",), help="rare classes count as much as frequent ones")
     add("--l2", type=_real(0, math.inf), default=0.0, metavar="X", help="strength of the penalty on weights")
     add("--test-size", type=_real(0, 1), default=0.2, metavar="SHARE", help="rows held out for the scores")
     add("--validation-size", type=_real(0, 1), default=0.15, metavar="SHARE",
@@ -177,7 +180,8 @@ def _train_options(train: argparse.ArgumentParser) -> None:
         help="keep what training has come to in FILE; if it is there, go on from it")  # fmt: skip
     _common_options(train)
     known = [action.dest for action in train._actions if action.option_strings]
-    train.set_defaults(known=[name for name in known if name not in {"help", "config"}])
+    known = [name for name in known if name not in {"help", "config"}]
+    train.set_defaults(known=known, error=train.error)
 
 
 def _explain_options(explain: argparse.ArgumentParser) -> None:
@@ -236,11 +240,7 @@ def _real(low: float, high: float, open_low: bool = False) -> Callable[[str], fl
 
 
 def _widths(text: str) -> list[int]:
-    """Hidden widths as in "64,32"; "none" is no hidden layer, a linear model.
-
-    >>> _widths("64,32"), _widths("none")
-    ([64, 32], [])
-    """
+    """Hidden widths as in "64,32"; "none" is no hidden layer, a linear model."""
     return [] if text.strip() in {"none", ""} else [_whole(1)(part.strip()) for part in text.split(",")]
 
 
@@ -253,7 +253,7 @@ def _options_from(path: str, known: Sequence[str]) -> list[str]:
         name = f"--{key.replace('_', '-')}"
         if isinstance(value, bool):
             options += [name] if value else []
-        elif isinstance(value, list) and name == "--ignore":
+        elif isinstance(value, list) and name in {"--ignore", "--text"}:
             options += [f"{name}={item}" for item in value]
         elif isinstance(value, dict):
             raise ValueError(f"[config] {path}: expected a value for {key!r}, got a table")

@@ -14,9 +14,10 @@ import os
 import platform
 import sys
 import time
+import warnings
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -25,8 +26,8 @@ from numpy.typing import NDArray
 
 from . import _core, devices, explanation, metrics, plot
 from .callbacks import EarlyStopping
-from .data import Preprocessor, TableModel, class_labels, infer_task, outputs_for, require_finite, split_rows
-from .io import load, require_place, require_suffix
+from .data import Preprocessor, TableModel, class_labels, infer_task, outputs_for, refuse_unusable, split_rows
+from .io import _write_atomically, load, require_place, require_suffix
 from .losses import LOSSES
 from .machine import set_num_threads
 from .model import array_dtype, mlp
@@ -71,8 +72,10 @@ def train(args: Namespace) -> None:
         )
     if args.threads:
         set_num_threads(args.threads)
-    table = read_table(args.data)
-    _refuse_infinity(table, _names(args.ignore, table))
+    table = _read(args, [name for item in args.text for name in (item, *item.split(","))])
+    _names(args.text, table)
+    args.ignore = _names(args.ignore, table)
+    refuse_unusable(table, args.target, args.ignore)  # while its rows are those of the file
     table, notes = _labelled(table, args.target)
     loss = _loss(args, table)
     preprocessor, test, validation, training = _prepare(args, table, loss)
@@ -83,23 +86,24 @@ def train(args: Namespace) -> None:
         screen.bold(f"chainrule {_core.__version__}: {args.target} from {os.path.basename(args.data)}")
     )
     screen.line()
-    screen.facts(_plan(args, model, [training, validation, test]))
-    screen.facts([("note", note) for note in (*table.notes, *notes, *preprocessor.notes)])
+    screen.facts(*_plan(args, model, [training, validation, test]))
+    screen.facts(*(("note", note) for note in (*table.notes, *notes, *preprocessor.notes)))
     trained = _fit(args, model, training, validation)
     model.save(args.output)  # before anything is printed about it: its reader may have gone meanwhile
-    screen.facts([("trained", trained)])
+    screen.facts(("trained", trained))
     if len(test):
-        screen.heading(f"On the {len(test):,} rows held out")
+        screen.heading(f"On the {_count(len(test), 'row')} held out")
         _show_scores(model, test, Screen(sys.stdout))
     screen.heading(f"Saved as {args.output}. To use it:")
     _show_usage(args, screen)
 
 
-def _refuse_infinity(table: Table, ignored: Sequence[str]) -> None:
-    """Before rows are left out or split off, while their numbers are those of the file."""
-    for name, column in table.columns.items():
-        if name not in ignored:
-            require_finite(name, column)
+def _read(args: Namespace, text: Collection[str]) -> Table:
+    """The table; who looks on is told what takes so long."""
+    screen = Screen(sys.stderr)
+    if screen.terminal and os.path.getsize(args.data) > 4e6 and not getattr(args, "quiet", False):
+        screen.line(f"reading {os.path.basename(args.data)} …")
+    return read_table(args.data, text)
 
 
 def _labelled(table: Table, target: str) -> tuple[Table, list[str]]:
@@ -110,7 +114,7 @@ def _labelled(table: Table, target: str) -> tuple[Table, list[str]]:
         raise ValueError(f"[train] target {target!r}: expected values to learn from, got {got}")
     if not missing.any():
         return table, []
-    return table.take(~missing), [f"{missing.sum():,} rows left out: no value in {target!r}"]
+    return table.take(~missing), [f"{_count(int(missing.sum()), 'row')} left out: no value in {target!r}"]
 
 
 def _loss(args: Namespace, table: Table) -> str:
@@ -120,12 +124,13 @@ def _loss(args: Namespace, table: Table) -> str:
     loss = str(args.loss or ("cross_entropy" if args.task == "classification" else "mse"))
     if loss not in known:
         raise ValueError(f"[train] --loss of a {args.task}: expected one of {', '.join(known)}, got {loss!r}")
+    if args.class_weight and args.task == "regression":
+        raise ValueError("[train] --class-weight: expected a classification, got a regression; leave it out")
     return loss
 
 
 def _prepare(args: Namespace, table: Table, loss: str) -> tuple[Preprocessor, Part, Part, Part]:
     """The parts test, validation and training; everything is learnt from the last."""
-    ignored = _names(args.ignore, table)
     labels = None
     if args.task == "classification":
         class_labels(args.target, table.column(args.target))  # an id would leave nothing to hold out
@@ -133,7 +138,7 @@ def _prepare(args: Namespace, table: Table, loss: str) -> tuple[Preprocessor, Pa
     shares = [args.test_size, (1 - args.test_size) * args.validation_size]
     rows = split_rows(len(table), shares, args.seed, labels)
     tables = [table.take(part) for part in rows]
-    preprocessor = Preprocessor.fit(tables[-1], args.target, args.task, ignored, loss != "poisson")
+    preprocessor = Preprocessor.fit(tables[-1], args.target, args.task, args.ignore, loss != "poisson")
     parts = [
         Part(t, preprocessor.transform(t, array_dtype(args.dtype)), preprocessor.targets(t)) for t in tables
     ]
@@ -141,11 +146,7 @@ def _prepare(args: Namespace, table: Table, loss: str) -> tuple[Preprocessor, Pa
 
 
 def _names(given: Iterable[str], table: Table) -> list[str]:
-    """Column names from options like "id,name"; a name that itself holds a comma is found first.
-
-    >>> _names(["id,name", "x, y"], Table.from_columns({"id": [1], "name": ["a"], "x, y": [2]}))
-    ['id', 'name', 'x, y']
-    """
+    """Column names from options like "id,name"; a name that itself holds a comma is found first."""
     names = [n for item in given for n in ([item] if item in table.columns else item.split(","))]
     for name in names:
         table.column(name)  # raises, and lists the columns
@@ -163,10 +164,12 @@ def _plan(args: Namespace, model: TableModel, parts: Sequence[Part]) -> list[tup
     other = "regression" if p.classes else "classification"
     widths = " → ".join(str(n) for n in (p.width, *args.hidden, outputs_for(p, model.loss)))
     batches = "the whole batch" if args.optimizer == "gd" else f"batches of {args.batch_size}"
+    weights = [("classes", "balanced: all weigh the same")] if args.class_weight else []
     return [
         ("rows", rows),
-        ("columns", f"{columns} → {p.width} inputs"),
+        ("columns", f"{columns} → {_count(p.width, 'input')}"),
         ("task", task + (f" (inferred; --task {other} overrides)" if args.inferred else "")),
+        *weights,
         ("network", f"{widths}, {args.activation}, {model.net.num_parameters:,} weights, {args.dtype}"),
         ("training", f"{model.loss}, {args.optimizer} at learning rate {args.lr:g}, {batches}"),
     ]
@@ -199,12 +202,13 @@ def _trained(args: Namespace, model: TableModel, training: Part, validation: Par
         validation_data=(validation.x, validation.y) if len(validation) else None,
         callbacks=[EarlyStopping(patience=args.patience)] if stopping else [],
         l2=args.l2,
+        class_weight=args.class_weight,
         verbose=0 if args.quiet else "auto",
         checkpoint=args.checkpoint,
     )
     seconds = time.perf_counter() - start
     earlier = history.first_epoch
-    taken = f"{history.epochs - earlier:,} epochs in {duration(seconds)}"
+    taken = f"{_count(history.epochs - earlier, 'epoch')} in {duration(seconds)}"
     if earlier:
         taken += f", after {earlier:,} of {args.checkpoint!r}"
     if stopping:
@@ -221,11 +225,9 @@ def _show_scores(model: TableModel, part: Part, screen: Screen) -> None:
         y = part.table.column(p.target)
         predicted = answers[p.target]
         screen.facts(
-            [
-                ("RMSE", f"{metrics.rmse(y, predicted):.5g}"),
-                ("MAE", f"{metrics.mae(y, predicted):.5g}"),
-                ("R²", f"{metrics.r2(y, predicted):.4f}" if len(y) > 1 else "needs two rows"),
-            ]
+            ("RMSE", f"{metrics.rmse(y, predicted):.5g}"),
+            ("MAE", f"{metrics.mae(y, predicted):.5g}"),
+            ("R²", f"{metrics.r2(y, predicted):.4f}" if len(y) > 1 else "needs two rows"),
         )
         return
     best = f.argmax(axis=1)
@@ -234,10 +236,8 @@ def _show_scores(model: TableModel, part: Part, screen: Screen) -> None:
     usual = counts.sum(axis=1).max() / len(part)
     accuracy = metrics.accuracy(part.y, best)
     screen.facts(
-        [
-            ("accuracy", f"{100 * accuracy:.1f} %   (the most frequent class alone: {100 * usual:.1f} %)"),
-            ("log-loss", f"{metrics.log_loss(part.y, probabilities):.4f}"),
-        ]
+        ("accuracy", f"{100 * accuracy:.1f} %   (the most frequent class alone: {100 * usual:.1f} %)"),
+        ("log-loss", f"{metrics.log_loss(part.y, probabilities):.4f}"),
     )
     screen.line()
     for line in confusion_lines(counts, p.classes, screen.width):
@@ -265,16 +265,33 @@ def predict(args: Namespace) -> None:
             )
     if not args.output and sys.stdout is None:
         raise ValueError("[predict] standard output: expected an open one, got none; use --output FILE")
-    answers = TableModel.load(args.model).answers(args.data)
-    with open(args.output, "w", encoding="utf-8", newline="") if args.output else _answers_to() as file:
+    model = TableModel.load(args.model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        answers = model.answers(_read(args, model.preprocessor.text_columns))
+    for warning in caught:
+        Screen(sys.stderr).line(f"chainrule: note: {warning.message}")
+    with _answers_to(args.output) as file:
         _write_csv(file, answers)
 
 
-def _answers_to() -> AbstractContextManager[TextIO]:
-    """Standard output; into a file or a pipe as `--output` writes, whatever Windows writes otherwise."""
-    if os.name == "nt" and not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", newline="")
-    return nullcontext(sys.stdout)
+@contextmanager
+def _answers_to(path: str | None) -> Iterator[TextIO]:
+    """A file, whole or not at all, or a device; standard output like a file, on Windows as well."""
+    if not path:
+        if os.name == "nt" and not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", newline="")
+        yield sys.stdout
+        return
+    device = os.path.exists(path) and not os.path.isfile(path)
+    try:
+        with open(path, "w", encoding="utf-8") if device else io.StringIO() as file:
+            yield file
+            if isinstance(file, io.StringIO):
+                _write_atomically(path, [file.getvalue().encode()])
+    except OSError as error:
+        error.filename = error.filename or path  # a full disk names none
+        raise
 
 
 def _write_csv(file: TextIO, columns: dict[str, NDArray[Any]]) -> None:
@@ -322,7 +339,7 @@ def _example(op: str, args: Namespace) -> tuple[TableModel, NDArray[Any], NDArra
     """The model, one row as it sees it, and its target; None where the table does not hold one."""
     model = TableModel.load(args.model)
     p = model.preprocessor
-    table = read_table(args.data, (*p.text_columns, p.target) if p.classes else p.text_columns)
+    table = _read(args, (*p.text_columns, p.target) if p.classes else p.text_columns)
     if not 1 <= args.row <= len(table):
         rows = f"1 to {len(table):,}" if len(table) else "a file with rows"
         raise ValueError(f"[{op}] --row: expected {rows}, got {args.row}")
@@ -348,14 +365,9 @@ def demo(args: Namespace) -> None:
     screen.line(screen.bold(f"chainrule {_core.__version__}: reading handwritten digits"))
     screen.line()
     screen.facts(
-        [
-            (
-                "data",
-                f"{len(x):,} scans of 8 × 8 pixels (UCI); {len(training):,} to train, {len(test)} held out",
-            ),
-            ("network", f"64 → 256 → 10, relu, {net.num_parameters:,} weights, {net.dtype}"),
-            ("training", f"cross_entropy, adam, l2 0.002, {args.epochs} epochs in batches of 32"),
-        ]
+        ("data", f"{len(x):,} scans of 8 × 8 pixels (UCI); {len(training):,} to train, {len(test)} held out"),
+        ("network", f"64 → 256 → 10, relu, {net.num_parameters:,} weights, {net.dtype}"),
+        ("training", f"cross_entropy, adam, l2 0.002, {args.epochs} epochs in batches of 32"),
     )
     start = time.perf_counter()
     history = net.fit(
@@ -371,11 +383,9 @@ def demo(args: Namespace) -> None:
     steps = args.epochs * -(-len(training) // 32)
     accuracy = f"{100 * right / len(test):.1f} % of the digits held out, {right} of {len(test)}"
     screen.facts(
-        [
-            ("accuracy", screen.bold(accuracy)),
-            ("time", f"{duration(seconds)} of training, {duration(seconds / steps)} per step of 32 images"),
-            ("engine", f"{_core.isa()}, {_threads()}"),
-        ]
+        ("accuracy", screen.bold(accuracy)),
+        ("time", f"{duration(seconds)} of training, {duration(seconds / steps)} per step of 32 images"),
+        ("engine", f"{_core.isa()}, {_count(_core.num_threads(), 'thread')}"),
     )
     screen.line()
     _show_digits(images[test] / 16, labels[test], predicted, screen)
@@ -431,17 +441,14 @@ def info(args: Namespace) -> None:
     """What this installation is and what it runs on."""
     others = [name for name in _core.isas() if name != _core.isa()]
     Screen(sys.stdout).facts(
-        [
-            ("chainrule", _core.__version__),
-            ("engine", _core.isa() + (f" (this machine also runs {', '.join(others)})" if others else "")),
-            ("threads", _threads()),
-            ("GPU", devices.state()),
-            ("NumPy", np.__version__),
-            ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ]
+        ("chainrule", _core.__version__),
+        ("engine", _core.isa() + (f" (this machine also runs {', '.join(others)})" if others else "")),
+        ("threads", _count(_core.num_threads(), "thread")),
+        ("GPU", devices.state()),
+        ("NumPy", np.__version__),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
     )
 
 
-def _threads() -> str:
-    count = _core.num_threads()
-    return f"{count} thread" + ("s" if count != 1 else "")
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"

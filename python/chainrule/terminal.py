@@ -23,18 +23,14 @@ _SHADES = " .:-=+*#%@"
 
 
 class Screen:
-    """A stream to write to, and what it can show: Unicode, colour, how many columns.
-
-    >>> import io
-    >>> Screen(io.TextIOWrapper(io.BytesIO(), encoding="ascii")).plain("64 → 10, 3 µs")
-    '64 -> 10, 3 us'
-    """
+    """A stream to write to, and what it can show: Unicode, colour, how many columns."""
 
     def __init__(self, stream: TextIO | None) -> None:  # None: nothing is shown
         self.stream = stream
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
         self.unicode = _can_encode("→²▀█⣿┤", self.encoding)
-        shown = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.terminal = stream is not None and stream.isatty()
+        shown = self.terminal and os.environ.get("TERM") != "dumb"
         knows = os.name != "nt" or "WT_SESSION" in os.environ  # Windows' older console prints the codes
         self.colour = shown and knows and not os.environ.get("NO_COLOR")
         self.width = min(shutil.get_terminal_size((80, 24)).columns, 100) if shown else 80
@@ -62,7 +58,7 @@ class Screen:
         self.line(self.bold(text))
         self.line()
 
-    def facts(self, rows: Sequence[tuple[str, str]]) -> None:
+    def facts(self, *rows: tuple[str, str]) -> None:
         """Label and text, the texts below each other."""
         for label, text in rows:
             self.line(f"  {self.dim(f'{label:<10}')}{text}")
@@ -77,16 +73,7 @@ def _can_encode(text: str, encoding: str) -> bool:
 
 
 def curve(values: Sequence[float], screen: Screen, name: str, height: int = 8) -> list[str]:
-    """A series over 1 … n as lines of text, on a logarithmic axis when all values are positive.
-
-    >>> import io
-    >>> ascii_only = Screen(io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    >>> for line in curve([8, 4, 2, 1], ascii_only, "loss", height=4)[:4]: print(line.rstrip())
-         8 ┤************
-           │           **********************
-           │                                **********************
-         1 ┤                                                     ***********
-    """
+    """A series over 1 … n as lines of text, on a logarithmic axis when all values are positive."""
     series = np.asarray(values, dtype=np.float64)
     logarithmic = bool(series.min() > 0)
     heights = np.log(series) if logarithmic else series
@@ -128,14 +115,7 @@ def _braille(dots: NDArray[np.bool_]) -> list[str]:
 
 
 def picture(image: NDArray[Any], screen: Screen) -> list[str]:
-    """A grey image (H, W), values 0 to 1, H even, as text: two pixels a character, or shades in ASCII.
-
-    >>> import io
-    >>> picture(np.array([[1, 0], [1, 1]]), Screen(io.StringIO()))
-    ['█▄']
-    >>> picture(np.array([[1, 0], [1, 1]]), Screen(io.TextIOWrapper(io.BytesIO(), encoding="ascii")))
-    ['@@  ', '@@@@']
-    """
+    """A grey image (H, W), values 0 to 1, H even, as text: two pixels a character, or shades in ASCII."""
     if not screen.unicode:
         levels = (np.clip(image, 0, 1) * (len(_SHADES) - 1)).round().astype(int)
         return ["".join(2 * _SHADES[level] for level in row) for row in levels]
@@ -149,13 +129,7 @@ def picture(image: NDArray[Any], screen: Screen) -> list[str]:
 
 
 def enlarged(image: NDArray[Any], size: int) -> NDArray[np.float64]:
-    """A square image drawn with size × size pixels, interpolated linearly.
-
-    >>> enlarged(np.array([[0.0, 1.0], [1.0, 2.0]]), 3)
-    array([[0. , 0.5, 1. ],
-           [0.5, 1. , 1.5],
-           [1. , 1.5, 2. ]])
-    """
+    """A square image drawn with size × size pixels, interpolated linearly."""
     old = np.arange(len(image))
     new = np.linspace(0, len(image) - 1, size)
     rows = np.array([np.interp(new, old, row) for row in image])
@@ -173,22 +147,13 @@ def _grey(upper: float, lower: float) -> str:
 
 
 def clip(text: str, width: int) -> str:
-    """The text in at most `width` characters.
-
-    >>> clip("versicolor", 6)
-    'versi…'
-    """
+    """The text in at most `width` characters."""
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def confusion_lines(counts: NDArray[Any], classes: Sequence[str], width: int) -> list[str]:
-    """A confusion table, rows true and columns predicted; where it is too wide, the worst mistakes alone.
-
-    >>> for line in confusion_lines(np.array([[9, 1], [0, 10]]), ["no", "yes"], 80): print(line)
-      true ↓  predicted →  no  yes
-      no                    9    1
-      yes                   0   10
-    """
+    """A confusion table, rows true and columns predicted; where it is too wide, the worst mistakes alone."""
+    classes = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in name) for name in classes]
     names = [clip(name, 14) for name in classes]
     first = max(len("true ↓  predicted →"), *(len(name) + 2 for name in names))
     sizes = [max(len(name), len(str(counts.max()))) for name in names]
@@ -209,11 +174,7 @@ def confusion_lines(counts: NDArray[Any], classes: Sequence[str], width: int) ->
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that suits it.
-
-    >>> duration(0.0000123), duration(0.25), duration(75)
-    ('12.3 µs', '0.25 s', '75 s')
-    """
+    """A time in the unit that suits it."""
     if not math.isfinite(seconds):
         return "unknown"
     for limit, factor, unit in ((1e-3, 1e6, "µs"), (0.1, 1e3, "ms")):
