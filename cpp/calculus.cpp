@@ -131,7 +131,7 @@ void Derivatives<T>::jacobian(Index rows, const T* x, bool reverse, T* j) {
                 tape_.cotangents(begin, end, 0, nullptr);
                 return tape_.store(kind, 0, begin, end, j + first * inputs);
             }
-            tape_.tangents(begin, end, 0, nullptr);
+            tape_.tangents(begin, end);
             const MatrixView<T> df = tape_.at(kind, depth);
             for (Index r = begin; r < end; ++r)
                 for (Index o = 0; o < outputs; ++o)
@@ -173,7 +173,7 @@ void Derivatives<T>::second(Index rows, const T* x, bool sum, T* to) {
         });
         over(tape_.rows(), [&](Index begin, Index end) {
             tape_.seed(Kind::tangent, 0, begin, end);
-            tape_.tangents(begin, end, 0, nullptr);
+            tape_.tangents(begin, end);
             tape_.second_tangents(begin, end);
         });
         const MatrixView<T> ddf = tape_.at(Kind::second_tangent, depth);

@@ -116,7 +116,7 @@ template <class T>
 class Activations {
    public:
     Activations() = default;
-    Activations(const std::vector<Layer<T>>& layers, Index rows, bool cotangents);
+    CHAINRULE_COLD Activations(const std::vector<Layer<T>>& layers, Index rows, bool cotangents);
     Index rows() const { return rows_; }
     // Room for bfloat16 operands of the rows from `row`; null where no layer needs it.
     Pair* pairs(Index row) const { return pairs_.size() > 0 ? pairs_.data() + row * kPairRoom : nullptr; }
@@ -207,7 +207,7 @@ void from_panels(Index rows, Index cols, const T* panels, T* to) {
 template <class T>
 class Network {
    public:
-    explicit Network(std::vector<Layer<T>> layers);
+    CHAINRULE_COLD explicit Network(std::vector<Layer<T>> layers);
 
     const std::vector<Layer<T>>& layers() const { return layers_; }
     const std::vector<Parameter>& parameters() const { return parameters_; }
@@ -233,12 +233,12 @@ class Network {
     void copy_tile(const Layer<T>& layer, Index first, Index count, Index column) const;
 
     // Plain row-major copies of one parameter, out of and into a buffer laid out like theta; `write` into theta itself.
-    void read(const Parameter& parameter, const T* flat, T* to) const;
-    void pack(const Parameter& parameter, const T* from, T* flat) const;
-    void write(const Parameter& parameter, const T* from);
+    CHAINRULE_COLD void read(const Parameter& parameter, const T* flat, T* to) const;
+    CHAINRULE_COLD void pack(const Parameter& parameter, const T* from, T* flat) const;
+    CHAINRULE_COLD void write(const Parameter& parameter, const T* from);
     using Snapshot = Array<T>;
-    Snapshot snapshot() const;
-    void restore(const Snapshot& snapshot);
+    CHAINRULE_COLD Snapshot snapshot() const;
+    CHAINRULE_COLD void restore(const Snapshot& snapshot);
     bool all_finite() const;
     void publish();  // after training: external layers' own copies
 
@@ -263,7 +263,7 @@ class Network {
     // f = φᴸ(x) for plain row-major x and f; any number of rows.
     void predict(Index rows, const T* x, T* f) const;
     // The output of every layer, plain and row-major.
-    void trace(Index rows, const T* x, T* const* phi) const;
+    CHAINRULE_COLD void trace(Index rows, const T* x, T* const* phi) const;
 
    private:
     std::vector<Layer<T>> layers_;

@@ -17,6 +17,9 @@
 #define CHAINRULE_HD
 #endif
 
+// What runs once for a network or a fit, in files that are built to be fast: this is built to be small.
+#define CHAINRULE_COLD [[gnu::cold]]
+
 namespace chainrule {
 
 using Index = std::ptrdiff_t;  // every size and offset; never 32 bits

@@ -264,11 +264,6 @@ CHAINRULE_INLINE V power_of_two(V n) {
     return (V)(bits << L::mantissa_bits);
 }
 
-template <class V>
-constexpr double kExpOverflow = sizeof(Scalar<V>) == 4 ? 88.722839 : 709.78271289338397;
-template <class V>
-constexpr double kExpUnderflow = sizeof(Scalar<V>) == 4 ? -103.97283 : -745.13321910194122;
-
 // e^x. Error below 1 ulp (subnormal results are rounded twice); e^NaN = NaN, e^-inf = 0, e^inf = inf.
 template <class V>
 CHAINRULE_CURVE V exp(V x) {

@@ -37,7 +37,7 @@ void Sobolev<T>::sweep_examples(const Batch& batch, Index begin, Index end, T* g
     tape_.seed(Kind::cotangent, net_.depth(), first, last);
     tape_.cotangents(first, last, 0, nullptr);
     leave_residuals(batch, begin, end);
-    tape_.tangents(first, last, 0, nullptr);
+    tape_.tangents(first, last);
     load_loss(batch, begin, end);
     tape_.cotangent_tangents(first, last, tape_.lowest(), 0, gradient);
     add_outputs(begin, end);

@@ -253,8 +253,8 @@ void Tape<T>::lift(Index l, Index begin, Index end) const {
 }
 
 template <class T>
-void Tape<T>::tangents(Index begin, Index end, Index moving, const Direction<T>* direction) const {
-    for (Index l = std::max<Index>(moving - 1, 0); l < net_.depth(); ++l) push(l, begin, end, l >= moving, direction);
+void Tape<T>::tangents(Index begin, Index end) const {
+    for (Index l = 0; l < net_.depth(); ++l) push(l, begin, end, true, nullptr);
 }
 
 template <class T>

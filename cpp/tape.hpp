@@ -67,7 +67,7 @@ class Tape {
     // else the first that parameters move. `to` is the φ where a sweep down ends. Users' layers add their part of the
     // gradient to `gradient`, laid out like theta, if it is given.
     void forward(Index begin, Index end) const;
-    void tangents(Index begin, Index end, Index moving, const Direction<T>* direction) const;
+    void tangents(Index begin, Index end) const;
     void forward_and_tangents(Index begin, Index end, Index moving,
                               const Direction<T>* direction) const;  // both at once
     void tangents_along(Index input, Index begin, Index end) const;  // that input alone moves, by 1 in every row

@@ -25,7 +25,7 @@ class Tiles {
         const Tile* paired_for;  // whose rows x_pairs holds
     };
 
-    Tiles(const Network<T>& net, Index rows);
+    CHAINRULE_COLD Tiles(const Network<T>& net, Index rows);
     std::size_t count() const { return tiles_.size(); }
 
     // f(tile, its number, its thread's scratch) for every tile, on so many threads; of each run of tiles a thread takes
@@ -45,8 +45,8 @@ class Tiles {
     };
 
     bool by_columns(Index l) const;
-    void plan_wide(Index l, const Layer<T>& layer);
-    void plan_narrow(Index l, const Layer<T>& layer);
+    CHAINRULE_COLD void plan_wide(Index l, const Layer<T>& layer);
+    CHAINRULE_COLD void plan_narrow(Index l, const Layer<T>& layer);
     void differentiate_paired(const Tile& tile, Index rows, MatrixView<float> x, MatrixView<float> dz, Scratch& scratch,
                               float* gradient) const;
 

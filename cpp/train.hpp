@@ -32,7 +32,7 @@ struct Regularization {
 template <class T>
 class Optimizer {
    public:
-    Optimizer(const Network<T>& net, const OptimizerSettings& settings);
+    CHAINRULE_COLD Optimizer(const Network<T>& net, const OptimizerSettings& settings);
     const OptimizerSettings settings;
     std::int64_t step_count = 0;
     Array<T> slots[kSlots];  // laid out like theta; empty where the rule does not use them
@@ -45,7 +45,7 @@ class Optimizer {
 template <class T>
 class Step {
    public:
-    Step(Network<T>& net, const Loss<T>& loss, Index rows, Index target_cols, const Extras& extras = {});
+    CHAINRULE_COLD Step(Network<T>& net, const Loss<T>& loss, Index rows, Index target_cols, const Extras& extras = {});
     Index capacity() const { return activations_.rows(); }
 
     // Phase 1 on the rows order[0..rows) of the data (or 0..rows where order is null). Returns the loss. Without `backward`
@@ -108,8 +108,8 @@ struct TrainerOptions {
 template <class T>
 class Trainer {
    public:
-    Trainer(Network<T>& net, Optimizer<T>& optimizer, const Loss<T>& loss, const Dataset<T>& data,
-            const TrainerOptions& options);
+    CHAINRULE_COLD Trainer(Network<T>& net, Optimizer<T>& optimizer, const Loss<T>& loss, const Dataset<T>& data,
+                           const TrainerOptions& options);
 
     Index steps_per_epoch() const;
     // Trains the epochs first_epoch, first_epoch + 1, … with learning rates lr[epoch * lr_stride + step * (lr_stride > 1)].

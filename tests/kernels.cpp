@@ -71,6 +71,7 @@ constexpr Test all_tests[] = {
     {"pool_callers", pool_callers},
     {"pool_many", pool_many},
     {"pool_wakes", pool_wakes},
+    {"pool_float_mode", pool_float_mode},
     {"pool_distance", pool_distance},
     {"pool_affinity", pool_affinity},
     {"pool_fork", pool_fork},

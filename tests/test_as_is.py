@@ -556,19 +556,31 @@ def test_nobody_writes_weights_beside_the_engine(rng):
         assert_same_bits(value, state[name])
 
 
-@pytest.mark.parametrize("what", ["predict", "step"])
-def test_other_threads_run_during_a_long_call(what):
+LONG = {
+    "predict": lambda net, X, y, loss, sgd: net(X),
+    "step": lambda net, X, y, loss, sgd: net.train_step(X, y, loss=loss, optimizer=sgd),
+    "weighted step": lambda net, X, y, loss, sgd: net.train_step(
+        X, y, loss=loss, optimizer=sgd, sample_weight=np.ones(len(X))
+    ),
+    "fit": lambda net, X, y, loss, sgd: net.fit(X, y, loss=loss, optimizer=sgd, epochs=1, batch_size=64),
+    "evaluate": lambda net, X, y, loss, sgd: net.evaluate(X, y, loss=loss),
+    "weighted gradient": lambda net, X, y, loss, sgd: net.value_and_grad(
+        X, y, loss=loss, sample_weight=np.ones(len(X))
+    ),
+    "hvp": lambda net, X, y, loss, sgd: cr.hvp(net, X, y, loss, {"0.bias": np.ones(400, "float32")}),
+    "jacobian": lambda net, X, y, loss, sgd: cr.jacobian(net, X, mode="reverse"),
+}
+
+
+@pytest.mark.parametrize("call", LONG.values(), ids=LONG)
+def test_other_threads_run_during_a_long_call(call):
     """The interpreter's lock kept for a call that takes a while."""
     net, loss, sgd = cr.mlp([200, 400, 400, 1]), cr.MSE(), cr.SGD(0.0)
     net.train_step(np.zeros((1, 200)), [0.0], loss=loss, optimizer=sgd)
-
-    def call(X, y):
-        return net(X) if what == "predict" else net.train_step(X, y, loss=loss, optimizer=sgd)
-
     rows, seconds, ticks = 500, 0.0, 0
     while seconds < 0.1:
         rows *= 2
-        data = np.zeros((rows, 200), "float32"), np.zeros((rows, 1), "float32")
+        data = net, np.zeros((rows, 200), "float32"), np.zeros((rows, 1), "float32"), loss, sgd
         thread, ticks, start = threading.Thread(target=call, args=data), 0, time.perf_counter()
         thread.start()
         while thread.is_alive():
@@ -613,3 +625,18 @@ def test_a_gradient_of_arrays_as_they_are_is_the_checked_one(kind, dtype, rng):
     for spoil in SPOILED.values():
         bad = spoil(X, y)
         assert repr(gradient(net, loss, *bad)[0]) == repr(gradient(net, loss, *bad, checked=True)[0])
+
+
+def test_labels_of_growing_batches(rng):
+    """Labels are copied into room that the steps before have left, which a larger batch does not fit."""
+    X, y = rng.standard_normal((4000, 3)).astype("float32"), rng.integers(0, 4, 4000)
+    nets = [cr.mlp([3, 5, 4], seed=3) for _ in range(2)]
+    adams = [cr.Adam(0.05), cr.Adam(0.05)]
+    for rows in (2, 7, 100, 4000, 3):
+        quick, slow = (
+            net.train_step(X[:rows], labels, loss="cross_entropy", optimizer=adam)
+            for net, adam, labels in zip(nets, adams, (y[:rows], y[:rows].tolist()), strict=True)
+        )
+        assert quick == slow, rows
+    for a, b in zip(*(net.state_dict().values() for net in nets), strict=True):
+        assert_same_bits(a, b)

@@ -200,3 +200,18 @@ def test_refusals_leave_all_as_it_was(rng):
         with pytest.raises(ValueError, match=re.escape(start)):
             net.fit(X, y, loss=loss, clip_example_norm=1.0)
         assert_same_bits(flat(net.state_dict()), before)
+
+
+def test_same_bits_for_any_threads_of_layers_that_they_share_by_columns(dtype, on_threads, rng):
+    """Cotangents that are finished column by column, after the examples' norms were taken: columns are for
+    whole panels."""
+    X, y = rng.standard_normal((128, 64)), rng.standard_normal((128, 3))
+
+    def run():
+        net = cr.mlp([64, 384, 256, 3], activation="tanh", seed=1, dtype=dtype)
+        net.fit(X, y, loss="mse", optimizer="sgd", batch_size=128, epochs=3, clip_example_norm=0.1)
+        return flat(net.state_dict())
+
+    first, *others = on_threads(run, (1, 2, 3))
+    for other in others:
+        assert_same_bits(first, other)

@@ -315,3 +315,10 @@ def test_a_row_does_not_know_its_neighbours(row, isa, dtype, rng):
 
 def test_the_table_has_every_loss():
     assert {row.name for row in ROWS} == {name for kind, name, _ in _core.ops() if kind == "loss"}
+
+
+def test_the_second_derivative_of_huber_at_delta(isa, dtype):
+    f, y, t = (np.array([row], dtype) for row in ([[0.5, -0.5, 0.25, 0.75]], [[0, 0, 0, 0]], [[1, 1, 1, 1]]))
+    f, y, t = (a.reshape(1, 4) for a in (f, y, t))
+    got = _core.loss_hvp("huber", f, y, t, None, 0.5, "sum")
+    assert got.tolist() == [[0.25, 0.25, 0.25, 0.0]]

@@ -301,3 +301,17 @@ def test_tables_train_in_bfloat16(rng, tmp_path, monkeypatch, capsys):
     answers = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()[1:]]
     right = np.mean([a == row.rsplit(",", 1)[1] for a, row in zip(answers, rows, strict=True)])
     assert right > 0.9
+
+
+def test_bfloat16_layers_are_not_shared_by_columns(isa, on_threads, rng):
+    X, y = rng.standard_normal((128, 64)), rng.standard_normal((128, 3))
+
+    def run():
+        net = cr.mlp([64, 384, 256, 3], activation="tanh", seed=1, dtype="bfloat16")
+        net.fit(X, y, loss="mse", optimizer="sgd", batch_size=128, epochs=3)
+        return [*net.state_dict().values()]
+
+    first, *others = on_threads(run, (1, 2, 3))
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert_same_bits(a, b)

@@ -186,11 +186,20 @@ WIDE = [70, 384, 256, 256]  # whole panels, which 2, 3 and 4 threads share by co
         layers_of(WIDE, "tanh", "relu"),
         layers_of([*WIDE, 10], "gelu", "silu", "sigmoid"),
         layers_of([*WIDE, 3], "relu", "softmax", "relu"),
+        layers_of([*WIDE, 3], "relu", "log_softmax", "relu"),
         layers_of([70, 100, 256, 10], "relu", "relu"),
         [("relu", 70, 70, 0.0, False, None), *layers_of([*WIDE, 10], "relu", "relu")],
         layers_of(WIDE, "tanh", "relu", "relu", bias=False),
     ],
-    ids=["nothing by rows", "by columns, then rows", "row-wise op", "uneven first", "op first", "no bias"],
+    ids=[
+        "nothing by rows",
+        "by columns, then rows",
+        "row-wise op",
+        "log_softmax",
+        "uneven first",
+        "op first",
+        "no bias",
+    ],
 )
 def test_threads_that_share_columns(layers, dtype, rng, on_threads):
     """Columns taken twice or by nobody, a bias's ones forgotten, a cotangent read before it is whole."""
@@ -294,3 +303,20 @@ def test_backward_uses_the_mask_of_forward(isa, rng):
     slope = sum((g * u).sum() for g, u in zip(grads, direction, strict=True))
     assert slope == pytest.approx((losses[0] - losses[1]) / (2 * h), rel=0, abs=1e-6 * (abs(value) + 1))
     assert net.evaluate(x, y, None, how) != value  # and outside training there is no mask
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_no_parameter_hides_what_is_not_finite(bad, dtype, rng):
+    """The first and last numbers of each, in layers that are packed either way; padding is looked at, too."""
+    for sizes in ([1, 1], [3, 2], [17, 65, 4], [65, 5]):
+        net = engine(layers_of(sizes), dtype, rng)
+        assert net.all_finite()
+        for k in range(len(net.parameters)):
+            good = net.get_parameter(k)
+            for place in (0, -1):
+                spoiled = good.copy()
+                spoiled.flat[place] = bad
+                net.set_parameter(k, spoiled)
+                assert not net.all_finite(), (sizes, k, place)
+            net.set_parameter(k, good)
+        assert net.all_finite()

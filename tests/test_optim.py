@@ -366,3 +366,9 @@ def test_the_engine_refuses_the_state_of_another_network():
         _core.Trainer64(
             other, adam, loss, np.ones((2, 3)), np.ones((2, 2)), None, 2, False, 0, 0.0, 0.0, 0.0, 0.0
         )
+
+
+def test_uniform_numbers_have_53_bits():
+    """One fewer, and every draw is even in units of 2⁻⁵³."""
+    units = _core.random_uniform(100, 3, 1) * 2**53
+    assert (units == np.floor(units)).all() and (units % 2 == 1).any()

@@ -605,3 +605,108 @@ def test_an_error_in_a_loss_comes_through_as_it_is(error, data):
 
 def test_an_own_loss_called_alone():
     assert cr.CustomLoss(lambda f, y: (f + y, f))(1, 2) == (3, 1)
+
+
+@pytest.mark.parametrize("clip", [{"clip_norm": 0.1}, {"clip_value": 0.01}], ids=str)
+def test_own_parameters_are_clipped_like_those_of_linear(clip, data):
+    """The norm is that of all parameters, an own layer's among them."""
+    X, y = data
+    own = cr.Sequential(cr.Linear(4, 8), cr.Tanh(), Affine(8, 3, seed=1), dtype="float64")
+    linear = cr.mlp([4, 8, 3], activation="tanh", dtype="float64")
+    linear.load_state_dict(dict(zip(linear.state_dict(), own.state_dict().values(), strict=True)))
+    for net in (own, linear):
+        net.fit(X, y, loss="mse", optimizer=cr.SGD(0.1), batch_size=5, epochs=3, **clip)
+    for a, b in zip(own.state_dict().values(), linear.state_dict().values(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_an_own_loss_is_evaluated_on_all_rows_at_once(rng):
+    """Its value need not be a sum over rows; the engine's own losses are evaluated in pieces of 1024."""
+    X, y, seen = rng.standard_normal((1500, 4)), rng.standard_normal((1500, 3)), []
+
+    def largest(f, y):
+        seen.append(f.shape)
+        return float(np.abs(f - y).max()), np.zeros_like(f)
+
+    net = cr.mlp([4, 3], dtype="float64")
+    assert net.evaluate(X, y, loss=largest) == np.abs(net(X) - y).max()
+    assert seen == [(1500, 3)]
+
+
+@pytest.mark.parametrize(
+    "behind", [cr.Tanh(), cr.ReLU(), cr.Softmax(), cr.Dropout(0.5)], ids=lambda layer: layer.op
+)
+def test_an_own_layer_is_given_what_it_returned(behind, data):
+    """Most ops work in place in training: behind one's own layer they would leave their output in its y."""
+    X, y = data
+    nets = [
+        cr.Sequential(cr.Linear(4, 3), layer, behind, dtype="float64", seed=1)
+        for layer in (OwnTanh(), cr.Tanh())
+    ]
+    for net in nets:
+        net.fit(X, y, loss="mse", optimizer=cr.SGD(0.1), batch_size=5, epochs=3, seed=2)
+    for a, b in zip(*(net.state_dict().values() for net in nets), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_weights_put_back_are_shown_to_own_layers(data):
+    """EarlyStopping's best ones; and those from before a fit whose loss was not finite."""
+    X, y = data
+    gain = Gain()
+    net = cr.Sequential(cr.Linear(4, 3), gain, dtype="float64")
+    stop = cr.EarlyStopping("loss", patience=3, restore_best=True)
+    net.fit(X, y, loss="mse", optimizer=cr.SGD(10.0), batch_size=23, epochs=9, callbacks=[stop])
+    assert gain.params["g"] == net.state_dict()["1.g"]
+    left = [3]
+
+    def loss(f, y):
+        left[0] -= 1
+        return (own_mse(f, y)[0] if left[0] else np.full(len(f), math.nan)), own_mse(f, y)[1]
+
+    before = net.state_dict()["1.g"].copy()
+    with pytest.raises(FloatingPointError, match="loss must stay finite"):
+        net.fit(X, y, loss=loss, optimizer=cr.SGD(0.01), batch_size=5)
+    assert gain.params["g"] == net.state_dict()["1.g"] == before
+
+
+def test_rows_of_weight_0_do_not_count_in_own_losses(data):
+    """Whatever their value and their gradient are: 0 · ∞ = 0 here."""
+    X, y = data
+    weight = np.ones(23)
+    weight[[3, 17]] = 0
+
+    def spoiled(f, y):
+        value, df = own_mse(f, y)
+        bad = np.isin(y[:, 0], spoil)
+        value[bad], df[bad] = math.inf, math.nan
+        return value, df
+
+    spoil = y[[3, 17], 0]
+    net = cr.mlp([4, 8, 3], dtype="float64")
+    value, grads = net.value_and_grad(X, y, loss=spoiled, sample_weight=weight)
+    right, expected = net.value_and_grad(X, y, loss=own_mse, sample_weight=weight)
+    assert value == pytest.approx(right, rel=1e-12)
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grad, expected[name], rtol=1e-11, atol=1e-14, err_msg=name)
+
+
+@pytest.mark.parametrize("own", ["layer", "loss"])
+def test_own_code_computes_with_subnormal_numbers(own, data):
+    """The engine's own steps count them as zero; a user's code, which runs in the middle of one, does not."""
+    X, y = data
+    seen = []
+
+    def loss(f, y):
+        seen.append(float(np.float64(1e-310) * np.float64(0.5)))
+        return own_mse(f, y)
+
+    class Halving(OwnTanh):
+        def forward(self, x):
+            seen.append(float(np.float64(1e-310) * np.float64(0.5)))
+            return super().forward(x)
+
+    net = cr.Sequential(cr.Linear(4, 3), *[Halving()][: own == "layer"], dtype="float64")
+    how = loss if own == "loss" else "mse"
+    net.fit(X, y, loss=how, epochs=1)
+    net.train_step(X, y, loss=how, optimizer=cr.SGD(0.1))
+    assert seen and set(seen) == {5e-311}

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from . import _core, devices, explanation, metrics, plot
 from .callbacks import EarlyStopping
 from .data import Preprocessor, TableModel, class_labels, infer_task, outputs_for, refuse_unusable, split_rows
-from .io import _write_atomically, load, require_place, require_suffix
+from .io import load, require_place, require_suffix, write_atomically
 from .losses import LOSSES
 from .machine import set_num_threads
 from .model import array_dtype, mlp
@@ -288,7 +288,7 @@ def _answers_to(path: str | None) -> Iterator[TextIO]:
         with open(path, "w", encoding="utf-8") if device else io.StringIO() as file:
             yield file
             if isinstance(file, io.StringIO):
-                _write_atomically(path, [file.getvalue().encode()])
+                write_atomically(path, [file.getvalue().encode()])
     except OSError as error:
         error.filename = error.filename or path  # a full disk names none
         raise

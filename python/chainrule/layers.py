@@ -504,8 +504,16 @@ class Guard:
     def layer(self) -> Layer:
         layer = self._layer()
         if layer is None:
-            raise ReferenceError(f"[{self.name}] the layer must be there: expected its network, got one that is gone")
+            raise ReferenceError(
+                f"[{self.name}] the layer must be there: expected one, got none; keep its network"
+            )
         return layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_layer": self.layer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({**state, "_layer": ref(state["_layer"])})
 
     @property
     def params(self) -> dict[str, Array]:

@@ -410,7 +410,8 @@ class CustomLoss(Loss):
         return Targets(values, array.ndim == 1)
 
     def engine(self, flat: bool, weighted: bool) -> _core.Loss:
-        here = ref(self)  # weakly: Python's collector cannot see what the engine holds, and a loss may know its network
+        # Weakly: Python's collector cannot see what the engine holds, and a loss may know its network.
+        here = ref(self)
 
         def guarded(f: Array, y: Array) -> tuple[Any, Array]:
             answer = here().function(f, y[:, 0] if flat and y.ndim == 2 else y)  # type: ignore[union-attr]

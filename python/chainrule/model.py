@@ -281,7 +281,7 @@ class Sequential:
         return stepper.step(self, X, y, sample_weight)
 
     def _stepper(self, loss: Any, optimizer: Any) -> training.Stepper:
-        """By the loss and the optimizer that it keeps alive; a method is another object at each look at it."""
+        """By the loss and the optimizer that it keeps alive; a method is a new object at each look."""
         method = isinstance(loss, MethodType)
         key = (id(loss.__self__), id(loss.__func__), id(optimizer)) if method else (id(loss), id(optimizer))
         if key not in self._steppers:
@@ -347,6 +347,9 @@ class Sequential:
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of all parameters by name; a Linear layer's weight is (O, I), as in PyTorch.
+
+        While another thread trains, they may be of different steps, here and in `save`: ask in a callback, or
+        have `fit` write a checkpoint.
 
         Example:
             >>> import chainrule as cr

@@ -131,6 +131,30 @@ void pool_wakes() {
     check(helped, "a sleeping worker takes a part of a long region");
 }
 
+// Workers count subnormal numbers as their caller does, and as the next one does.
+void pool_float_mode() {
+    set_thread_count(2);
+    context.shape = {2, 0, 0};
+    const std::uint64_t plain = float_mode();
+    for (const bool flushing : {true, false, true}) {
+        bool helped = false, same = true;
+        for (int attempt = 0; attempt < 20 && !helped; ++attempt) {
+            const FlushSubnormals flush(flushing);
+            std::array<std::thread::id, 2> who;
+            std::array<std::uint64_t, 2> modes{};
+            parallel(2, [&](int part, int) {
+                std::this_thread::sleep_for(std::chrono::milliseconds(20));
+                who[static_cast<std::size_t>(part)] = std::this_thread::get_id();
+                modes[static_cast<std::size_t>(part)] = float_mode();
+            });
+            helped = who[0] != who[1];
+            same = same && modes[0] == float_mode() && modes[1] == float_mode();
+        }
+        check(helped && same, "a worker computes in its caller's floating-point mode");
+        check(float_mode() == plain, "the caller's mode is as it was");
+    }
+}
+
 // Work is shared by fewer threads the further apart their cores are, and never by none or by more than there are.
 void pool_distance() {
     context.shape = {};
