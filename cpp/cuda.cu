@@ -11,6 +11,7 @@
 
 #include <chrono>
 #include <deque>
+#include <exception>
 #include <thread>
 
 #include "cuda/calculus.cuh"
@@ -258,6 +259,8 @@ void release(void* memory) noexcept {
     if (!memory) return;
     const std::lock_guard<std::recursive_mutex> alone(graph_in_making());  // it may wait for the device, and need not
     const BesideGraphs theirs;
+    // Where a later allocation has failed, what was enqueued before it may still use this. Elsewhere the stream has been waited for.
+    if (std::uncaught_exceptions() > 0) (void)cudaDeviceSynchronize();
     (void)cudaFree(memory);
 }
 
