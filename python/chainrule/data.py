@@ -181,7 +181,11 @@ class Preprocessor:
 
     @property
     def probability_columns(self) -> tuple[str, ...]:
-        """Their names in the answers, one for each class, none of them the target's own."""
+        """Their names in the answers, one for each class, none of them the target's own.
+
+        >>> Preprocessor("classification", "kind", (), classes=("a", "b")).probability_columns
+        ('p_a', 'p_b')
+        """
         usual = tuple(f"p_{label}" for label in self.classes)
         return tuple(f"probability_{label}" for label in self.classes) if self.target in usual else usual
 
@@ -297,7 +301,11 @@ class Preprocessor:
 
 
 def infer_task(column: Column) -> str:
-    """Classification for text and for at most 20 different integers, regression for every other target."""
+    """Classification for text and for at most 20 different integers, regression for every other target.
+
+    >>> infer_task(np.array([1.0, 2.0, 2.0])), infer_task(np.array([0.5, 2.0])), infer_task(np.arange(21.0))
+    ('classification', 'regression', 'regression')
+    """
     if column.dtype == object:
         _refuse_misread("target", column, _LABELS)
         return "classification"
@@ -333,7 +341,11 @@ def _fit_features(table: Table, leave_out: Collection[str]) -> tuple[tuple[Featu
 
 
 def class_labels(name: str, column: Column) -> tuple[str, ...]:
-    """The classes of a target in order, as text; ValueError for missing cells, one class only, or an id."""
+    """The classes of a target in order, as text; ValueError for missing cells, one class only, or an id.
+
+    >>> class_labels("kind", np.array([10.0, 9.0, 10.0, 9.0]))
+    ('9', '10')
+    """
     require_finite(name, column)
     _require_all(name, column)
     values = set(column.tolist())

@@ -101,6 +101,14 @@ def read_table(path: Path, text: Collection[str] = ()) -> Table:
         ValueError: an empty or ragged file (the message names the line), a missing header, duplicate names,
             another format; a pipe, for the file is gone through more than once.
         ImportError: Parquet without pyarrow.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder) / "homes.csv"
+        ...     _ = file.write_text("rooms;town\\n3;Ulm\\n4;?\\n")
+        ...     read_table(file).columns
+        {'rooms': array([3., 4.]), 'town': array(['Ulm', None], dtype=object)}
     """
     if os.path.splitext(os.fspath(path))[1].lower() in {".parquet", ".pq"}:
         return _read_parquet(path, text)

@@ -147,7 +147,11 @@ def _grey(upper: float, lower: float) -> str:
 
 
 def clip(text: str, width: int) -> str:
-    """The text in at most `width` characters."""
+    """The text in at most `width` characters.
+
+    >>> clip("versicolor", 6)
+    'versi…'
+    """
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -174,7 +178,11 @@ def confusion_lines(counts: NDArray[Any], classes: Sequence[str], width: int) ->
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that suits it."""
+    """A time in the unit that suits it.
+
+    >>> duration(0.0000123), duration(0.25), duration(75)
+    ('12.3 µs', '0.25 s', '75 s')
+    """
     if not math.isfinite(seconds):
         return "unknown"
     for limit, factor, unit in ((1e-3, 1e6, "µs"), (0.1, 1e3, "ms")):
