@@ -326,6 +326,20 @@ def test_columns_in_memory():
         Table.from_columns({"a": [[1]]})
 
 
+def test_records_are_rows():
+    """One as a service gets it, and several; a value that is not there is missing."""
+    assert_table(Table.from_columns({"n": 3, "t": "x", "b": True}), {"n": [3], "t": ["x"], "b": ["True"]})
+    assert_table(
+        Table.from_columns([{"n": 1.5, "t": "x"}, {"t": None, "n": np.float32(2)}, {"u": 7}]),
+        {"n": [1.5, 2, NAN], "t": ["x", None, None], "u": [NAN, NAN, 7]},
+    )
+    for given in ([{"n": 1}, 2], [], [[1, 2]]):
+        with pytest.raises(TypeError, match="columns must have names"):
+            Table.from_columns(given)
+    with pytest.raises(ValueError, match="expected one dimension, got 0"):
+        Table.from_columns({"n": 1, "t": ["x"]})
+
+
 def test_a_frame_with_a_name_twice_is_refused_by_that_name():
     pd = pytest.importorskip("pandas")
     frame = pd.DataFrame([[1, 2, 3]], columns=["a", "b", "a"])

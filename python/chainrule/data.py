@@ -410,7 +410,7 @@ class TableModel:
         return model
 
     def outputs(self, table: Any) -> NDArray[Any]:
-        """The network's raw outputs (B, O) for a path, a `Table`, a dict of columns or a data frame."""
+        """The network's raw outputs (B, O) for a path, a `Table`, columns, records, or a data frame."""
         if isinstance(table, (str, os.PathLike)):
             table = read_table(table, self.preprocessor.text_columns)
         elif not isinstance(table, Table):

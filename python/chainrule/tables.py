@@ -19,7 +19,7 @@ import stat
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MISSING = frozenset({"", "NA", "N/A", "NaN", "nan", "null", "None", "?"})
 DELIMITERS = ",;\t|"
 _NULLS = frozenset({"None", "nan", "NaN", "<NA>", "NaT"})  # how what is no text says that it is no value
+_VALUES = (str, int, float, np.generic, date, type(None))  # of a record: what a CSV's cell may have been
 _CHUNK = 2048  # rows turned into numbers together, few enough that the cells' text stays in the cache
 _OTHERS = {  # how they begin, read as text
     "\x1f\ufffd": "a gzip file; gunzip it first",
@@ -69,14 +70,20 @@ class Table:
 
     @staticmethod
     def from_columns(columns: Any, text: Collection[str] = ()) -> Table:
-        """A table from a dict of sequences or a data frame; `text` names columns whose text stays text.
+        """A table from a dict of sequences, a data frame, or records {name: value}, one or a list of them.
+
+        `text` names columns whose text stays text.
+
+        >>> Table.from_columns([{"size": 1, "kind": "a"}, {"size": 2}]).columns
+        {'size': array([1., 2.]), 'kind': array(['a', None], dtype=object)}
 
         Raises: TypeError for what has no named columns; ValueError for unequal lengths or duplicate names.
         """
+        columns = _by_columns(columns)
         if not hasattr(columns, "columns") and not isinstance(columns, Mapping):
             raise TypeError(
-                "[table] columns must have names: expected a path, a dict of columns or a data frame, "
-                f"got {type(columns).__name__}"
+                "[table] columns must have names: expected a path, a dict of columns, records or a data "
+                f"frame, got {type(columns).__name__}"
             )
         names = list(columns.columns) if hasattr(columns, "columns") else list(columns)
         _require_different("[table] columns", map(str, names))
@@ -87,6 +94,16 @@ class Table:
                 f"[table] columns: expected one length for all, got {sorted(lengths) or 'no columns'}"
             )
         return Table(found, text=frozenset(text))
+
+
+def _by_columns(given: Any) -> Any:
+    """Records as a dict of columns, None where one lacks a value; all else as it is."""
+    if isinstance(given, Mapping) and given and all(isinstance(v, _VALUES) for v in given.values()):
+        given = [given]
+    if not isinstance(given, (list, tuple)) or not given or not all(isinstance(r, Mapping) for r in given):
+        return given
+    names = dict.fromkeys(name for record in given for name in record)
+    return {name: [record.get(name) for record in given] for name in names}
 
 
 def read_table(path: Path, text: Collection[str] = ()) -> Table:
