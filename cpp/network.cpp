@@ -138,7 +138,7 @@ Network<T>::Network(std::vector<Layer<T>> layers) : layers_(std::move(layers)) {
 }
 
 template <class T>
-void copy_padded(const T* from, Index size, Index padded, T* to) {
+static void copy_padded(const T* from, Index size, Index padded, T* to) {
     std::fill(std::copy_n(from, size, to), to + padded, T{0});
 }
 
@@ -469,11 +469,13 @@ void Network<T>::predict(Index rows, const T* x, T* f) const {
         return copy_rows(rows, outputs(), out.data, out.stride, f, outputs());
     }
     const Index piece = std::max(kBlockRows, static_cast<Index>(4e9 / (multiplies_ + 1)));  // of some 50 ms
-    for (Index first = 0; rows > piece && first < rows; first += piece) {
-        Interruptible::look_up();
-        predict(std::min(piece, rows - first), x + first * inputs(), f + first * outputs());
+    if (rows > piece) {
+        for (Index first = 0; first < rows; first += piece) {
+            Interruptible::look_up();
+            predict(std::min(piece, rows - first), x + first * inputs(), f + first * outputs());
+        }
+        return;
     }
-    if (rows > piece) return;
     const int parts = static_cast<int>(std::min<Index>(most_parts, rows));
     if (parts == 1) {
         Scratch scratch(*this, std::min(rows, kBlockRows));
